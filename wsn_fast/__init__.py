@@ -1,0 +1,32 @@
+"""wsn_fast: Winning SubNetworks (WSN, Kang et al., ICML 2022) for continual learning that forgets nothing, to the bit."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+# CONVERT from .convert import convert, to_dense
+from .heads import TaskHeads
+from .layers import FastSubnetConv1d, FastSubnetConv2d, FastSubnetConv3d, FastSubnetLinear
+from .ops import topc_mask, topc_threshold
+from .ownership import OwnershipError
+from .promise import ForgottenError
+from .wsn import WSN
+
+try:
+    __version__ = version("wsn-fast")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "WSN",
+    "FastSubnetConv1d",
+    "FastSubnetConv2d",
+    "FastSubnetConv3d",
+    "FastSubnetLinear",
+    "ForgottenError",
+    "OwnershipError",
+    "TaskHeads",
+    "__version__",
+    "convert",
+    "to_dense",
+    "topc_mask",
+    "topc_threshold",
+]

@@ -1,0 +1,107 @@
+"""The portable backend: the primitives in plain PyTorch, on any device. Exact everywhere, fast nowhere.
+
+Conventions of every backend: arguments are checked by the caller; ``tau`` is a 0-d tensor on the scores' device and no primitive
+reads it on the host; a packed mask is a 1-d ``uint8`` tensor of ``ceil(n / 8)`` bytes in which element ``i`` of the row-major
+flattened tensor is bit ``i % 8`` (least significant first) of byte ``i // 8`` and padding bits are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gate_key(scores: Tensor, rule: str) -> Tensor:
+    """``|S|`` or ``S``."""
+    return scores.abs() if rule == "magnitude" else scores
+
+
+def threshold(scores: Tensor, rank: int, rule: str) -> Tensor:
+    """The ``rank``-th (from 0) of the ascending keys, NaN last: a 0-d tensor."""
+    keys = gate_key(scores, rule).reshape(-1)
+    if keys.is_cuda:
+        # kthvalue runs in a single block there: 100 ms for 16.7 M keys where a sort takes a few.
+        return keys.sort().values[rank]
+    return keys.kthvalue(rank + 1).values
+
+
+def keep_mask(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
+    """``not (key < tau)``, boolean."""
+    return (gate_key(scores, rule) < tau).logical_not_()
+
+
+def gate(weight: Tensor, scores: Tensor, tau: Tensor, rule: str, dtype: torch.dtype) -> Tensor:
+    """``m ? W : +0.0`` in ``dtype``."""
+    return weight.to(dtype).masked_fill(gate_key(scores, rule) < tau, 0.0)
+
+
+def gate_packed(weight: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """As :func:`gate`, with the mask read from its packed form."""
+    keep = unpack(packed, weight.numel()).view(weight.shape)
+    return weight.to(dtype).masked_fill(~keep, 0.0)
+
+
+def gate_backward(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    need_weight: bool,
+    need_scores: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dW``: G inside the mask and outside the packed union, else +0.0 (Eq. 4). ``dS``: ``G * W``, times ``sign(S)`` for
+    "magnitude" (Eq. 5). The mask is formed again from the scores and tau, so that nothing of it is kept in between."""
+    grad = grad.to(weight.dtype)
+    dw = ds = None
+    if need_weight:
+        drop = gate_key(scores, rule) < tau
+        if union is not None:
+            drop |= unpack(union, weight.numel()).view(weight.shape)
+        dw = grad.masked_fill(drop, 0.0)
+    if need_scores:
+        ds = grad * weight
+        if rule == "magnitude":
+            ds = ds * scores.sign()
+        ds = ds.to(scores.dtype)
+    return dw, ds
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Boolean mask of any shape to its packed form."""
+    bits = mask.reshape(-1).to(torch.uint8)
+    padding = -bits.numel() % 8
+    if padding:
+        bits = torch.cat([bits, bits.new_zeros(padding)])
+    return (bits.view(-1, 8) << _bit_positions(bits)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """Packed mask to a 1-d boolean tensor of ``n`` elements."""
+    return ((packed.unsqueeze(1) >> _bit_positions(packed)) & 1).view(-1)[:n].to(torch.bool)
+
+
+def _bit_positions(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
+
+
+def union(packed: Tensor) -> Tensor:
+    """Bitwise OR over the rows of ``packed`` [T, bytes], T >= 1."""
+    result = packed[0].clone()
+    for row in packed[1:]:
+        result |= row
+    return result
+
+
+def popcount(packed: Tensor) -> Tensor:
+    """The number of set bits, a 0-d int64 tensor: pairs, nibbles, bytes, then a sum."""
+    x = packed - ((packed >> 1) & 0x55)
+    x = (x & 0x33) + ((x >> 2) & 0x33)
+    return ((x + (x >> 4)) & 0x0F).sum(dtype=torch.int64)
+
+
+def restore_frozen(param: Tensor, saved: Tensor, union: Tensor) -> None:
+    """In place: ``param = union ? saved : param``, bit for bit."""
+    frozen = unpack(union, param.numel()).view(param.shape)
+    param.copy_(torch.where(frozen, saved, param))

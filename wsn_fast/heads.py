@@ -1,0 +1,112 @@
+"""One classifier per task."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tasks import TaskId, check_task, task_from_key, task_key
+
+
+class TaskHeads(nn.Module):
+    """A linear head per task, of which one is active.
+
+    Args:
+        in_features: width of the features.
+        out_features: width of a head that is added without a width of its own; None if every task names its own.
+        tasks: heads to make at once: task ids, or a mapping from task id to the width of its head.
+        bias, device, dtype: as for ``nn.Linear``, for every head.
+
+    Shape:
+        ``[*, in_features] -> [*, out_features of the active task]``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        tasks: Mapping[TaskId, int] | Iterable[TaskId] | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = bias
+        self.heads = nn.ModuleDict()
+        self.active = None
+        # Carries the device and dtype that later heads are made with; follows .to() as every buffer does.
+        self.register_buffer("_birthplace", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        widths = tasks if isinstance(tasks, Mapping) else dict.fromkeys(tasks or ())
+        for task, width in widths.items():
+            self.add(task, width)
+
+    @property
+    def tasks(self) -> list[TaskId]:
+        """The tasks that have a head, in the order in which they were added."""
+        return [task_from_key(key) for key in self.heads]
+
+    @property
+    def active(self) -> TaskId | None:
+        """The task whose head :meth:`forward` uses. Setting it to a task without a head is a ``ValueError``."""
+        return self._active
+
+    @active.setter
+    def active(self, task: TaskId | None) -> None:
+        if task is not None:
+            self.head(task)
+        self._active = task
+        # Forward looks the head up by its key, so that compiled code need not trace the encoding of names.
+        self._active_key = "" if task is None else task_key(task)
+
+    def add(self, task: TaskId, out_features: int | None = None) -> nn.Linear:
+        """Make a head for ``task``.
+
+        Raises:
+            ValueError: the task has a head already, or no width is known for it.
+        """
+        task = check_task(task)
+        if task_key(task) in self.heads:
+            raise ValueError(f"task {task!r} already has a head")
+        width = self.out_features if out_features is None else out_features
+        if width is None:
+            raise ValueError(f"out_features must be given for task {task!r}: these heads have no common width")
+        like = self._birthplace
+        head = nn.Linear(self.in_features, width, self.use_bias, device=like.device, dtype=like.dtype)
+        self.heads[task_key(task)] = head
+        return head
+
+    def head(self, task: TaskId) -> nn.Linear:
+        """The head of ``task``. Raises ``ValueError`` that lists the known tasks when there is none."""
+        key = task_key(check_task(task))
+        if key not in self.heads:
+            raise ValueError(f"task {task!r} has no head; tasks with one: {self.tasks}")
+        head = self.heads[key]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._active_key:
+            raise RuntimeError("no task is active: call begin_task(task) or use_task(task) before the heads")
+        logits: Tensor = self.heads[self._active_key](x)
+        return logits
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Heads that the checkpoint has and this module lacks are made here, before torch descends into the children.
+        start = f"{prefix}heads."
+        for name in [n for n in state_dict if n.startswith(start) and n.endswith(".weight")]:
+            key = name[len(start) : -len(".weight")]
+            # A name that is no task's is left for torch to report as unexpected.
+            with contextlib.suppress(ValueError):
+                if key not in self.heads:
+                    self.add(task_from_key(key), state_dict[name].shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, tasks={self.tasks}, active={self.active!r}"

@@ -1,0 +1,352 @@
+"""Drop-in layers whose weight and bias are gated by trainable scores.
+
+A subnet layer is its dense parent plus: a density and a rule; a score for each gated tensor; the packed masks of finished tasks;
+and ``active_row``, which says whether the mask comes from the current scores (None) or from a finished task (its row). The masks,
+the ids of their tasks and the scores are in ``state_dict``; what can be derived from them (the union) is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
+
+from . import ops
+from .autograd import SubnetGate
+from .tasks import TaskId, decode_tasks, encode_tasks
+
+SCORE_INITS = ("default", "N01", "U01")
+
+
+def check_score_init(mode: object) -> str:
+    """``mode`` if it is one of ``SCORE_INITS``, else ``ValueError``."""
+    if mode not in SCORE_INITS:
+        raise ValueError(f"score_init must be one of {SCORE_INITS}, got {mode!r}")
+    return str(mode)
+
+
+class Gated(NamedTuple):
+    """A gated tensor of a layer with what belongs to it. ``masks`` is [T, ceil(n / 8)] and ``union`` [ceil(n / 8)] or None (T = 0)."""
+
+    name: str
+    param: nn.Parameter
+    score: nn.Parameter
+    masks: Tensor
+    union: Tensor | None
+
+
+class SubnetLayer(nn.Module):
+    """What all subnet layers share; comes before the dense parent among the bases.
+
+    Attributes:
+        weight, bias: as in the dense layer.
+        weight_score, bias_score: the scores, of the same shape and dtype; None without a bias.
+        weight_masks, bias_masks: ``uint8`` [T, ceil(n / 8)], the packed masks of finished tasks.
+        weight_union, bias_union: ``uint8`` [ceil(n / 8)], the OR of those rows; None before the first task has ended.
+        task_ids: ``uint8``, the ids of the rows (see :func:`wsn_fast.tasks.encode_tasks`).
+        active_row: the row of the mask in use, or None for the mask of the current scores.
+        rule: "magnitude" or "value".
+    """
+
+    GATED = ("weight", "bias")
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_score: nn.Parameter
+    bias_score: nn.Parameter | None
+    task_ids: Tensor
+    active_row: int | None
+    rule: str
+
+    def _init_subnet(self, density: float, rule: str, score_init: str = "default") -> None:
+        """Add scores and empty masks to a layer whose dense half exists."""
+        self.rule = ops.check_rule(rule)
+        self.density = density
+        self.active_row = None
+        self.register_buffer("task_ids", encode_tasks([]))
+        for name in self.GATED:
+            param = getattr(self, name)
+            score = masks = None
+            if param is not None:
+                score = nn.Parameter(torch.empty_like(param))
+                masks = torch.zeros(0, ops.packed_size(param.numel()), dtype=torch.uint8, device=param.device)
+            self.register_parameter(f"{name}_score", score)
+            self.register_buffer(f"{name}_masks", masks)
+            self.register_buffer(f"{name}_union", None, persistent=False)
+        self.reset_scores(score_init)
+
+    @property
+    def density(self) -> float:
+        """The fraction of each gated tensor that the mask keeps, in (0, 1]. Setting anything else is a ``ValueError``."""
+        return self._density
+
+    @density.setter
+    def density(self, density: float) -> None:
+        self._density = ops.check_density(density)
+
+    @property
+    def tasks(self) -> list[TaskId]:
+        """The finished tasks, in the order of the rows of the masks."""
+        return decode_tasks(self.task_ids)
+
+    def gated(self) -> Iterator[Gated]:
+        """The gated tensors that this layer has: the weight, and the bias if there is one."""
+        for name in self.GATED:
+            param = getattr(self, name)
+            if param is not None:
+                yield Gated(
+                    name,
+                    param,
+                    getattr(self, f"{name}_score"),
+                    getattr(self, f"{name}_masks"),
+                    getattr(self, f"{name}_union"),
+                )
+
+    @torch.no_grad()
+    def reset_scores(self, mode: str = "default") -> None:
+        """Draw new scores: "default" is Kaiming uniform (a = sqrt 5) for weights and uniform within 1 / sqrt(fan_in) for biases,
+        as in the paper's code; "N01" is standard normal; "U01" is uniform on [0, 1). Another mode is a ``ValueError``."""
+        mode = check_score_init(mode)
+        # Both default initialisations are uniform within the same bound: gain(sqrt 5) * sqrt(3 / fan_in) = 1 / sqrt(fan_in).
+        bound = 1 / math.sqrt(self._fan_in()) if self._fan_in() else 0.0
+        for gate in self.gated():
+            if mode == "default":
+                nn.init.uniform_(gate.score, -bound, bound)
+            elif mode == "N01":
+                nn.init.normal_(gate.score)
+            else:
+                nn.init.uniform_(gate.score)
+
+    def _fan_in(self) -> int:
+        return self.weight[0].numel() if self.weight.shape[0] else 0
+
+    @torch.no_grad()
+    def masks_of_scores(self) -> dict[str, Tensor]:
+        """The boolean mask of the current scores for each gated tensor, by its name."""
+        return {g.name: ops.topc_mask(g.score, self.density, rule=self.rule) for g in self.gated()}
+
+    def mask(self, name: str, row: int) -> Tensor:
+        """The boolean mask of a finished task (``row`` among :attr:`tasks`) for the gated tensor ``name``, in its shape."""
+        return ops.unpack_mask(getattr(self, f"{name}_masks")[row], getattr(self, name).shape)
+
+    @torch.no_grad()
+    def append_task(self, task: TaskId, packed: Mapping[str, Tensor]) -> None:
+        """Store the packed masks of a task that has ended, by the names of the gated tensors, and update the union."""
+        for name, bits in packed.items():
+            rows = torch.cat([getattr(self, f"{name}_masks"), bits.unsqueeze(0)])
+            setattr(self, f"{name}_masks", rows)
+        self.task_ids = encode_tasks([*self.tasks, task]).to(self.task_ids.device)
+        self._rebuild_union()
+
+    def _rebuild_union(self) -> None:
+        for gate in self.gated():
+            known = gate.masks.shape[0] > 0 and not gate.masks.is_meta
+            setattr(self, f"{gate.name}_union", ops.union_packed(gate.masks) if known else None)
+
+    def masked(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """``W*m`` (or ``b*m_b``) in ``dtype``, as this layer uses it now; None without a bias.
+
+        With the mask of a finished task the result is a constant: its weights never change again.
+        """
+        param = getattr(self, name)
+        if param is None:
+            return None
+        if self.active_row is not None:
+            return ops.gate_packed(param.detach(), getattr(self, f"{name}_masks")[self.active_row], dtype)
+        score, union = getattr(self, f"{name}_score"), getattr(self, f"{name}_union")
+        masked: Tensor = SubnetGate.apply(param, score, self._density, self.rule, union, dtype)
+        return masked
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which autocast, if it is on, would run the dense layer; else that of the weight."""
+        kind = x.device.type
+        # Like autocast itself, which leaves float64 alone.
+        if self.weight.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.weight.dtype
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint may hold more tasks than this layer knows: make room, so that torch's own shape check decides the rest.
+        for name in ("task_ids", *(f"{gate.name}_masks" for gate in self.gated())):
+            own, incoming = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(incoming, Tensor) and incoming.ndim == own.ndim and incoming.shape[1:] == own.shape[1:]:
+                setattr(self, name, own.new_zeros(incoming.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.active_row = None
+        self._rebuild_union()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, density={self.density}, rule={self.rule!r}"
+
+
+class FastSubnetLinear(SubnetLayer, nn.Linear):
+    """``y = x (W*m)^T + b*m_b``: ``nn.Linear`` through a winning subnetwork.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        density: the fraction of weights (and of biases) kept, in (0, 1].
+        rule: "magnitude" (the paper's code) or "value" (CLArena); see :func:`wsn_fast.topc_threshold`.
+
+    Shape:
+        ``[*, in_features] -> [*, out_features]``, any number of leading dimensions, empty ones too.
+
+    Raises:
+        ValueError: ``density`` is outside (0, 1] or ``rule`` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float = 0.5,
+        rule: str = "magnitude",
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._init_subnet(density, rule)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype(x)
+        weight = self.masked("weight", dtype)
+        assert weight is not None
+        return F.linear(x, weight, self.masked("bias", dtype))
+
+
+class FastSubnetTransposedLinear(SubnetLayer):
+    """``y = x (W*m) + b*m_b`` with ``W`` stored ``[in_features, out_features]``, as Hugging Face's ``Conv1D`` stores it.
+
+    Made by :func:`wsn_fast.convert`; shapes and arguments otherwise as for :class:`FastSubnetLinear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float = 0.5,
+        rule: str = "magnitude",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        # Named as in Conv1D, whose users read it.
+        self.nx, self.nf = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
+        nn.init.normal_(self.weight, std=0.02)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self._init_subnet(density, rule)
+
+    def _fan_in(self) -> int:
+        return self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype(x)
+        weight = self.masked("weight", dtype)
+        assert weight is not None
+        return F.linear(x, weight.t(), self.masked("bias", dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr().lstrip(', ')}"
+
+
+class _SubnetConv(SubnetLayer):
+    """The forward of the convolutions: padding modes, groups and dilation are the dense parent's business."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype(x)
+        out: Tensor = self._conv_forward(x, self.masked("weight", dtype), self.masked("bias", dtype))
+        return out
+
+
+class FastSubnetConv1d(_SubnetConv, nn.Conv1d):
+    """``nn.Conv1d`` through a winning subnetwork: its arguments and shapes, and ``density`` and ``rule`` as in
+    :class:`FastSubnetLinear`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_1_t,
+        stride: _size_1_t = 1,
+        padding: str | _size_1_t = 0,
+        dilation: _size_1_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float = 0.5,
+        rule: str = "magnitude",
+    ) -> None:
+        nn.Conv1d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._init_subnet(density, rule)
+
+
+class FastSubnetConv2d(_SubnetConv, nn.Conv2d):
+    """``nn.Conv2d`` through a winning subnetwork: its arguments and shapes, and ``density`` and ``rule`` as in
+    :class:`FastSubnetLinear`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float = 0.5,
+        rule: str = "magnitude",
+    ) -> None:
+        nn.Conv2d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._init_subnet(density, rule)
+
+
+class FastSubnetConv3d(_SubnetConv, nn.Conv3d):
+    """``nn.Conv3d`` through a winning subnetwork: its arguments and shapes, and ``density`` and ``rule`` as in
+    :class:`FastSubnetLinear`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_3_t,
+        stride: _size_3_t = 1,
+        padding: str | _size_3_t = 0,
+        dilation: _size_3_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float = 0.5,
+        rule: str = "magnitude",
+    ) -> None:
+        nn.Conv3d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._init_subnet(density, rule)

@@ -1,0 +1,144 @@
+"""Who owns each parameter and buffer that tasks share. One without an owner would silently break the promise, so it is an error.
+
+Owners: a gate (subnet layers), a head (``TaskHeads``), or a declaration: ``per_task`` (a copy per task; the default for
+normalisation layers), ``frozen`` (trained in the first task, then fixed) or ``shared`` (may forget).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from . import per_task
+from .heads import TaskHeads
+from .layers import SubnetLayer
+
+KINDS = ("per_task", "frozen", "shared")
+_RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class OwnershipError(ValueError):
+    """Parameters or buffers that tasks share have no owner; ``names`` lists them."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(
+            "these parameters and buffers are neither gated, nor in TaskHeads, nor declared, so training a later task would change "
+            "what earlier tasks compute:\n  " + "\n  ".join(names) + "\nDeclare each in WSN(model, per_task=[...], frozen=[...], "
+            "shared=[...]) by name or pattern: per_task keeps a copy per task, frozen trains it in the first task only, shared "
+            "gives up the promise for it."
+        )
+        self.names = names
+
+
+class Owned(NamedTuple):
+    """A tensor that is neither gated nor in a head: ``kind`` is one of ``KINDS``, or None without an owner."""
+
+    name: str
+    kind: str | None
+    module: nn.Module
+    attribute: str
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor: Tensor = getattr(self.module, self.attribute)
+        return tensor
+
+
+def as_patterns(argument: str, patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """A pattern or patterns as a tuple; ``TypeError`` naming ``argument`` for anything else."""
+    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} must be name patterns (str), got {pattern!r}")
+    return listed
+
+
+def classify(model: nn.Module, declared: dict[str, tuple[str, ...]]) -> list[Owned]:
+    """Every tensor of ``model`` that is neither gated nor in a head, with its owner.
+
+    Args:
+        model: the converted model.
+        declared: for each of ``KINDS`` the name patterns (fnmatch, case-sensitive) that the user gave.
+
+    Raises:
+        ValueError: a pattern matches nothing; a tensor is declared twice; running statistics are declared ``frozen``; one
+            Parameter under two names has two owners.
+    """
+    found: list[Owned] = []
+    unmatched = {(kind, pattern) for kind, patterns in declared.items() for pattern in patterns}
+    for name, module, attribute in _shared_tensors(model):
+        hits = [(k, p) for k, patterns in declared.items() for p in patterns if fnmatchcase(name, p)]
+        unmatched.difference_update(hits)
+        kinds = {kind for kind, _ in hits}
+        if len(kinds) > 1:
+            raise ValueError(f"{name} is declared as {' and as '.join(sorted(kinds))}; one owner is needed")
+        kind = next(iter(kinds), None)
+        if kind is None and (per_task.is_norm(module) or attribute in per_task.marked(module)):
+            kind = "per_task"
+        if kind == "frozen" and attribute in _RUNNING_STATISTICS:
+            raise ValueError(
+                f"{name} cannot be frozen: running statistics change in every training forward. Leave them per_task (the default)."
+            )
+        found.append(Owned(name, kind, module, attribute))
+    if unmatched:
+        kind, pattern = min(unmatched)
+        raise ValueError(f"{kind}={pattern!r} matches no parameter or buffer that is neither gated nor in TaskHeads")
+    _check_ties(model, found)
+    return found
+
+
+def mark_per_task(owned: Iterable[Owned]) -> None:
+    """Give each tensor of kind ``per_task`` its rows, and take them from one that the user declared otherwise."""
+    wanted: dict[nn.Module, list[str]] = {}
+    for item in owned:
+        names = wanted.setdefault(item.module, [])
+        if item.kind == "per_task":
+            names.append(item.attribute)
+    for module, names in wanted.items():
+        if set(per_task.marked(module)) - set(names):
+            per_task.unmark(module)
+        per_task.mark(module, names)
+
+
+def check_owned(owned: Iterable[Owned]) -> None:
+    """Raise :class:`OwnershipError` naming every tensor without an owner."""
+    unowned = [item.name for item in owned if item.kind is None]
+    if unowned:
+        raise OwnershipError(unowned)
+
+
+def _shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(full name, module, attribute) of the direct tensors of modules, less gates, heads and what this library added."""
+    inside_heads = {m for heads in model.modules() if isinstance(heads, TaskHeads) for m in heads.modules()}
+    for prefix, module in model.named_modules():
+        if module in inside_heads:
+            continue
+        ours = {f"{name}{end}" for name in per_task.marked(module) for end in ("_tasks", "_live")}
+        if isinstance(module, SubnetLayer):
+            ours |= {f"{name}{end}" for name in module.GATED for end in ("", "_score", "_masks", "_union")} | {"task_ids"}
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and attribute not in ours:
+                yield f"{prefix}.{attribute}".lstrip("."), module, attribute
+
+
+def _check_ties(model: nn.Module, found: list[Owned]) -> None:
+    """One Parameter, one owner: a tie between a gated weight and anything else would leak around the mask."""
+    gated = {
+        id(gate.param): f"{prefix}.{gate.name}"
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, SubnetLayer)
+        for gate in layer.gated()
+    }
+    owners: dict[int, Owned] = {}
+    for item in found:
+        if id(item.tensor) in gated:
+            raise ValueError(
+                f"{item.name} and the gated {gated[id(item.tensor)]} are one tied parameter: what reads it ungated would change "
+                "with later tasks. Untie them, or leave that layer out of the conversion."
+            )
+        first = owners.setdefault(id(item.tensor), item)
+        if first.kind != item.kind:
+            raise ValueError(f"{first.name} ({first.kind}) and {item.name} ({item.kind}) are one tied parameter with two owners")
