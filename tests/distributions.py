@@ -46,7 +46,9 @@ DISTRIBUTIONS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
 
 def assert_same_mask(actual: Tensor, expected: Tensor, what: str) -> None:
     """Bitwise equality of two boolean masks, with the first differing coordinate in the message."""
-    assert actual.dtype is torch.bool and actual.shape == expected.shape, f"{what}: {actual.dtype} {tuple(actual.shape)}"
+    assert actual.dtype is torch.bool and actual.shape == expected.shape, (
+        f"{what}: {actual.dtype} {tuple(actual.shape)}"
+    )
     if not torch.equal(actual, expected):
         wrong = (actual != expected).nonzero()
         first = tuple(wrong[0].tolist())

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[Callable[..., SubnetLayer], type[nn.Module], tuple[int, .
     "transposed": (lambda **k: FastSubnetTransposedLinear(6, 8, **k), nn.Linear, (5, 6)),
     "conv1d": (lambda **k: FastSubnetConv1d(4, 8, 3, groups=2, dilation=2, **k), nn.Conv1d, (5, 4, 9)),
     "conv2d": (lambda **k: FastSubnetConv2d(4, 8, (3, 2), 2, "valid", groups=4, **k), nn.Conv2d, (5, 4, 9, 8)),
-    "conv2d_reflect": (lambda **k: FastSubnetConv2d(4, 8, 3, padding=1, padding_mode="reflect", **k), nn.Conv2d, (2, 4, 6, 6)),
+    "conv2d_reflect": (lambda **k: FastSubnetConv2d(4, 8, 3, 1, 1, padding_mode="reflect", **k), nn.Conv2d, (2, 4, 6, 6)),
     "conv3d": (lambda **k: FastSubnetConv3d(2, 4, 3, padding="same", **k), nn.Conv3d, (2, 2, 5, 4, 6)),
 }  # fmt: skip
 
@@ -78,7 +78,12 @@ def test_parameters_and_buffers_have_their_documented_names_and_shapes() -> None
         "weight": (5, 3, 3, 3), "bias": (5,), "weight_score": (5, 3, 3, 3), "bias_score": (5,),
     }  # fmt: skip
     assert tuple(layer.weight_masks.shape) == (0, 17)
-    assert list(FastSubnetLinear(3, 2, bias=False).state_dict()) == ["weight", "weight_score", "task_ids", "weight_masks"]
+    assert list(FastSubnetLinear(3, 2, bias=False).state_dict()) == [
+        "weight",
+        "weight_score",
+        "task_ids",
+        "weight_masks",
+    ]
 
 
 def test_same_seed_same_dense_half() -> None:
@@ -148,11 +153,12 @@ def test_other_weight_dtypes(dtype: torch.dtype) -> None:
     assert layer.weight.grad.dtype is layer.weight_score.grad.dtype is dtype
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiler)])
 @pytest.mark.parametrize("name", ["linear", "transposed", "conv2d"])
-def test_compiles_without_a_graph_break(name: str) -> None:
+def test_compiles_without_a_graph_break(name: str, backend: str) -> None:
     make, _, shape = CASES[name]
     layer = make(density=0.4)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
     x = torch.randn(shape, requires_grad=True)
     grads = []
     for run in (layer, compiled):
@@ -167,7 +173,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 def test_compiled_layer_follows_its_density_and_a_finished_task() -> None:
     layer = FastSubnetLinear(6, 8, density=0.4)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
     x = torch.randn(4, 6)
     compiled(x)
     layer.density = 0.9

@@ -52,9 +52,7 @@ def package_files() -> set[str]:
 
 
 def test_build_requires_no_torch(pyproject: dict[str, Any]) -> None:
-    assert [name_of(requirement) for requirement in pyproject["build-system"]["requires"]] == [
-        "scikit-build-core"
-    ]
+    assert [name_of(requirement) for requirement in pyproject["build-system"]["requires"]] == ["scikit-build-core"]
 
 
 def test_torch_has_no_upper_bound(pyproject: dict[str, Any]) -> None:

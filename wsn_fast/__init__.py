@@ -1,8 +1,10 @@
-"""wsn_fast: Winning SubNetworks (WSN, Kang et al., ICML 2022) for continual learning that forgets nothing, to the bit."""
+"""wsn_fast: Winning SubNetworks (WSN, Kang et al., ICML 2022) for continual learning that forgets nothing, to the
+bit."""
 
 from importlib.metadata import PackageNotFoundError, version
 
-# CONVERT from .convert import convert, to_dense
+from .convert import convert
+from .dense import to_dense
 from .heads import TaskHeads
 from .layers import FastSubnetConv1d, FastSubnetConv2d, FastSubnetConv3d, FastSubnetLinear
 from .ops import topc_mask, topc_threshold

@@ -15,9 +15,11 @@ Gradients = tuple[Tensor | None, ...]
 class SubnetGate(torch.autograd.Function):
     """``W, S -> m ? W : +0.0`` with the straight-through estimator for S.
 
-    ``SubnetGate.apply(weight, scores, density, rule, union, dtype)``: ``weight`` and ``scores`` of one shape; ``union`` the packed
-    mask of the weights that finished tasks own, or None; ``dtype`` the compute dtype of the result. Only references and the 0-d
-    threshold are kept for backward: the mask is formed again there from the scores, which are read for ``sign(S)`` anyway.
+    ``SubnetGate.apply(weight, scores, density, rule, union, dtype)``: ``weight`` and ``scores`` of one shape; ``union``
+    the packed mask of the weights that finished tasks own, or None; ``dtype`` the compute dtype of the result. Only
+    references and the 0-d
+    threshold are kept for backward: the mask is formed again there from the scores, which are read for ``sign(S)``
+    anyway.
     """
 
     @staticmethod
@@ -57,6 +59,7 @@ class _RefuseDoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         raise RuntimeError(
-            "double backward through a subnet layer is not defined: the gradient of the scores is a straight-through estimate "
-            "and has no derivative of its own. Take first-order gradients only (no create_graph=True through the weights)."
+            "double backward through a subnet layer is not defined: the gradient of the scores is a straight-through "
+            "estimate and has no derivative of its own. Take first-order gradients only (no create_graph=True through "
+            "the weights)."
         )

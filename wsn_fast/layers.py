@@ -1,15 +1,16 @@
 """Drop-in layers whose weight and bias are gated by trainable scores.
 
-A subnet layer is its dense parent plus: a density and a rule; a score for each gated tensor; the packed masks of finished tasks;
-and ``active_row``, which says whether the mask comes from the current scores (None) or from a finished task (its row). The masks,
-the ids of their tasks and the scores are in ``state_dict``; what can be derived from them (the union) is not.
+A subnet layer is its dense parent plus: a density and a rule; a score for each gated tensor; the packed masks of
+finished tasks; and ``active_row``, which says whether the mask comes from the current scores (None) or from a finished
+task (its row). The masks, the ids of their tasks and the scores are in ``state_dict``; what can be derived from them
+(the union) is not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from . import ops
 from .autograd import SubnetGate
 from .tasks import TaskId, decode_tasks, encode_tasks
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 SCORE_INITS = ("default", "N01", "U01")
 
 
@@ -31,11 +33,12 @@ def check_score_init(mode: object) -> str:
 
 
 class Gated(NamedTuple):
-    """A gated tensor of a layer with what belongs to it. ``masks`` is [T, ceil(n / 8)] and ``union`` [ceil(n / 8)] or None (T = 0)."""
+    """A gated tensor of a layer with what belongs to it. ``masks`` is [T, ceil(n / 8)] and ``union`` [ceil(n / 8)] or
+    None (T = 0)."""
 
     name: str
-    param: nn.Parameter
-    score: nn.Parameter
+    param: Tensor
+    score: Tensor
     masks: Tensor
     union: Tensor | None
 
@@ -55,10 +58,10 @@ class SubnetLayer(nn.Module):
 
     GATED = ("weight", "bias")
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    weight_score: nn.Parameter
-    bias_score: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
+    weight_score: Tensor
+    bias_score: Tensor | None
     task_ids: Tensor
     active_row: int | None
     rule: str
@@ -82,7 +85,8 @@ class SubnetLayer(nn.Module):
 
     @property
     def density(self) -> float:
-        """The fraction of each gated tensor that the mask keeps, in (0, 1]. Setting anything else is a ``ValueError``."""
+        """The fraction of each gated tensor that the mask keeps, in (0, 1]. Setting anything else is a
+        ``ValueError``."""
         return self._density
 
     @density.setter
@@ -109,10 +113,12 @@ class SubnetLayer(nn.Module):
 
     @torch.no_grad()
     def reset_scores(self, mode: str = "default") -> None:
-        """Draw new scores: "default" is Kaiming uniform (a = sqrt 5) for weights and uniform within 1 / sqrt(fan_in) for biases,
-        as in the paper's code; "N01" is standard normal; "U01" is uniform on [0, 1). Another mode is a ``ValueError``."""
+        """Draw new scores: "default" is Kaiming uniform (a = sqrt 5) for weights and uniform within 1 / sqrt(fan_in)
+        for biases, as in the paper's code; "N01" is standard normal; "U01" is uniform on [0, 1). Another mode is a
+        ``ValueError``."""
         mode = check_score_init(mode)
-        # Both default initialisations are uniform within the same bound: gain(sqrt 5) * sqrt(3 / fan_in) = 1 / sqrt(fan_in).
+        # Both default initialisations are uniform within the same bound: gain(sqrt 5) * sqrt(3 / fan_in) = 1 /
+        # sqrt(fan_in).
         bound = 1 / math.sqrt(self._fan_in()) if self._fan_in() else 0.0
         for gate in self.gated():
             if mode == "default":
@@ -131,7 +137,8 @@ class SubnetLayer(nn.Module):
         return {g.name: ops.topc_mask(g.score, self.density, rule=self.rule) for g in self.gated()}
 
     def mask(self, name: str, row: int) -> Tensor:
-        """The boolean mask of a finished task (``row`` among :attr:`tasks`) for the gated tensor ``name``, in its shape."""
+        """The boolean mask of a finished task (``row`` among :attr:`tasks`) for the gated tensor ``name``, in its
+        shape."""
         return ops.unpack_mask(getattr(self, f"{name}_masks")[row], getattr(self, name).shape)
 
     @torch.no_grad()
@@ -171,7 +178,8 @@ class SubnetLayer(nn.Module):
         return self.weight.dtype
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint may hold more tasks than this layer knows: make room, so that torch's own shape check decides the rest.
+        # A checkpoint may hold more tasks than this layer knows: make room, so that torch's own shape check decides the
+        # rest.
         for name in ("task_ids", *(f"{gate.name}_masks" for gate in self.gated())):
             own, incoming = getattr(self, name), state_dict.get(prefix + name)
             if isinstance(incoming, Tensor) and incoming.ndim == own.ndim and incoming.shape[1:] == own.shape[1:]:
@@ -184,7 +192,7 @@ class SubnetLayer(nn.Module):
         return f"{super().extra_repr()}, density={self.density}, rule={self.rule!r}"
 
 
-class FastSubnetLinear(SubnetLayer, nn.Linear):
+class FastSubnetLinear(SubnetLayer, nn.Linear):  # type: ignore[misc]  # torch says Linear.bias is never None
     """``y = x (W*m)^T + b*m_b``: ``nn.Linear`` through a winning subnetwork.
 
     Args:
@@ -221,7 +229,8 @@ class FastSubnetLinear(SubnetLayer, nn.Linear):
 
 
 class FastSubnetTransposedLinear(SubnetLayer):
-    """``y = x (W*m) + b*m_b`` with ``W`` stored ``[in_features, out_features]``, as Hugging Face's ``Conv1D`` stores it.
+    """``y = x (W*m) + b*m_b`` with ``W`` stored ``[in_features, out_features]``, as Hugging Face's ``Conv1D`` stores
+    it.
 
     Made by :func:`wsn_fast.convert`; shapes and arguments otherwise as for :class:`FastSubnetLinear`.
     """
@@ -262,10 +271,11 @@ class FastSubnetTransposedLinear(SubnetLayer):
 class _SubnetConv(SubnetLayer):
     """The forward of the convolutions: padding modes, groups and dilation are the dense parent's business."""
 
+    _conv_forward: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype(x)
-        out: Tensor = self._conv_forward(x, self.masked("weight", dtype), self.masked("bias", dtype))
-        return out
+        return self._conv_forward(x, self.masked("weight", dtype), self.masked("bias", dtype))
 
 
 class FastSubnetConv1d(_SubnetConv, nn.Conv1d):
@@ -282,7 +292,7 @@ class FastSubnetConv1d(_SubnetConv, nn.Conv1d):
         dilation: _size_1_t = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -310,7 +320,7 @@ class FastSubnetConv2d(_SubnetConv, nn.Conv2d):
         dilation: _size_2_t = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -338,7 +348,7 @@ class FastSubnetConv3d(_SubnetConv, nn.Conv3d):
         dilation: _size_3_t = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,

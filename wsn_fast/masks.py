@@ -17,8 +17,8 @@ _ZSTD_LEVEL = 19
 
 
 class TaskStats(NamedTuple):
-    """Of one finished task, as fractions: ``density`` of its mask among all gated elements; ``reuse``, the share of its weights
-    that earlier tasks own; ``new``, the share of all gated elements that this task was the first to own."""
+    """Of one finished task, as fractions: ``density`` of its mask among all gated elements; ``reuse``, the share of its
+    weights that earlier tasks own; ``new``, the share of all gated elements that this task was the first to own."""
 
     task: int | str
     density: float
@@ -29,8 +29,9 @@ class TaskStats(NamedTuple):
 class Capacity(NamedTuple):
     """Capacity after ``tasks`` tasks, as fractions of the dense fp32 model (paper, appendix).
 
-    ``capacity`` uses ``compression``, the measured rate of the stored masks; ``capacity_paper`` the paper's constant 0.78, and is
-    the only one to compare with the paper's CAP. ``union_density`` is the share of gated elements owned by some task.
+    ``capacity`` uses ``compression``, the measured rate of the stored masks; ``capacity_paper`` the paper's constant
+    0.78, and is the only one to compare with the paper's CAP. ``union_density`` is the share of gated elements owned by
+    some task.
     """
 
     capacity: float

@@ -1,8 +1,8 @@
 """Argument checks, allocation and ``torch.library`` registrations over the backends.
 
 Two doors lead to each operation. The public functions check their arguments. The ones that layers call on every step
-(:func:`gate`, :func:`gate_backward`) do not: they run the backend directly in eager mode and the registered operator while
-``torch.compile`` traces, because a registered operator costs tens of microseconds a call.
+(:func:`gate`, :func:`gate_backward`) do not: they run the backend directly in eager mode and the registered operator
+while ``torch.compile`` traces, because a registered operator costs tens of microseconds a call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ RULES = ("magnitude", "value")
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-# --- arguments ----------------------------------------------------------------------------------------------------------
+# --- arguments
+# ----------------------------------------------------------------------------------------------------------
 def check_density(density: object, name: str = "density") -> float:
     """``density`` as a float in (0, 1]; anything else is a ``ValueError`` with the argument's name and value."""
     number = isinstance(density, Real) and not isinstance(density, bool)
@@ -60,7 +61,8 @@ def threshold_rank(n: int, density: float, rule: str) -> int:
     return math.ceil((1 - Fraction(repr(density))) * (n - 1))
 
 
-# --- selection ----------------------------------------------------------------------------------------------------------
+# --- selection
+# ----------------------------------------------------------------------------------------------------------
 def topc_threshold(scores: Tensor, density: float, *, rule: str = "magnitude") -> Tensor:
     """The exact threshold that keeps the top ``density`` of ``scores``.
 
@@ -70,7 +72,8 @@ def topc_threshold(scores: Tensor, density: float, *, rule: str = "magnitude") -
         rule: ``"magnitude"`` ranks ``|S|`` as the paper's code does, ``"value"`` ranks ``S`` as CLArena does.
 
     Returns:
-        tau, 0-d, in the dtype and on the device of ``scores``; an element of the ranked keys. The host does not wait for it.
+        tau, 0-d, in the dtype and on the device of ``scores``; an element of the ranked keys. The host does not wait
+        for it.
 
     Raises:
         TypeError: ``scores`` is not a floating tensor of a supported dtype.
@@ -83,7 +86,8 @@ def topc_threshold(scores: Tensor, density: float, *, rule: str = "magnitude") -
 
 
 def topc_mask(scores: Tensor, density: float, *, rule: str = "magnitude") -> Tensor:
-    """The mask of the top ``density`` of ``scores``: ``not (key < tau)``, so that ties with the threshold and NaN are kept.
+    """The mask of the top ``density`` of ``scores``: ``not (key < tau)``, so that ties with the threshold and NaN are
+    kept.
 
     Arguments and errors as for :func:`topc_threshold`.
 
@@ -125,7 +129,8 @@ def _(scores: Tensor, density: float, rule: str) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
 
 
-# --- the gate of a layer: unchecked ------------------------------------------------------------------------------------
+# --- the gate of a layer: unchecked
+# ------------------------------------------------------------------------------------
 def gate(weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``(m ? W : +0.0 in dtype, tau)`` with the mask of the current scores."""
     if torch.compiler.is_compiling():
@@ -135,16 +140,12 @@ def gate(weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch
 
 
 @torch.library.custom_op("wsn_fast::gate", mutates_args=())
-def _gate_op(
-    weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _gate_op(weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return gate(weight, scores, density, rule, dtype)
 
 
 @_gate_op.register_fake
-def _(
-    weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, dtype=dtype), scores.new_empty(())
 
 
@@ -158,7 +159,8 @@ def gate_backward(
     need_weight: bool,
     need_scores: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``(dW, dS)`` from the gradient of the masked weight; None for one that is not needed. ``union`` is packed or None."""
+    """``(dW, dS)`` from the gradient of the masked weight; None for one that is not needed. ``union`` is packed or
+    None."""
     if torch.compiler.is_compiling():
         dw, ds = _gate_backward_op(grad, weight, scores, tau, union, rule, need_weight, need_scores)
         return (dw if need_weight else None), (ds if need_scores else None)
@@ -215,7 +217,8 @@ def _(weight: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
 
 
-# --- packed masks: outside the step, so never traced --------------------------------------------------------------------
+# --- packed masks: outside the step, so never traced
+# --------------------------------------------------------------------
 def packed_size(n: int) -> int:
     """Bytes of a packed mask of ``n`` elements."""
     return (n + 7) // 8
@@ -228,8 +231,8 @@ def pack_mask(mask: Tensor) -> Tensor:
         mask: ``torch.bool``, any shape, n elements.
 
     Returns:
-        ``uint8`` [ceil(n / 8)]: element i of the row-major flattened mask is bit i % 8, least significant first, of byte i // 8.
-        Padding bits are zero.
+        ``uint8`` [ceil(n / 8)]: element i of the row-major flattened mask is bit i % 8, least significant first, of
+        byte i // 8. Padding bits are zero.
 
     Raises:
         TypeError: ``mask`` is not a boolean tensor.
@@ -249,8 +252,9 @@ def unpack_mask(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     n = math.prod(shape)
     _check_packed(packed)
     if packed.shape != (packed_size(n),):
-        raise ValueError(f"packed must have shape ({packed_size(n)},) for a mask of shape {tuple(shape)}, "
-                         f"got {tuple(packed.shape)}")
+        raise ValueError(
+            f"packed must have shape ({packed_size(n)},) for a mask of shape {tuple(shape)}, got {tuple(packed.shape)}"
+        )
     return run("unpack", packed.device).unpack(packed.contiguous(), n).view(shape)
 
 

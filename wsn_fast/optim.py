@@ -1,7 +1,7 @@
 """The guard: any ``torch.optim`` optimizer, made to keep frozen values to the bit.
 
-Zeroing gradients is not enough: weight decay, and momentum from an earlier task, move weights whose gradient is zero. The guard
-copies what is frozen before ``step`` and puts it back after, whatever the optimizer did in between.
+Zeroing gradients is not enough: weight decay, and momentum from an earlier task, move weights whose gradient is zero.
+The guard copies what is frozen before ``step`` and puts it back after, whatever the optimizer did in between.
 """
 
 from __future__ import annotations
@@ -50,18 +50,20 @@ def check_guardable(optimizer: object, params: Iterable[Tensor]) -> torch.optim.
     """The optimizer, if a guard can keep the promise for it.
 
     Raises:
-        TypeError: not a ``torch.optim.Optimizer``, or one that evaluates the model between its own updates (LBFGS): the frozen
-            values would be wrong inside its line search, where no hook reaches.
+        TypeError: not a ``torch.optim.Optimizer``, or one that evaluates the model between its own updates (LBFGS): the
+            frozen values would be wrong inside its line search, where no hook reaches.
         ValueError: it holds none of ``params``.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
-            "optimizer must not be LBFGS: it moves the weights and evaluates the model several times inside one step, where frozen "
-            "weights cannot be put back. Use a first-order optimizer."
+            "optimizer must not be LBFGS: it moves the weights and evaluates the model several times inside one step, "
+            "where frozen weights cannot be put back. Use a first-order optimizer."
         )
     own = {id(param) for group in optimizer.param_groups for param in group["params"]}
     if not any(id(param) in own for param in params):
-        raise ValueError("optimizer holds no parameter of this model: was it built from another one, or before .to(device)?")
+        raise ValueError(
+            "optimizer holds no parameter of this model: was it built from another one, or before .to(device)?"
+        )
     return optimizer

@@ -1,4 +1,5 @@
-"""Who owns each parameter and buffer that tasks share. One without an owner would silently break the promise, so it is an error.
+"""Who owns each parameter and buffer that tasks share. One without an owner would silently break the promise, so it is
+an error.
 
 Owners: a gate (subnet layers), a head (``TaskHeads``), or a declaration: ``per_task`` (a copy per task; the default for
 normalisation layers), ``frozen`` (trained in the first task, then fixed) or ``shared`` (may forget).
@@ -24,11 +25,12 @@ class OwnershipError(ValueError):
     """Parameters or buffers that tasks share have no owner; ``names`` lists them."""
 
     def __init__(self, names: list[str]) -> None:
+        listed = "\n  ".join(names)
         super().__init__(
-            "these parameters and buffers are neither gated, nor in TaskHeads, nor declared, so training a later task would change "
-            "what earlier tasks compute:\n  " + "\n  ".join(names) + "\nDeclare each in WSN(model, per_task=[...], frozen=[...], "
-            "shared=[...]) by name or pattern: per_task keeps a copy per task, frozen trains it in the first task only, shared "
-            "gives up the promise for it."
+            "these parameters and buffers are neither gated, nor in TaskHeads, nor declared, so training a later task "
+            f"would change what earlier tasks compute:\n  {listed}\n"
+            "Declare each in WSN(model, per_task=[...], frozen=[...], shared=[...]) by name or pattern: per_task keeps "
+            "a copy per task, frozen trains it in the first task only, shared gives up the promise for it."
         )
         self.names = names
 
@@ -64,8 +66,8 @@ def classify(model: nn.Module, declared: dict[str, tuple[str, ...]]) -> list[Own
         declared: for each of ``KINDS`` the name patterns (fnmatch, case-sensitive) that the user gave.
 
     Raises:
-        ValueError: a pattern matches nothing; a tensor is declared twice; running statistics are declared ``frozen``; one
-            Parameter under two names has two owners.
+        ValueError: a pattern matches nothing; a tensor is declared twice; running statistics are declared ``frozen``;
+            one Parameter under two names has two owners.
     """
     found: list[Owned] = []
     unmatched = {(kind, pattern) for kind, patterns in declared.items() for pattern in patterns}
@@ -80,7 +82,8 @@ def classify(model: nn.Module, declared: dict[str, tuple[str, ...]]) -> list[Own
             kind = "per_task"
         if kind == "frozen" and attribute in _RUNNING_STATISTICS:
             raise ValueError(
-                f"{name} cannot be frozen: running statistics change in every training forward. Leave them per_task (the default)."
+                f"{name} cannot be frozen: running statistics change in every training forward. Leave them per_task "
+                "(the default)."
             )
         found.append(Owned(name, kind, module, attribute))
     if unmatched:
@@ -111,14 +114,17 @@ def check_owned(owned: Iterable[Owned]) -> None:
 
 
 def _shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(full name, module, attribute) of the direct tensors of modules, less gates, heads and what this library added."""
+    """(full name, module, attribute) of the direct tensors of modules, less gates, heads and what this library
+    added."""
     inside_heads = {m for heads in model.modules() if isinstance(heads, TaskHeads) for m in heads.modules()}
     for prefix, module in model.named_modules():
         if module in inside_heads:
             continue
         ours = {f"{name}{end}" for name in per_task.marked(module) for end in ("_tasks", "_live")}
         if isinstance(module, SubnetLayer):
-            ours |= {f"{name}{end}" for name in module.GATED for end in ("", "_score", "_masks", "_union")} | {"task_ids"}
+            ours |= {f"{name}{end}" for name in module.GATED for end in ("", "_score", "_masks", "_union")} | {
+                "task_ids"
+            }
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and attribute not in ours:
                 yield f"{prefix}.{attribute}".lstrip("."), module, attribute
@@ -136,9 +142,11 @@ def _check_ties(model: nn.Module, found: list[Owned]) -> None:
     for item in found:
         if id(item.tensor) in gated:
             raise ValueError(
-                f"{item.name} and the gated {gated[id(item.tensor)]} are one tied parameter: what reads it ungated would change "
-                "with later tasks. Untie them, or leave that layer out of the conversion."
+                f"{item.name} and the gated {gated[id(item.tensor)]} are one tied parameter: what reads it ungated would "
+                "change with later tasks. Untie them, or leave that layer out of the conversion."
             )
         first = owners.setdefault(id(item.tensor), item)
         if first.kind != item.kind:
-            raise ValueError(f"{first.name} ({first.kind}) and {item.name} ({item.kind}) are one tied parameter with two owners")
+            raise ValueError(
+                f"{first.name} ({first.kind}) and {item.name} ({item.kind}) are one tied parameter with two owners"
+            )

@@ -1,10 +1,11 @@
-"""Tensors that exist once per task: the affine parameters and statistics of normalisation layers, and what the user declares.
+"""Tensors that exist once per task: the affine parameters and statistics of normalisation layers, and what the user
+declares.
 
-The live tensor stays where its module has it, so one optimizer serves all tasks and each task starts from its predecessor's
-values. When a task ends, a copy becomes a row of the buffer ``<name>_tasks`` [T, *shape] beside it, which no optimizer can reach.
-Using a finished task copies its row into the live tensor and keeps the live value in ``<name>_live`` until it comes back; a
-``state_dict`` taken in between holds the live value. Values are copied rather than tensors swapped, so that addresses stay put
-(optimizers, CUDA graphs, compiled code).
+The live tensor stays where its module has it, so one optimizer serves all tasks and each task starts from its
+predecessor's values. When a task ends, a copy becomes a row of the buffer ``<name>_tasks`` [T, *shape] beside it, which
+no optimizer can reach. Using a finished task copies its row into the live tensor and keeps the live value in
+``<name>_live`` until it comes back; a ``state_dict`` taken in between holds the live value. Values are copied rather
+than tensors swapped, so that addresses stay put (optimizers, CUDA graphs, compiled code).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _TORCH_NORMS = (
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a normalisation layer: torch's own, or one whose class says so (``LlamaRMSNorm``, ``LayerNorm2d``) and
-    holds its tensors itself."""
+    """Whether ``module`` is a normalisation layer: torch's own, or one whose class says so (``LlamaRMSNorm``,
+    ``LayerNorm2d``) and holds its tensors itself."""
     named_so = "norm" in type(module).__name__.lower() and next(module.children(), None) is None
     return isinstance(module, _TORCH_NORMS) or named_so
 
@@ -103,7 +104,8 @@ def use_row(module: nn.Module, row: int | None) -> None:
 
 
 def _make_room(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading: rows for the tasks of the checkpoint, and no live values that would overwrite the loaded ones later."""
+    """Before loading: rows for the tasks of the checkpoint, and no live values that would overwrite the loaded ones
+    later."""
     for name in marked(module):
         own, incoming = getattr(module, f"{name}_tasks"), state_dict.get(f"{prefix}{name}_tasks")
         if isinstance(incoming, Tensor) and incoming.shape[1:] == own.shape[1:] and incoming.ndim == own.ndim:

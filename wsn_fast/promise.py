@@ -1,4 +1,5 @@
-"""The promise, checked: fingerprints of what a finished task computes with, taken when it ends and compared at any time."""
+"""The promise, checked: fingerprints of what a finished task computes with, taken when it ends and compared at any
+time."""
 
 from __future__ import annotations
 
@@ -29,15 +30,15 @@ class ForgottenError(RuntimeError):
     def __init__(self, drifts: list[Drift]) -> None:
         listed = "\n".join(f"  task {d.task!r}: {d.name}" for d in drifts)
         super().__init__(
-            f"parameters of finished tasks have changed:\n{listed}\nTrain with wsn.guard(optimizer), which every optimizer that "
-            "steps on this model needs, and write to no weight by hand."
+            f"parameters of finished tasks have changed:\n{listed}\nTrain with wsn.guard(optimizer), which every "
+            "optimizer that steps on this model needs, and write to no weight by hand."
         )
         self.drifts = drifts
 
 
 class VerifyReport(NamedTuple):
-    """What was verified: the finished tasks, the number of tensors compared, and the names declared ``shared``, for which there is
-    no promise."""
+    """What was verified: the finished tasks, the number of tensors compared, and the names declared ``shared``, for
+    which there is no promise."""
 
     tasks: list[TaskId]
     tensors: int
@@ -47,7 +48,7 @@ class VerifyReport(NamedTuple):
 def digest(tensor: Tensor) -> str:
     """A 128-bit BLAKE2b hash (hex) of the bytes of a tensor in row-major order."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
 
 
 def fingerprint(
@@ -57,8 +58,8 @@ def fingerprint(
     task: TaskId,
     row: int,
 ) -> dict[str, str]:
-    """Digests, by tensor name, of all that the finished ``task`` (the masks' ``row``) computes with: masks, the weights inside them,
-    its head, its per-task copies, and what is frozen."""
+    """Digests, by tensor name, of all that the finished ``task`` (the masks' ``row``) computes with: masks, the weights
+    inside them, its head, its per-task copies, and what is frozen."""
     prints: dict[str, str] = {}
     for prefix, layer in layers.items():
         for gate in layer.gated():

@@ -1,8 +1,8 @@
 """The specification in plain PyTorch: slow, obvious, and the oracle of every test.
 
 Nothing here is used by the fast path and nothing of the fast path is used here, so that agreement between the two means
-something. Any floating dtype; float64 for comparisons. Source: Kang et al., "Forget-free Continual Learning with Winning
-SubNetworks" (WSN), ICML 2022, and its authors' code; equation numbers are the paper's.
+something. Any floating dtype; float64 for comparisons. Source: Kang et al., "Forget-free Continual Learning with
+Winning SubNetworks" (WSN), ICML 2022, and its authors' code; equation numbers are the paper's.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# --- the gate -----------------------------------------------------------------------------------------------------------
+# --- the gate
+# -----------------------------------------------------------------------------------------------------------
 def threshold_rank(n: int, density: float, rule: str = "magnitude") -> int:
     """The index ``j`` of the threshold among ``n`` ascending keys.
 
-    ``"magnitude"`` follows the paper's code to the bit: ``.01 * q * (n - 1)`` with ``q = (1 - c) * 100`` in float64, rounded half
-    to even. ``"value"`` is ``ceil((1 - c) * (n - 1))`` in exact arithmetic on the decimal digits of ``c``, which is what
-    ``scores >= torch.quantile(scores, 1 - c)`` selects when computed without rounding.
+    ``"magnitude"`` follows the paper's code to the bit: ``.01 * q * (n - 1)`` with ``q = (1 - c) * 100`` in float64,
+    rounded half to even. ``"value"`` is ``ceil((1 - c) * (n - 1))`` in exact arithmetic on the decimal digits of ``c``,
+    which is what ``scores >= torch.quantile(scores, 1 - c)`` selects when computed without rounding.
     """
     if rule == "value":
         return math.ceil((1 - Fraction(repr(float(density)))) * (n - 1))
@@ -39,7 +40,8 @@ def gate_key(scores: Tensor, rule: str = "magnitude") -> Tensor:
 
 
 def topc_threshold(scores: Tensor, density: float, *, rule: str = "magnitude") -> Tensor:
-    """tau, an element of the tensor: the ``j``-th of its keys in ascending order, NaN last. 0-d, the dtype of ``scores``."""
+    """tau, an element of the tensor: the ``j``-th of its keys in ascending order, NaN last. 0-d, the dtype of
+    ``scores``."""
     keys = gate_key(scores.detach(), rule).flatten().sort().values
     return keys[threshold_rank(keys.numel(), density, rule)]
 
@@ -49,13 +51,17 @@ def topc_mask(scores: Tensor, density: float, *, rule: str = "magnitude") -> Ten
     return ~(gate_key(scores.detach(), rule) < topc_threshold(scores, density, rule=rule))
 
 
-# --- forward and backward -----------------------------------------------------------------------------------------------
+# --- forward and backward
+# -----------------------------------------------------------------------------------------------
 def select(mask: Tensor, tensor: Tensor) -> Tensor:
-    """``mask ? tensor : +0.0``. A select and not a product, so that NaN, infinities and signs outside the mask are gone."""
+    """``mask ? tensor : +0.0``. A select and not a product, so that NaN, infinities and signs outside the mask are
+    gone."""
     return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
-def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, bias_mask: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, bias_mask: Tensor | None = None
+) -> Tensor:
     """``y = x (W*m)^T + b*m_b``."""
     masked_bias = select(bias_mask, bias) if bias is not None and bias_mask is not None else None
     return F.linear(x, select(mask, weight), masked_bias)
@@ -71,8 +77,10 @@ def gate_backward(
 ) -> tuple[Tensor, Tensor]:
     """From ``G``, the gradient with respect to the masked weight, to ``(dW, dS)``: Eq. 4 and Eq. 5.
 
-    ``dW`` is G where the weight is in the mask and not owned by an earlier task, else +0.0. ``dS`` is the straight-through
-    gradient and uses the whole weight: scores of weights outside the mask learn too, and so do scores of frozen weights.
+    ``dW`` is G where the weight is in the mask and not owned by an earlier task, else +0.0. ``dS`` is the
+    straight-through
+    gradient and uses the whole weight: scores of weights outside the mask learn too, and so do scores of frozen
+    weights.
     """
     trainable = mask if union is None else mask & ~union
     score_grad = grad * weight
@@ -82,7 +90,8 @@ def gate_backward(
 
 
 def surrogate_weight(weight: Tensor, scores: Tensor, density: float, rule: str = "magnitude") -> Tensor:
-    """A differentiable stand-in whose gradients are those of Eq. 5: ``W * (m + key - stop_gradient(key))``, for ``gradcheck``."""
+    """A differentiable stand-in whose gradients are those of Eq. 5: ``W * (m + key - stop_gradient(key))``, for
+    ``gradcheck``."""
     key = gate_key(scores, rule)
     mask = topc_mask(scores, density, rule=rule).to(weight.dtype)
     return weight * (mask + key - key.detach())
@@ -97,8 +106,9 @@ def union_masks(masks: Iterable[Tensor]) -> Tensor:
     return union
 
 
-# --- metrics ------------------------------------------------------------------------------------------------------------
-# A[i][j] is the test accuracy on task j after training task i; rows and columns in the order of training, j <= i measured.
+# --- metrics
+# ------------------------------------------------------------------------------------------------------------ A[i][j]
+# is the test accuracy on task j after training task i; rows and columns in the order of training, j <= i measured.
 def average_accuracy(matrix: Sequence[Sequence[float]]) -> float:
     """``ACC = mean_j A[T][j]``."""
     return math.fsum(matrix[-1]) / len(matrix)
@@ -111,7 +121,8 @@ def backward_transfer(matrix: Sequence[Sequence[float]]) -> float:
 
 
 def forward_transfer(before: Sequence[float], at_random: Sequence[float]) -> float:
-    """``FWT = mean_{j>1} (A[j-1][j] - r_j)``, ``before[j]`` being A[j-1][j] (``before[0]`` is unused); 0 for one task."""
+    """``FWT = mean_{j>1} (A[j-1][j] - r_j)``, ``before[j]`` being A[j-1][j] (``before[0]`` is unused); 0 for one
+    task."""
     gains = [b - r for b, r in zip(before[1:], at_random[1:], strict=True)]
     return math.fsum(gains) / len(gains) if gains else 0.0
 
@@ -123,5 +134,6 @@ def forgetting(matrix: Sequence[Sequence[float]]) -> list[float]:
 
 
 def capacity(union_density: float, compression: float, tasks: int) -> float:
-    """``CAP = (1 - sparsity of the union) + (1 - alpha) * T / 32`` (paper, appendix), as a fraction of the dense fp32 model."""
+    """``CAP = (1 - sparsity of the union) + (1 - alpha) * T / 32`` (paper, appendix), as a fraction of the dense fp32
+    model."""
     return union_density + (1 - compression) * tasks / 32

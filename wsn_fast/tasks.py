@@ -17,8 +17,8 @@ def check_task(task: object) -> TaskId:
     """Return ``task`` as a plain ``int`` or ``str``.
 
     Raises:
-        TypeError: for anything but an integer (numpy and 0-d tensor integers included) or a string. ``bool`` is refused, since
-            ``True`` would be the same task as ``1``.
+        TypeError: for anything but an integer (numpy and 0-d tensor integers included) or a string. ``bool`` is
+            refused, since ``True`` would be the same task as ``1``.
         ValueError: for an empty string.
     """
     if isinstance(task, str):

@@ -33,7 +33,8 @@ class _Record:
 
 @dataclass(frozen=True)
 class _View:
-    """What the model computes with: the mask of a finished ``task`` or (None) of the current scores, and the head of ``head``."""
+    """What the model computes with: the mask of a finished ``task`` or (None) of the current scores, and the head of
+    ``head``."""
 
     task: TaskId | None
     head: TaskId | None
@@ -49,21 +50,26 @@ class _ViewContext:
     def __enter__(self) -> WSN:
         return self._wsn
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # Unless something inside the block (begin_task, say) has moved on.
         if self._wsn._view is self._view:
             self._wsn._show(self._previous)
 
 
 class WSN(nn.Module):
-    """Trains a converted model on one task after another, and keeps each to the bit (Kang et al., ICML 2022, Algorithm 1).
+    """Trains a converted model on one task after another, and keeps each to the bit (Kang et al., ICML 2022, Algorithm
+    1).
 
     Args:
         model: a model with subnet layers (see :func:`wsn_fast.convert`), and usually ``TaskHeads``.
-        per_task, frozen, shared: name patterns (fnmatch) that give an owner to parameters and buffers that are neither gated nor
-            in heads: a copy per task; trained in the first task and then fixed; may forget. Normalisation layers are ``per_task``
-            unless declared otherwise.
-        reinit_scores: draw new scores for every task, as CLArena does; the default keeps them, as the paper's code does.
+        per_task, frozen, shared: name patterns (fnmatch) that give an owner to parameters and buffers that are neither
+            gated nor
+            in heads: a copy per task; trained in the first task and then fixed; may forget. Normalisation layers are
+            ``per_task`` unless declared otherwise.
+        reinit_scores: draw new scores for every task, as CLArena does; the default keeps them, as the paper's code
+            does.
         score_init: how they are drawn: "default", "N01" or "U01".
 
     Raises:
@@ -97,7 +103,8 @@ class WSN(nn.Module):
         self._fixed: list[nn.Parameter] = []
         self._adopt_tasks_of_layers()
 
-    # --- what is there --------------------------------------------------------------------------------------------------
+    # --- what is there
+    # --------------------------------------------------------------------------------------------------
     @property
     def tasks(self) -> list[TaskId]:
         """The finished tasks, in the order in which they ended."""
@@ -127,7 +134,7 @@ class WSN(nn.Module):
         if not isinstance(density, Mapping):
             return dict.fromkeys(self._densities, ops.check_density(density))
         resolved = dict(self._densities)
-        for pattern, value in reversed(density.items()):
+        for pattern, value in reversed(list(density.items())):
             hits = [name for name in resolved if fnmatchcase(name, pattern)]
             if not hits:
                 raise ValueError(f"density pattern {pattern!r} matches no subnet layer; layers: {list(resolved)}")
@@ -139,10 +146,13 @@ class WSN(nn.Module):
         first, tasks = next(iter(listed.items()))
         for name, other in listed.items():
             if other != tasks:
-                raise ValueError(f"subnet layers disagree about the finished tasks: {first} has {tasks}, {name} has {other}")
+                raise ValueError(
+                    f"subnet layers disagree about the finished tasks: {first} has {tasks}, {name} has {other}"
+                )
         return tasks
 
-    # --- the life of a task ---------------------------------------------------------------------------------------------
+    # --- the life of a task
+    # ---------------------------------------------------------------------------------------------
     def begin_task(self, task: TaskId, *, density: Density | None = None, out_features: int | None = None) -> None:
         """Start to train ``task``: activate its head (making it if need be) and the mask of the current scores.
 
@@ -150,7 +160,8 @@ class WSN(nn.Module):
 
         Args:
             task: an int or a str, in any order; each can be begun once.
-            density: for this task only: one number, or numbers by pattern of layer names (layers that match none keep theirs).
+            density: for this task only: one number, or numbers by pattern of layer names (layers that match none keep
+                theirs).
             out_features: width of a head that does not exist yet, if ``TaskHeads`` has no common width.
 
         Raises:
@@ -177,7 +188,8 @@ class WSN(nn.Module):
         self._show(_View(None, task))
 
     def end_task(self) -> None:
-        """Finish the task in progress: its mask is taken from the scores as they are now, and everything it uses is frozen.
+        """Finish the task in progress: its mask is taken from the scores as they are now, and everything it uses is
+        frozen.
 
         Restore the best epoch's weights first, if there are any to restore.
 
@@ -204,7 +216,8 @@ class WSN(nn.Module):
         self._fix_parameters()
 
     def use_task(self, task: TaskId | None) -> _ViewContext:
-        """Compute with a finished task's mask, head and per-task values; None, or the task in progress, means the current scores.
+        """Compute with a finished task's mask, head and per-task values; None, or the task in progress, means the
+        current scores.
 
         Takes effect at once; as a context manager it puts the previous state back on leaving.
 
@@ -218,11 +231,14 @@ class WSN(nn.Module):
         if task == self.current_task:
             return _ViewContext(self, _View(None, task))
         if task not in self.tasks:
-            raise ValueError(f"task {task!r} is unknown; finished tasks: {self.tasks}, in progress: {self.current_task!r}")
+            raise ValueError(
+                f"task {task!r} is unknown; finished tasks: {self.tasks}, in progress: {self.current_task!r}"
+            )
         return _ViewContext(self, _View(task, task))
 
     def use_head(self, task: TaskId) -> _ViewContext:
-        """Compute with the mask of the current scores and the head of ``task``, begun or not: what forward transfer needs.
+        """Compute with the mask of the current scores and the head of ``task``, begun or not: what forward transfer
+        needs.
 
         Raises:
             ValueError: there is no such head.
@@ -239,7 +255,8 @@ class WSN(nn.Module):
             per_task.use_row(module, row)
         self._view = view
 
-    # --- computing ------------------------------------------------------------------------------------------------------
+    # --- computing
+    # ------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model(*args, **kwargs)``, as the task in use."""
         return self.model(*args, **kwargs)
@@ -259,7 +276,9 @@ class WSN(nn.Module):
         """
         ids = [check_task(t) for t in (task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids)]
         if len(ids) != x.shape[0] or not ids:
-            raise ValueError(f"task_ids must name a task for each of the {x.shape[0]} rows of x (at least one), got {len(ids)}")
+            raise ValueError(
+                f"task_ids must name a task for each of the {x.shape[0]} rows of x (at least one), got {len(ids)}"
+            )
         rows_of: dict[TaskId, list[int]] = {}
         for row, task in enumerate(ids):
             rows_of.setdefault(task, []).append(row)
@@ -269,16 +288,20 @@ class WSN(nn.Module):
                 outputs[task] = self.model(x[torch.tensor(rows, device=x.device)])
         shapes = {task: tuple(out.shape[1:]) for task, out in outputs.items()}
         if len(set(shapes.values())) > 1:
-            raise ValueError(f"forward_tasks needs outputs of one shape, got {shapes} by task: run such tasks one by one")
+            raise ValueError(
+                f"forward_tasks needs outputs of one shape, got {shapes} by task: run such tasks one by one"
+            )
         order = torch.tensor([row for rows in rows_of.values() for row in rows], device=x.device)
         return torch.cat(list(outputs.values()))[order.argsort()]
 
-    # --- keeping the promise --------------------------------------------------------------------------------------------
+    # --- keeping the promise
+    # --------------------------------------------------------------------------------------------
     def guard(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Make ``optimizer`` keep every finished task to the bit, whatever it does; returns it.
 
-        Hooks around ``optimizer.step`` copy the frozen values and put them back (4 bytes per weight, for the time of a step).
-        Weight decay, momentum, Nesterov, schedules, clipping, accumulation and ``GradScaler`` all go through ``step``.
+        Hooks around ``optimizer.step`` copy the frozen values and put them back (4 bytes per weight, for the time of a
+        step). Weight decay, momentum, Nesterov, schedules, clipping, accumulation and ``GradScaler`` all go through
+        ``step``.
 
         Raises:
             TypeError: not a torch optimizer, or LBFGS, with the reason.
@@ -313,7 +336,8 @@ class WSN(nn.Module):
                     yield item.tensor
 
     def verify(self) -> promise.VerifyReport:
-        """Check the promise: every tensor that a finished task computes with is, to the bit, what it was when the task ended.
+        """Check the promise: every tensor that a finished task computes with is, to the bit, what it was when the task
+        ended.
 
         Raises:
             ForgottenError: something changed; the message names the tasks and the tensors.
@@ -330,9 +354,7 @@ class WSN(nn.Module):
         return promise.VerifyReport(self.tasks, tensors, [o.name for o in self._owned() if o.kind == "shared"])
 
     def _fingerprint(self, task: TaskId, row: int) -> dict[str, str]:
-        return promise.fingerprint(
-            self._layers, promise.named_heads(self.model), self._owned(), task, row
-        )
+        return promise.fingerprint(self._layers, promise.named_heads(self.model), self._owned(), task, row)
 
     @torch.no_grad()
     def check_finite(self) -> None:
@@ -342,7 +364,8 @@ class WSN(nn.Module):
                 if not tensor.isfinite().all():
                     raise FloatingPointError(f"{name}{what} has values that are not finite")
 
-    # --- what the tasks share -------------------------------------------------------------------------------------------
+    # --- what the tasks share
+    # -------------------------------------------------------------------------------------------
     def capacity(self) -> Capacity:
         """The capacity used so far, by the paper's formula (fractions; see :class:`wsn_fast.masks.Capacity`)."""
         gates = [gate for _, gate in self._gated()]
@@ -353,7 +376,8 @@ class WSN(nn.Module):
         gates = [gate for _, gate in self._gated()]
         return mask_statistics.task_stats(self.tasks, [g.masks for g in gates], [g.param.numel() for g in gates])
 
-    # --- saving and loading ---------------------------------------------------------------------------------------------
+    # --- saving and loading
+    # ---------------------------------------------------------------------------------------------
     def trainable_state(self) -> dict[str, Tensor]:
         """A copy of all that training changes (parameters, scores, live buffers): the state of the best epoch, say."""
         return {name: tensor.detach().clone() for name, tensor in self._trainable()}
@@ -367,7 +391,9 @@ class WSN(nn.Module):
         """
         own = dict(self._trainable())
         if own.keys() != state.keys():
-            raise ValueError(f"state is of another model: names {sorted(own.keys() ^ state.keys())} are in only one of the two")
+            raise ValueError(
+                f"state is of another model: names {sorted(own.keys() ^ state.keys())} are in only one of the two"
+            )
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
@@ -375,22 +401,22 @@ class WSN(nn.Module):
         self._show(_View(None, self._view.head))
         stored = {id(layer.task_ids) for layer in self._layers.values()}
         stored |= {id(tensor) for _, gate in self._gated() for tensor in (gate.masks, gate.union)}
-        stored |= {
-            id(getattr(m, f"{name}_tasks")) for m in self.model.modules() for name in per_task.marked(m)
-        }
+        stored |= {id(getattr(m, f"{name}_tasks")) for m in self.model.modules() for name in per_task.marked(m)}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if id(tensor) not in stored:
                 yield name, tensor
 
     def get_extra_state(self) -> Tensor:
-        """The register of tasks (order, densities, fingerprints, the task in progress) as JSON bytes, for ``state_dict``."""
+        """The register of tasks (order, densities, fingerprints, the task in progress) as JSON bytes, for
+        ``state_dict``."""
         current = None if self._current is None else asdict(self._current)
         return encode_json(
             {"version": _STATE_VERSION, "records": [asdict(r) for r in self._records], "current": current}
         )
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The inverse of :meth:`get_extra_state`, called by ``load_state_dict``. ``ValueError`` for another version's."""
+        """The inverse of :meth:`get_extra_state`, called by ``load_state_dict``. ``ValueError`` for another
+        version's."""
         decoded = decode_json(state)
         if not isinstance(decoded, dict) or decoded.get("version") != _STATE_VERSION:
             raise ValueError(f"this state of WSN is not of version {_STATE_VERSION}")
@@ -409,7 +435,8 @@ class WSN(nn.Module):
         return outcome
 
     def _adopt_tasks_of_layers(self) -> None:
-        """A model whose layers have finished tasks already (its own ``state_dict`` was loaded): trust them as they are."""
+        """A model whose layers have finished tasks already (its own ``state_dict`` was loaded): trust them as they
+        are."""
         self._records = [_Record(task, None) for task in self._tasks_of_layers()]
         for row, record in enumerate(self._records):
             record.fingerprint = self._fingerprint(record.task, row)
@@ -418,6 +445,6 @@ class WSN(nn.Module):
     def _check_in_sync(self) -> None:
         if self._tasks_of_layers() != self.tasks:
             raise RuntimeError(
-                f"the layers hold masks of tasks {self._tasks_of_layers()}, this WSN knows {self.tasks}: load checkpoints with "
-                "wsn.load_state_dict, or make a new WSN(model) after model.load_state_dict"
+                f"the layers hold masks of tasks {self._tasks_of_layers()}, this WSN knows {self.tasks}: load "
+                "checkpoints with wsn.load_state_dict, or make a new WSN(model) after model.load_state_dict"
             )

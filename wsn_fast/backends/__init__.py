@@ -1,7 +1,7 @@
 """The same few primitives, several ways, and the choice between them.
 
-A backend is a module with functions of the names and conventions of :mod:`wsn_fast.backends.torch`; it may have only some of
-them. :func:`choose` answers which one runs an operation on a device, and why.
+A backend is a module with functions of the names and conventions of :mod:`wsn_fast.backends.torch`; it may have only
+some of them. :func:`choose` answers which one runs an operation on a device, and why.
 """
 
 from __future__ import annotations

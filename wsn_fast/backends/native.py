@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPERATIONS = frozenset({"pack", "unpack", "popcount", "union"})
+# "union" is left to the torch backend, whose one `|=` per mask is as fast as or_ here.
+OPERATIONS = frozenset({"pack", "unpack", "popcount"})
 ABI_VERSION = 1
 """``WSN_ABI_VERSION`` of ``csrc/include/wsn_fast.h``."""
 
@@ -164,28 +165,6 @@ def or_(dst: Tensor, src: Tensor) -> None:
     if dst.shape != src.shape:
         raise ValueError(f"src must have the shape {tuple(dst.shape)} of dst, got {tuple(src.shape)}")
     _call("wsn_or_bits", dst.data_ptr(), src.data_ptr(), dst.numel())
-
-
-def union(packed: Tensor) -> Tensor:
-    """Bitwise OR over the rows of packed masks.
-
-    Args:
-        packed: ``uint8`` CPU tensor [T, bytes], T >= 1.
-
-    Returns:
-        ``uint8`` [bytes].
-
-    Raises:
-        TypeError: ``packed`` is not a ``uint8`` tensor.
-        ValueError: ``packed`` is not on the CPU, or not of that shape.
-        RuntimeError: the native library is missing; the message says why.
-    """
-    if _checked("packed", packed, torch.uint8).dim() != 2 or not len(packed):
-        raise ValueError(f"packed must have the shape [T, bytes] with T >= 1, got {tuple(packed.shape)}")
-    result = packed[0].clone(memory_format=torch.contiguous_format)
-    for row in packed[1:]:
-        or_(result, row)
-    return result
 
 
 def _package_roots() -> Iterator[Path]:

@@ -1,8 +1,9 @@
 """The portable backend: the primitives in plain PyTorch, on any device. Exact everywhere, fast nowhere.
 
-Conventions of every backend: arguments are checked by the caller; ``tau`` is a 0-d tensor on the scores' device and no primitive
-reads it on the host; a packed mask is a 1-d ``uint8`` tensor of ``ceil(n / 8)`` bytes in which element ``i`` of the row-major
-flattened tensor is bit ``i % 8`` (least significant first) of byte ``i // 8`` and padding bits are zero.
+Conventions of every backend: arguments are checked by the caller; ``tau`` is a 0-d tensor on the scores' device and no
+primitive reads it on the host; a packed mask is a 1-d ``uint8`` tensor of ``ceil(n / 8)`` bytes in which element ``i``
+of the row-major flattened tensor is bit ``i % 8`` (least significant first) of byte ``i // 8`` and padding bits are
+zero.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def threshold(scores: Tensor, rank: int, rule: str) -> Tensor:
     if keys.device.type != "cpu":
         # Not kthvalue: it runs in a single block on a GPU, 100 ms for 16.7 M keys where a sort takes a few.
         return keys.sort().values[rank]
-    # Not kthvalue here either: it is quadratic on keys that fall and rise again (a minute for a million of them). NumPy's
-    # introselect is not, and several times faster otherwise. It has no bfloat16, which float32 holds exactly and in order.
+    # Not kthvalue here either: it is quadratic on keys that fall and rise again (a minute for a million of them).
+    # NumPy's introselect is not, and several times faster otherwise. It has no bfloat16, which float32 holds exactly
+    # and in order.
     array = (keys.float() if keys.dtype is torch.bfloat16 else keys).numpy()
     return torch.tensor(np.partition(array, rank)[rank], dtype=keys.dtype)
 
@@ -55,8 +57,9 @@ def gate_backward(
     need_weight: bool,
     need_scores: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``dW``: G inside the mask and outside the packed union, else +0.0 (Eq. 4). ``dS``: ``G * W``, times ``sign(S)`` for
-    "magnitude" (Eq. 5). The mask is formed again from the scores and tau, so that nothing of it is kept in between."""
+    """``dW``: G inside the mask and outside the packed union, else +0.0 (Eq. 4). ``dS``: ``G * W``, times ``sign(S)``
+    for "magnitude" (Eq. 5). The mask is formed again from the scores and tau, so that nothing of it is kept in
+    between."""
     grad = grad.to(weight.dtype)
     dw = ds = None
     if need_weight:
