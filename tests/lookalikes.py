@@ -1,12 +1,17 @@
-"""Small dense models in the shapes of torchvision, timm and Hugging Face, for the tests of conversion."""
+"""What the tests of conversion share: small models shaped as torchvision's, timm's and Hugging Face's, and checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wsn_fast.convert import convert
+from wsn_fast.layers import SubnetLayer
 
 
 class ResNet(nn.Module):
@@ -160,3 +165,28 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
     "twice": (Twice, vectors, "fc"),
 }
 """For each name: how to make the model, how to make an input, and the name of its classifier."""
+
+
+def converted(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, SubnetLayer)]
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """All that convert could change: modules, their types and attributes, and their tensors by identity."""
+    seen: list[object] = [(n, id(m), type(m), sorted(vars(m))) for n, m in model.named_modules()]
+    for module in model.modules():
+        tensors = {**module._parameters, **module._buffers}
+        seen += [(n, id(t), None if t is None else t.requires_grad) for n, t in tensors.items()]
+        seen.append(getattr(module, "activation_relu_or_gelu", None))
+    return seen
+
+
+def refused(model: nn.Module, match: str, *args: Any, error: type[Exception] = ValueError, **kwargs: Any) -> None:
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        convert(model, *args, **kwargs)
+    assert snapshot(model) == before
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))

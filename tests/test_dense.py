@@ -134,6 +134,7 @@ def test_a_transposed_layer_becomes_linear() -> None:
     assert type(dense.c_fc) is nn.Linear
     assert vars(dense.c_fc).keys() == vars(nn.Linear(6, 24)).keys()
     assert dense.c_fc.weight.shape == (24, 6)
+    assert dense.c_fc.weight.stride() == (1, 24)  # as the layer used it: another layout rounds differently
 
 
 def test_it_pickles_without_this_library() -> None:

@@ -1,8 +1,8 @@
 """Existing models to subnet models.
 
-A layer is converted by changing its class in place, as torch does when a lazy module learns its shape: the
-module, its Parameters, its hooks and all references to it stay what they were, a module used at two paths
-stays one, and no weight is copied. All checks come before the first change.
+A layer is converted by changing its class in place, as torch does when a lazy module learns its shape: the module,
+its Parameters, its hooks and all references to it stay what they were, a module used at two paths stays one, and no
+weight is copied. All checks come before the first change.
 """
 
 from __future__ import annotations
@@ -70,30 +70,28 @@ def convert(
 ) -> nn.Module:
     """Turn the linear and convolution layers of a model into subnet layers, in place, their weights kept.
 
-    Converted are layers whose type is exactly ``nn.Linear``, ``nn.Conv1d/2d/3d`` or Hugging Face's
-    ``Conv1D``. All else is left alone, subnet layers included. Tied layers share their scores as they share
-    their weight, and normalisation layers become per-task. Where linear layers of an
-    ``nn.TransformerEncoderLayer`` are converted, its inference fast path, which would bypass the masks, is
-    switched off. Build optimizers afterwards: the scores are new parameters.
+    Converted are layers whose type is exactly ``nn.Linear``, ``nn.Conv1d/2d/3d`` or Hugging Face's ``Conv1D``. All
+    else is left alone, subnet layers included. Tied layers share their scores as they share their weight, and
+    normalisation layers become per-task. Where linear layers of an ``nn.TransformerEncoderLayer`` are converted, its
+    inference fast path, which would bypass the masks, is switched off. Build optimizers afterwards: the scores are
+    new parameters.
 
-    A name pattern is a full module name, the end of one after a dot (``"fc1"`` for ``"blocks.0.fc1"``), or
-    an ``fnmatch`` pattern for the full name. One that matches nothing is an error: a typo must not pass
-    silently.
+    A name pattern is a full module name, the end of one after a dot (``"fc1"`` for ``"blocks.0.fc1"``), or an
+    ``fnmatch`` pattern for the full name. One that matches nothing is an error: a typo must not pass silently.
 
     Args:
         model: the model, which may be a single layer, on any device ("meta" too).
-        density: the fraction kept, in (0, 1], for all layers, or by name pattern: the first match counts,
-            and every layer needs one (``"*"`` takes all the rest).
+        density: the fraction kept, in (0, 1], for all layers, or by name pattern: the first match counts, and every
+            layer needs one (``"*"`` takes all the rest).
         rule: "magnitude" (the paper's code) or "value" (CLArena); see :func:`wsn_fast.topc_threshold`.
-        filter_fn: called with each layer to convert and its name; where it answers false, the layer stays
-            dense.
+        filter_fn: called with each layer to convert and its name; where it answers false, the layer stays dense.
         target_modules: name patterns of the layers to convert; None means all.
         exclude_modules: name patterns of layers, or of attention modules, to leave as they are.
-        heads: classifiers to replace by :class:`TaskHeads` (their weights and hooks are dropped): the name
-            of an ``nn.Linear``, for heads of its width; or a mapping from such names to the width of all
-            heads, to task ids, or to a mapping from task ids to widths.
-        batch_norm: "per_task" keeps statistics and affine parameters for each task; "stateless" takes both
-            from every ``nn.BatchNorm``, which then uses batch statistics only, as in the paper.
+        heads: classifiers to replace by :class:`TaskHeads` (their weights and hooks are dropped): the name of an
+            ``nn.Linear``, for heads of its width; or a mapping from such names to the width of all heads, to task
+            ids, or to a mapping from task ids to widths.
+        batch_norm: "per_task" keeps statistics and affine parameters for each task; "stateless" takes both from every
+            ``nn.BatchNorm``, which then uses batch statistics only, as in the paper.
         score_init: "default", "N01" or "U01"; see :meth:`SubnetLayer.reset_scores`.
 
     Returns:
@@ -101,10 +99,9 @@ def convert(
 
     Raises:
         TypeError: an argument is of a wrong type.
-        ValueError: an argument has a bad value or matches nothing; there is no layer to convert; or one
-            cannot be converted faithfully: it is uninitialised or parametrized, sits in an attention module
-            that bypasses it, or shares a weight with something that is not converted. Nothing has been
-            changed then.
+        ValueError: an argument has a bad value or matches nothing; there is no layer to convert; or one cannot be
+            converted faithfully: it is uninitialised or parametrized, sits in an attention module that bypasses it,
+            or shares a weight with something that is not converted. Nothing has been changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -269,8 +266,8 @@ def _check_layer(module: nn.Module, name: str) -> None:
         param = module._parameters.get(attribute)
         if param is not getattr(module, attribute):
             raise ValueError(
-                f"{name}.{attribute} is computed (weight_norm, spectral_norm, pruning or another parametriza"
-                "tion), so there is nothing to gate: remove the parametrization, or exclude the layer"
+                f"{name}.{attribute} is computed (weight_norm, spectral_norm, pruning, another parametrization), "
+                "so there is nothing to gate: remove the parametrization, or exclude the layer"
             )
         if param is not None and (param.dtype not in ops.SCORE_DTYPES or not param.numel()):
             raise ValueError(

@@ -17,11 +17,11 @@ from .tasks import TaskId, check_task
 def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
     """A plain copy of the model for one finished task, its mask baked into the weights.
 
-    Subnet layers become ``nn.Linear`` and ``nn.ConvNd``, ``TaskHeads`` the task's ``nn.Linear``, per-task
-    tensors that task's values. Nothing of this library is left in the copy, so that it can be pickled and
-    used without it. Its outputs are bitwise equal to those of ``use_task(task)``; inference fast paths that
-    convert switched off stay off for that. A layer that was Hugging Face's ``Conv1D`` becomes an
-    ``nn.Linear`` whose weight is a transposed, hence not contiguous, tensor.
+    Subnet layers become ``nn.Linear`` and ``nn.ConvNd``, ``TaskHeads`` the task's ``nn.Linear``, per-task tensors
+    that task's values. Nothing of this library is left in the copy, so that it can be pickled and used without it.
+    Its outputs are bitwise equal to those of ``use_task(task)``; inference fast paths that convert switched off stay
+    off for that. A layer that was Hugging Face's ``Conv1D`` becomes an ``nn.Linear`` whose weight is a transposed,
+    hence not contiguous, tensor.
 
     Args:
         model: a ``WSN`` or the model inside it; unchanged, and its masks and scores are not copied.
