@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batches, convnet, logits, mlp, run_tasks, train
+from small_models import CLASSES, batches, convnet, logits, mlp, run_tasks, train
 from torch import Tensor, nn
 
-from wsn_fast import WSN, ForgottenError, TaskHeads
+from wsn_fast import WSN, FastSubnetLinear, ForgottenError, TaskHeads
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.01),
@@ -214,6 +214,26 @@ def test_the_logits_of_a_task_do_not_depend_on_the_batch() -> None:
     wsn.double().eval()
     with torch.no_grad(), wsn.use_task(0):
         torch.testing.assert_close(wsn(x[:3]), wsn(x)[:3], rtol=1e-12, atol=1e-12)
+
+
+class ReadsPastTheMask(nn.Module):
+    """Uses a gated weight without calling its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated = FastSubnetLinear(36, 12)
+        self.heads = TaskHeads(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.heads(F.linear(x.flatten(1), self.gated.weight))
+        return out
+
+
+def test_a_module_that_reads_past_the_mask_is_found_at_the_first_step() -> None:
+    wsn = WSN(ReadsPastTheMask())
+    wsn.begin_task(0)
+    with pytest.raises(RuntimeError, match=r"gated\.weight has a gradient and its scores have none"):
+        train(wsn, wsn.guard(torch.optim.SGD(wsn.parameters(), 0.1)), batches(0, 1))
 
 
 def test_lbfgs_is_refused_with_the_reason() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A module imports from lower levels, and inside a package folder from its siblings.
 # "" is wsn_fast/__init__.py: below the driver, which may use the public names as anybody does.
 LEVELS = [
-    {"kernels", "reference", "tasks"},
+    {"kernels", "reference", "tasks", "patterns"},
     {"backends"},
     {"ops"},
     {"autograd"},

@@ -81,8 +81,8 @@ def test_parameters_and_buffers_have_their_documented_names_and_shapes() -> None
     assert list(FastSubnetLinear(3, 2, bias=False).state_dict()) == [
         "weight",
         "weight_score",
-        "task_ids",
         "weight_masks",
+        "_extra_state",
     ]
 
 

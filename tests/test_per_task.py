@@ -106,3 +106,4 @@ def test_norms_of_torch(module: nn.Module) -> None:
 def test_what_is_no_norm() -> None:
     assert not per_task.is_norm(nn.Linear(2, 2))
     assert not per_task.is_norm(nn.Sequential(nn.LayerNorm(2)))
+    assert not per_task.is_norm(type("NormalizedLinear", (nn.Linear,), {})(2, 2))

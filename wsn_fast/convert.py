@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
@@ -28,10 +27,10 @@ from .layers import (
     SubnetLayer,
     check_score_init,
 )
+from .patterns import Patterns, as_patterns, matches
 from .tasks import TaskId
 
 FilterFn = Callable[[nn.Module, str], bool]
-Patterns = str | Iterable[str]
 HeadSpec = Mapping[TaskId, int] | Iterable[TaskId] | int
 Names = dict[nn.Module, list[str]]
 Heads = dict[nn.Module, TaskHeads]
@@ -106,8 +105,8 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     rule, score_init = ops.check_rule(rule), check_score_init(score_init)
-    targets = _patterns("target_modules", target_modules)
-    excluded = _patterns("exclude_modules", exclude_modules)
+    targets = None if target_modules is None else as_patterns("target_modules", target_modules)
+    excluded = None if exclude_modules is None else as_patterns("exclude_modules", exclude_modules)
     names = _names(model)
     new_heads = _new_heads(names, heads)
     chosen = _choose(names, _Selection(targets, excluded, filter_fn), new_heads)
@@ -143,18 +142,8 @@ def _shown(name: str) -> str:
     return name or "(the model itself)"
 
 
-def _patterns(argument: str, patterns: Patterns | None) -> tuple[str, ...] | None:
-    if patterns is None:
-        return None
-    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for pattern in listed:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{argument} must be name patterns (str), got {pattern!r}")
-    return listed
-
-
 def _matches(pattern: str, names: Iterable[str]) -> bool:
-    return any(n == pattern or n.endswith(f".{pattern}") or fnmatchcase(n, pattern) for n in names)
+    return any(matches(pattern, name) for name in names)
 
 
 class _Selection(NamedTuple):
@@ -243,7 +232,7 @@ def _densities(
 ) -> dict[nn.Module, float]:
     if not isinstance(density, Mapping):
         return dict.fromkeys(chosen, ops.check_density(density))
-    _patterns("density", density)
+    as_patterns("density", density)
     by_pattern = {p: ops.check_density(d, f"density[{p!r}]") for p, d in density.items()}
     wanted, densities = set(chosen), {}
     # A pattern for layers that an earlier call converted is no typo either, though they stay what they are.

@@ -44,7 +44,7 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
     # deepcopy takes what is in the memo for copied: what the copy does not need, and the task's head.
     memo: dict[int, object] = {}
     for layer in layers:
-        tensors = [layer.task_ids, *(t for g in layer.gated() for t in (g.score, g.masks, g.union))]
+        tensors = [t for g in layer.gated() for t in (g.score, g.masks, g.union)]
         memo.update({id(tensor): tensor for tensor in tensors if tensor is not None})
     for module in inner.modules():
         if isinstance(module, TaskHeads):
@@ -95,8 +95,7 @@ def _strip(layer: nn.Module) -> None:
             layer._buffers[f"{name}_union"],
         )
         layer._non_persistent_buffers_set.discard(f"{name}_union")
-    del layer._buffers["task_ids"]
-    ours = ["rule", "active_row", "_density"]
+    ours = ["rule", "tasks", "active_row", "_density"]
     parent: type = next(c for c in type(layer).__mro__ if not issubclass(c, SubnetLayer))
     if isinstance(layer, FastSubnetTransposedLinear):
         parent, ours = nn.Linear, [*ours, "nx", "nf"]

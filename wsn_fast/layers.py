@@ -51,7 +51,7 @@ class SubnetLayer(nn.Module):
         weight_score, bias_score: the scores, of the same shape and dtype; None without a bias.
         weight_masks, bias_masks: ``uint8`` [T, ceil(n / 8)], the packed masks of finished tasks.
         weight_union, bias_union: ``uint8`` [ceil(n / 8)], the OR of those rows; None before the first task has ended.
-        task_ids: ``uint8``, the ids of the rows (see :func:`wsn_fast.tasks.encode_tasks`).
+        tasks: the ids of the rows; saved as the layer's extra state (:func:`wsn_fast.tasks.encode_tasks`).
         active_row: the row of the mask in use, or None for the mask of the current scores.
         rule: "magnitude" or "value".
     """
@@ -62,7 +62,7 @@ class SubnetLayer(nn.Module):
     bias: Tensor | None
     weight_score: Tensor
     bias_score: Tensor | None
-    task_ids: Tensor
+    tasks: list[TaskId]
     active_row: int | None
     rule: str
 
@@ -71,7 +71,7 @@ class SubnetLayer(nn.Module):
         self.rule = ops.check_rule(rule)
         self.density = density
         self.active_row = None
-        self.register_buffer("task_ids", encode_tasks([]))
+        self.tasks = []
         for name in self.GATED:
             param = getattr(self, name)
             score = masks = None
@@ -92,11 +92,6 @@ class SubnetLayer(nn.Module):
     @density.setter
     def density(self, density: float) -> None:
         self._density = ops.check_density(density)
-
-    @property
-    def tasks(self) -> list[TaskId]:
-        """The finished tasks, in the order of the rows of the masks."""
-        return decode_tasks(self.task_ids)
 
     def gated(self) -> Iterator[Gated]:
         """The gated tensors that this layer has: the weight, and the bias if there is one."""
@@ -147,7 +142,7 @@ class SubnetLayer(nn.Module):
         for name, bits in packed.items():
             rows = torch.cat([getattr(self, f"{name}_masks"), bits.unsqueeze(0)])
             setattr(self, f"{name}_masks", rows)
-        self.task_ids = encode_tasks([*self.tasks, task]).to(self.task_ids.device)
+        self.tasks = [*self.tasks, task]
         self._rebuild_union()
 
     def _rebuild_union(self) -> None:
@@ -177,13 +172,21 @@ class SubnetLayer(nn.Module):
             return torch.get_autocast_dtype(kind)
         return self.weight.dtype
 
+    def get_extra_state(self) -> Tensor:
+        """The ids of the finished tasks, for ``state_dict``: not a buffer, which DDP would broadcast at every step."""
+        return encode_tasks(self.tasks)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The inverse of :meth:`get_extra_state`, called by ``load_state_dict``."""
+        self.tasks = decode_tasks(state)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint may hold more tasks than this layer knows: make room, so that torch's own shape check decides the
-        # rest.
-        for name in ("task_ids", *(f"{gate.name}_masks" for gate in self.gated())):
-            own, incoming = getattr(self, name), state_dict.get(prefix + name)
-            if isinstance(incoming, Tensor) and incoming.ndim == own.ndim and incoming.shape[1:] == own.shape[1:]:
-                setattr(self, name, own.new_zeros(incoming.shape))
+        # A checkpoint may hold more tasks than this layer knows: make room, so that torch's own shape check decides
+        # the rest.
+        for gate in self.gated():
+            own, incoming = gate.masks, state_dict.get(f"{prefix}{gate.name}_masks")
+            if isinstance(incoming, Tensor) and incoming.ndim == 2 and incoming.shape[1] == own.shape[1]:
+                setattr(self, f"{gate.name}_masks", own.new_zeros(incoming.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.active_row = None
         self._rebuild_union()

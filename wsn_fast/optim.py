@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .layers import Gated
 
 
 class Frozen(NamedTuple):
@@ -23,10 +24,21 @@ class Frozen(NamedTuple):
 
 
 class OptimizerGuard:
-    """Step hooks of one optimizer. ``frozen`` answers, at each step, what is frozen by now."""
+    """Step hooks of one optimizer.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, frozen: Callable[[], Iterable[Frozen]]) -> None:
-        self._frozen = frozen
+    Args:
+        optimizer: see :func:`check_guardable`.
+        gated: answers, at each step, the gated tensors by name.
+        fixed: answers, at each step, the parameters that must not change at all.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gated: Callable[[], Iterable[tuple[str, Gated]]],
+        fixed: Callable[[], Iterable[Tensor]],
+    ) -> None:
+        self._gated, self._fixed = gated, fixed
         self._saved: list[tuple[Frozen, Tensor]] = []
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
@@ -34,7 +46,13 @@ class OptimizerGuard:
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         own = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        self._saved = [(f, f.param.detach().clone()) for f in self._frozen() if id(f.param) in own]
+        frozen = [Frozen(param, None) for param in self._fixed() if id(param) in own]
+        for name, gate in self._gated():
+            if id(gate.param) in own:
+                _check_not_bypassed(name, gate, own)
+                if gate.union is not None:
+                    frozen.append(Frozen(gate.param, gate.union))
+        self._saved = [(f, f.param.detach().clone()) for f in frozen]
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -44,6 +62,16 @@ class OptimizerGuard:
             else:
                 ops.restore_frozen_(frozen.param, saved, frozen.union)
         self._saved = []
+
+
+def _check_not_bypassed(name: str, gate: Gated, own: set[int]) -> None:
+    """A gated tensor and its scores get their gradients together, or something reads the tensor past its mask: then
+    later tasks would change what earlier ones compute, and no fingerprint would show it."""
+    if gate.param.grad is not None and gate.score.requires_grad and gate.score.grad is None and id(gate.score) in own:
+        raise RuntimeError(
+            f"{name} has a gradient and its scores have none: some module reads it without calling its layer, so the "
+            "mask is not applied there. Exclude that layer from the conversion, or let the module call it."
+        )
 
 
 def check_guardable(optimizer: object, params: Iterable[Tensor]) -> torch.optim.Optimizer:

@@ -8,7 +8,6 @@ normalisation layers), ``frozen`` (trained in the first task, then fixed) or ``s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from . import per_task
 from .heads import TaskHeads
 from .layers import SubnetLayer
+from .patterns import matches
 
 KINDS = ("per_task", "frozen", "shared")
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -49,21 +49,12 @@ class Owned(NamedTuple):
         return tensor
 
 
-def as_patterns(argument: str, patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """A pattern or patterns as a tuple; ``TypeError`` naming ``argument`` for anything else."""
-    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for pattern in listed:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{argument} must be name patterns (str), got {pattern!r}")
-    return listed
-
-
 def classify(model: nn.Module, declared: dict[str, tuple[str, ...]]) -> list[Owned]:
     """Every tensor of ``model`` that is neither gated nor in a head, with its owner.
 
     Args:
         model: the converted model.
-        declared: for each of ``KINDS`` the name patterns (fnmatch, case-sensitive) that the user gave.
+        declared: for each of ``KINDS`` the name patterns that the user gave.
 
     Raises:
         ValueError: a pattern matches nothing; a tensor is declared twice; running statistics are declared ``frozen``;
@@ -72,7 +63,7 @@ def classify(model: nn.Module, declared: dict[str, tuple[str, ...]]) -> list[Own
     found: list[Owned] = []
     unmatched = {(kind, pattern) for kind, patterns in declared.items() for pattern in patterns}
     for name, module, attribute in _shared_tensors(model):
-        hits = [(k, p) for k, patterns in declared.items() for p in patterns if fnmatchcase(name, p)]
+        hits = [(k, p) for k, patterns in declared.items() for p in patterns if matches(p, name)]
         unmatched.difference_update(hits)
         kinds = {kind for kind, _ in hits}
         if len(kinds) > 1:
@@ -122,9 +113,7 @@ def _shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             continue
         ours = {f"{name}{end}" for name in per_task.marked(module) for end in ("_tasks", "_live")}
         if isinstance(module, SubnetLayer):
-            ours |= {f"{name}{end}" for name in module.GATED for end in ("", "_score", "_masks", "_union")} | {
-                "task_ids"
-            }
+            ours |= {f"{name}{end}" for name in module.GATED for end in ("", "_score", "_masks", "_union")}
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and attribute not in ours:
                 yield f"{prefix}.{attribute}".lstrip("."), module, attribute

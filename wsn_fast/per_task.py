@@ -27,9 +27,9 @@ _TORCH_NORMS = (
 
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalisation layer: torch's own, or one whose class says so (``LlamaRMSNorm``,
-    ``LayerNorm2d``) and holds its tensors itself."""
+    ``LayerNorm2d``) and whose parameters are vectors of its own: a "NormalizedLinear" is none."""
     named_so = "norm" in type(module).__name__.lower() and next(module.children(), None) is None
-    return isinstance(module, _TORCH_NORMS) or named_so
+    return isinstance(module, _TORCH_NORMS) or (named_so and all(p.ndim < 2 for p in module.parameters()))
 
 
 def norm_tensors(module: nn.Module) -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +14,8 @@ from . import masks as mask_statistics
 from . import ops, ownership, per_task, promise
 from .layers import Gated, SubnetLayer, check_score_init
 from .masks import Capacity, TaskStats
-from .optim import Frozen, OptimizerGuard, check_guardable
+from .optim import OptimizerGuard, check_guardable
+from .patterns import Patterns, as_patterns, matches
 from .tasks import TaskId, check_task, decode_json, encode_json
 
 Density = float | Mapping[str, float]
@@ -64,7 +64,7 @@ class WSN(nn.Module):
 
     Args:
         model: a model with subnet layers (see :func:`wsn_fast.convert`), and usually ``TaskHeads``.
-        per_task, frozen, shared: name patterns (fnmatch) that give an owner to parameters and buffers that are neither
+        per_task, frozen, shared: name patterns (see :func:`wsn_fast.convert`) that give an owner to parameters and buffers that are neither
             gated nor
             in heads: a copy per task; trained in the first task and then fixed; may forget. Normalisation layers are
             ``per_task`` unless declared otherwise.
@@ -80,9 +80,9 @@ class WSN(nn.Module):
         self,
         model: nn.Module,
         *,
-        per_task: str | Iterable[str] = (),
-        frozen: str | Iterable[str] = (),
-        shared: str | Iterable[str] = (),
+        per_task: Patterns = (),
+        frozen: Patterns = (),
+        shared: Patterns = (),
         reinit_scores: bool = False,
         score_init: str = "default",
     ) -> None:
@@ -94,7 +94,7 @@ class WSN(nn.Module):
         if not self._layers:
             raise ValueError("model has no subnet layer: convert(model) it first, or build it from FastSubnet layers")
         patterns = {"per_task": per_task, "frozen": frozen, "shared": shared}
-        self._declared = {kind: ownership.as_patterns(kind, given) for kind, given in patterns.items()}
+        self._declared = {kind: as_patterns(kind, given) for kind, given in patterns.items()}
         ownership.mark_per_task(self._owned())
         self._densities = {name: layer.density for name, layer in self._layers.items()}
         self._view = _View(None, None)
@@ -135,7 +135,7 @@ class WSN(nn.Module):
             return dict.fromkeys(self._densities, ops.check_density(density))
         resolved = dict(self._densities)
         for pattern, value in reversed(list(density.items())):
-            hits = [name for name in resolved if fnmatchcase(name, pattern)]
+            hits = [name for name in resolved if matches(pattern, name)]
             if not hits:
                 raise ValueError(f"density pattern {pattern!r} matches no subnet layer; layers: {list(resolved)}")
             resolved.update(dict.fromkeys(hits, ops.check_density(value, f"density[{pattern!r}]")))
@@ -307,15 +307,8 @@ class WSN(nn.Module):
             TypeError: not a torch optimizer, or LBFGS, with the reason.
             ValueError: it holds no parameter of this model.
         """
-        OptimizerGuard(check_guardable(optimizer, self.model.parameters()), self._frozen)
+        OptimizerGuard(check_guardable(optimizer, self.model.parameters()), self._gated, lambda: self._fixed)
         return optimizer
-
-    def _frozen(self) -> Iterator[Frozen]:
-        for _, gate in self._gated():
-            if gate.union is not None:
-                yield Frozen(gate.param, gate.union)
-        for param in self._fixed:
-            yield Frozen(param, None)
 
     def _fix_parameters(self) -> None:
         """Note which parameters are fixed as a whole by now, and take them out of training."""
@@ -399,8 +392,7 @@ class WSN(nn.Module):
 
     def _trainable(self) -> Iterator[tuple[str, Tensor]]:
         self._show(_View(None, self._view.head))
-        stored = {id(layer.task_ids) for layer in self._layers.values()}
-        stored |= {id(tensor) for _, gate in self._gated() for tensor in (gate.masks, gate.union)}
+        stored = {id(tensor) for _, gate in self._gated() for tensor in (gate.masks, gate.union)}
         stored |= {id(getattr(m, f"{name}_tasks")) for m in self.model.modules() for name in per_task.marked(m)}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if id(tensor) not in stored:
