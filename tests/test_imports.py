@@ -22,6 +22,7 @@ LEVELS = [
     {"layers", "heads", "per_task"},
     {"convert", "dense", "masks"},
     {"ownership"},
+    {"parts"},
     {"promise", "optim"},
     {"wsn"},
     {""},

@@ -25,24 +25,38 @@ def norm() -> nn.BatchNorm1d:
 def test_rows_come_and_the_live_value_returns(norm: nn.BatchNorm1d) -> None:
     seen = []
     for row in (0, 1, 0, None):
-        per_task.use_row(norm, row)
+        per_task.use_row([norm], row)
         seen.append(norm.running_mean[0].item())
     assert seen == [1.0, 2.0, 1.0, 3.0]
 
 
 def test_the_live_tensor_stays_the_same_object(norm: nn.BatchNorm1d) -> None:
     address, parameter = norm.running_mean.data_ptr(), norm.weight
-    per_task.use_row(norm, 0)
+    per_task.use_row([norm], 0)
     assert norm.running_mean.data_ptr() == address
     assert norm.weight is parameter
 
 
 def test_the_live_value_follows_the_module_while_a_row_is_in_use(norm: nn.BatchNorm1d) -> None:
-    per_task.use_row(norm, 0)
+    per_task.use_row([norm], 0)
     norm.double()
-    per_task.use_row(norm, None)
+    per_task.use_row([norm], None)
     assert norm.running_mean.tolist() == [3.0] * 3
     assert norm.running_mean.dtype is torch.float64
+
+
+def test_a_tied_tensor_keeps_its_one_live_value() -> None:
+    first, second = nn.LayerNorm(3), nn.LayerNorm(3)
+    second.weight = first.weight
+    for module in (first, second):
+        per_task.mark(module, ["weight"])
+        per_task.append_task(module)
+    with torch.no_grad():
+        first.weight.fill_(3.0)
+    per_task.use_row([first, second], 0)
+    assert second.state_dict()["weight"].tolist() == [3.0] * 3
+    per_task.use_row([first, second], None)
+    assert first.weight.tolist() == [3.0] * 3
 
 
 def test_marking_twice_is_harmless(norm: nn.BatchNorm1d) -> None:
@@ -74,15 +88,15 @@ def test_loading_makes_room_for_the_tasks_of_the_checkpoint(norm: nn.BatchNorm1d
 def test_loading_while_a_row_is_in_use_is_not_undone_later(norm: nn.BatchNorm1d) -> None:
     state = copy.deepcopy(norm.state_dict())
     state["running_mean"].fill_(5.0)
-    per_task.use_row(norm, 0)
+    per_task.use_row([norm], 0)
     norm.load_state_dict(state)
-    per_task.use_row(norm, None)
+    per_task.use_row([norm], None)
     assert norm.running_mean.tolist() == [5.0] * 3
 
 
 def test_hooks_survive_a_deep_copy(norm: nn.BatchNorm1d) -> None:
     twin = copy.deepcopy(norm)
-    per_task.use_row(twin, 0)
+    per_task.use_row([twin], 0)
     assert twin.state_dict()["running_mean"].tolist() == [3.0] * 3
 
 

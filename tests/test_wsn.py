@@ -240,7 +240,7 @@ def test_a_task_in_progress_survives_a_checkpoint() -> None:
     wsn.begin_task("x", density={"1": 0.1})
     fresh = WSN(mlp())
     fresh.load_state_dict(wsn.state_dict())
-    assert (fresh.current_task, fresh.model[1].density, fresh.model[3].density) == ("x", 0.1, 0.4)
+    assert (fresh.current_task, fresh.model[1].gate_density, fresh.model[3].gate_density) == ("x", 0.1, 0.4)
     assert fresh.model[-1].active == "x"
     with pytest.raises(ValueError, match="task 0 has been trained already"):
         fresh.end_task()

@@ -44,7 +44,7 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
     # deepcopy takes what is in the memo for copied: what the copy does not need, and the task's head.
     memo: dict[int, object] = {}
     for layer in layers:
-        tensors = [t for g in layer.gated() for t in (g.score, g.masks, g.union)]
+        tensors = [t for g in layer.gated() for t in (g.score, g.masks, g.union, getattr(layer, f"{g.name}_view"))]
         memo.update({id(tensor): tensor for tensor in tensors if tensor is not None})
     for module in inner.modules():
         if isinstance(module, TaskHeads):
@@ -89,13 +89,11 @@ def _bake(layer: SubnetLayer, twin: SubnetLayer, row: int, baked: dict[tuple[int
 def _strip(layer: nn.Module) -> None:
     """Make a subnet layer its dense parent again."""
     for name in SubnetLayer.GATED:
-        del (
-            layer._parameters[f"{name}_score"],
-            layer._buffers[f"{name}_masks"],
-            layer._buffers[f"{name}_union"],
-        )
-        layer._non_persistent_buffers_set.discard(f"{name}_union")
-    ours = ["rule", "tasks", "active_row", "_density"]
+        del layer._parameters[f"{name}_score"], layer._buffers[f"{name}_masks"]
+        for derived in (f"{name}_union", f"{name}_view"):
+            del layer._buffers[derived]
+            layer._non_persistent_buffers_set.discard(derived)
+    ours = ["rule", "tasks", "_active_row", "_density", "task_density"]
     parent: type = next(c for c in type(layer).__mro__ if not issubclass(c, SubnetLayer))
     if isinstance(layer, FastSubnetTransposedLinear):
         parent, ours = nn.Linear, [*ours, "nx", "nf"]

@@ -40,6 +40,7 @@ class TaskHeads(nn.Module):
         self.out_features = out_features
         self.use_bias = bias
         self.heads = nn.ModuleDict()
+        self._widths: dict[TaskId, int] = {}  # of all heads there ever were
         self.active = None
         # Carries the device and dtype that later heads are made with; follows .to() as every buffer does.
         self.register_buffer("_birthplace", torch.empty(0, device=device, dtype=dtype), persistent=False)
@@ -59,11 +60,11 @@ class TaskHeads(nn.Module):
 
     @active.setter
     def active(self, task: TaskId | None) -> None:
-        if task is not None:
-            self.head(task)
+        head = None if task is None else self.head(task)
         self._active = task
-        # Forward looks the head up by its key, so that compiled code need not trace the encoding of names.
-        self._active_key = "" if task is None else task_key(task)
+        # Past nn.Module's registration: this is a second reference to a head, not a second head. Forward sees the head
+        # and not its name, so that compiled code serves every task.
+        self.__dict__["_active_head"] = head
 
     def add(self, task: TaskId, out_features: int | None = None) -> nn.Linear:
         """Make a head for ``task``.
@@ -74,13 +75,24 @@ class TaskHeads(nn.Module):
         task = check_task(task)
         if task_key(task) in self.heads:
             raise ValueError(f"task {task!r} already has a head")
-        width = self.out_features if out_features is None else out_features
-        if width is None:
-            raise ValueError(f"out_features must be given for task {task!r}: these heads have no common width")
+        self._widths[task] = width = self.width(task, out_features)
         like = self._birthplace
         head = nn.Linear(self.in_features, width, self.use_bias, device=like.device, dtype=like.dtype)
         self.heads[task_key(task)] = head
         return head
+
+    def width(self, task: TaskId, out_features: int | None = None) -> int:
+        """The width that the head of ``task`` has, or would get.
+
+        Raises:
+            ValueError: ``out_features`` differs from that of the existing head, or no width is known.
+        """
+        known = self._widths.get(task, self.out_features if out_features is None else out_features)
+        if known is None:
+            raise ValueError(f"out_features must be given for task {task!r}: these heads have no common width")
+        if out_features not in (None, known):
+            raise ValueError(f"out_features={out_features} for task {task!r}, whose head has {known}")
+        return known
 
     def head(self, task: TaskId) -> nn.Linear:
         """The head of ``task``. Raises ``ValueError`` that lists the known tasks when there is none."""
@@ -92,20 +104,27 @@ class TaskHeads(nn.Module):
         return head
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._active_key:
+        head: nn.Linear | None = self.__dict__["_active_head"]
+        if head is None:
             raise RuntimeError("no task is active: call begin_task(task) or use_task(task) before the heads")
-        logits: Tensor = self.heads[self._active_key](x)
-        return logits
+        return head(x)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Heads that the checkpoint has and this module lacks are made here, before torch descends into the children.
-        start = f"{prefix}heads."
-        for name in [n for n in state_dict if n.startswith(start) and n.endswith(".weight")]:
-            key = name[len(start) : -len(".weight")]
+        # The heads become those of the checkpoint, if it has any, before torch descends into the children: one that is
+        # missing here is made, one that came later (the checkpoint is an earlier one of this run, say) goes.
+        start, end = f"{prefix}heads.", ".weight"
+        incoming = {n[len(start) : -len(end)]: n for n in state_dict if n.startswith(start) and n.endswith(end)}
+        for key in [key for key in self.heads if incoming and key not in incoming]:
+            if self._active is not None and task_key(self._active) == key:
+                self.active = None
+            del self.heads[key]
+        for key, name in incoming.items():
             # A name that is no task's is left for torch to report as unexpected.
             with contextlib.suppress(ValueError):
                 if key not in self.heads:
-                    self.add(task_from_key(key), state_dict[name].shape[0])
+                    task = task_from_key(key)
+                    self._widths.pop(task, None)
+                    self.add(task, state_dict[name].shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

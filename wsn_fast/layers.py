@@ -19,8 +19,9 @@ from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
 
 from . import ops
 from .autograd import SubnetGate
-from .tasks import TaskId, decode_tasks, encode_tasks
+from .tasks import TaskId, decode_json, encode_json
 
+_EXTRA_STATE = ("tasks", "density", "task_density", "rule")
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 SCORE_INITS = ("default", "N01", "U01")
 
@@ -30,6 +31,13 @@ def check_score_init(mode: object) -> str:
     if mode not in SCORE_INITS:
         raise ValueError(f"score_init must be one of {SCORE_INITS}, got {mode!r}")
     return str(mode)
+
+
+def _check_gateable(name: str, param: Tensor) -> None:
+    if param.dtype not in ops.SCORE_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {param.dtype}")
+    if param.numel() == 0:
+        raise ValueError(f"{name} must have at least one element, got shape {tuple(param.shape)}")
 
 
 class Gated(NamedTuple):
@@ -51,8 +59,10 @@ class SubnetLayer(nn.Module):
         weight_score, bias_score: the scores, of the same shape and dtype; None without a bias.
         weight_masks, bias_masks: ``uint8`` [T, ceil(n / 8)], the packed masks of finished tasks.
         weight_union, bias_union: ``uint8`` [ceil(n / 8)], the OR of those rows; None before the first task has ended.
-        tasks: the ids of the rows; saved as the layer's extra state (:func:`wsn_fast.tasks.encode_tasks`).
-        active_row: the row of the mask in use, or None for the mask of the current scores.
+        tasks: the ids of the rows; in ``state_dict`` as part of the layer's extra state, like density and rule.
+        weight_view, bias_view: the packed mask in use, or None for the mask of the current scores (see
+            :attr:`active_row`).
+        task_density: the density of the task in training if it has one of its own; None means :attr:`density`.
         rule: "magnitude" or "value".
     """
 
@@ -61,37 +71,58 @@ class SubnetLayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     weight_score: Tensor
+    weight_masks: Tensor
     bias_score: Tensor | None
     tasks: list[TaskId]
-    active_row: int | None
+    task_density: float | None
     rule: str
 
     def _init_subnet(self, density: float, rule: str, score_init: str = "default") -> None:
         """Add scores and empty masks to a layer whose dense half exists."""
         self.rule = ops.check_rule(rule)
         self.density = density
-        self.active_row = None
+        self.task_density = None
         self.tasks = []
+        self._active_row: int | None = None
         for name in self.GATED:
             param = getattr(self, name)
             score = masks = None
             if param is not None:
+                _check_gateable(name, param)
                 score = nn.Parameter(torch.empty_like(param))
                 masks = torch.zeros(0, ops.packed_size(param.numel()), dtype=torch.uint8, device=param.device)
             self.register_parameter(f"{name}_score", score)
             self.register_buffer(f"{name}_masks", masks)
             self.register_buffer(f"{name}_union", None, persistent=False)
+            self.register_buffer(f"{name}_view", None, persistent=False)
         self.reset_scores(score_init)
 
     @property
     def density(self) -> float:
-        """The fraction of each gated tensor that the mask keeps, in (0, 1]. Setting anything else is a
-        ``ValueError``."""
+        """The fraction of each gated tensor that masks keep unless a task has a density of its own, in (0, 1]. Setting
+        anything else is a ``ValueError``."""
         return self._density
 
     @density.setter
     def density(self, density: float) -> None:
         self._density = ops.check_density(density)
+
+    @property
+    def gate_density(self) -> float:
+        """The density of the mask of the current scores."""
+        return self._density if self.task_density is None else self.task_density
+
+    @property
+    def active_row(self) -> int | None:
+        """The row among :attr:`tasks` whose mask is in use, or None for the mask of the current scores."""
+        return self._active_row
+
+    @active_row.setter
+    def active_row(self, row: int | None) -> None:
+        self._active_row = row
+        # Forward sees the mask and not its number, so that compiled code serves every task.
+        for gate in self.gated():
+            setattr(self, f"{gate.name}_view", None if row is None else gate.masks[row])
 
     def gated(self) -> Iterator[Gated]:
         """The gated tensors that this layer has: the weight, and the bias if there is one."""
@@ -114,7 +145,7 @@ class SubnetLayer(nn.Module):
         mode = check_score_init(mode)
         # Both default initialisations are uniform within the same bound: gain(sqrt 5) * sqrt(3 / fan_in) = 1 /
         # sqrt(fan_in).
-        bound = 1 / math.sqrt(self._fan_in()) if self._fan_in() else 0.0
+        bound = 1 / math.sqrt(self._fan_in())
         for gate in self.gated():
             if mode == "default":
                 nn.init.uniform_(gate.score, -bound, bound)
@@ -124,12 +155,12 @@ class SubnetLayer(nn.Module):
                 nn.init.uniform_(gate.score)
 
     def _fan_in(self) -> int:
-        return self.weight[0].numel() if self.weight.shape[0] else 0
+        return self.weight[0].numel()
 
     @torch.no_grad()
     def masks_of_scores(self) -> dict[str, Tensor]:
         """The boolean mask of the current scores for each gated tensor, by its name."""
-        return {g.name: ops.topc_mask(g.score, self.density, rule=self.rule) for g in self.gated()}
+        return {g.name: ops.topc_mask(g.score, self.gate_density, rule=self.rule) for g in self.gated()}
 
     def mask(self, name: str, row: int) -> Tensor:
         """The boolean mask of a finished task (``row`` among :attr:`tasks`) for the gated tensor ``name``, in its
@@ -143,12 +174,17 @@ class SubnetLayer(nn.Module):
             rows = torch.cat([getattr(self, f"{name}_masks"), bits.unsqueeze(0)])
             setattr(self, f"{name}_masks", rows)
         self.tasks = [*self.tasks, task]
-        self._rebuild_union()
+        self.rebuild_union()
 
-    def _rebuild_union(self) -> None:
+    def rebuild_union(self) -> None:
+        """Derive the unions from the masks again."""
         for gate in self.gated():
-            known = gate.masks.shape[0] > 0 and not gate.masks.is_meta
-            setattr(self, f"{gate.name}_union", ops.union_packed(gate.masks) if known else None)
+            if gate.masks.shape[0] == 0 or gate.masks.is_meta:
+                setattr(self, f"{gate.name}_union", None)
+            elif gate.union is None or gate.union.device != gate.masks.device:
+                setattr(self, f"{gate.name}_union", ops.union_packed(gate.masks))
+            else:
+                gate.union.copy_(ops.union_packed(gate.masks))  # in place, for a CUDA graph that reads it
 
     def masked(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """``W*m`` (or ``b*m_b``) in ``dtype``, as this layer uses it now; None without a bias.
@@ -158,27 +194,32 @@ class SubnetLayer(nn.Module):
         param = getattr(self, name)
         if param is None:
             return None
-        if self.active_row is not None:
-            return ops.gate_packed(param.detach(), getattr(self, f"{name}_masks")[self.active_row], dtype)
+        packed = getattr(self, f"{name}_view")
+        if packed is not None:
+            return ops.gate_packed(param.detach(), packed, dtype)
         score, union = getattr(self, f"{name}_score"), getattr(self, f"{name}_union")
-        masked: Tensor = SubnetGate.apply(param, score, self._density, self.rule, union, dtype)
+        masked: Tensor = SubnetGate.apply(param, score, self.gate_density, self.rule, union, dtype)
         return masked
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which autocast, if it is on, would run the dense layer; else that of the weight."""
         kind = x.device.type
-        # Like autocast itself, which leaves float64 alone.
-        if self.weight.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return self.weight.dtype
+        # Like autocast itself, which leaves float64 alone (and does not know every device: meta, for one).
+        if self.weight.dtype is torch.float64 or not torch.amp.is_autocast_available(kind):
+            return self.weight.dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
 
     def get_extra_state(self) -> Tensor:
-        """The ids of the finished tasks, for ``state_dict``: not a buffer, which DDP would broadcast at every step."""
-        return encode_tasks(self.tasks)
+        """The ids of the finished tasks, the densities and the rule as JSON bytes, for ``state_dict``. Not a buffer,
+        which DDP would broadcast at every step."""
+        return encode_json({name: getattr(self, name) for name in _EXTRA_STATE})
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The inverse of :meth:`get_extra_state`, called by ``load_state_dict``."""
-        self.tasks = decode_tasks(state)
+        """The inverse of :meth:`get_extra_state`, called by ``load_state_dict``. ``ValueError`` for another's state."""
+        for name, value in decode_json(state).items():
+            if name not in _EXTRA_STATE:
+                raise ValueError(f"the extra state of a subnet layer has no {name!r}")
+            setattr(self, name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint may hold more tasks than this layer knows: make room, so that torch's own shape check decides
@@ -189,10 +230,10 @@ class SubnetLayer(nn.Module):
                 setattr(self, f"{gate.name}_masks", own.new_zeros(incoming.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.active_row = None
-        self._rebuild_union()
+        self.rebuild_union()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, density={self.density}, rule={self.rule!r}"
+        return f"{super().extra_repr()}, density={self.gate_density}, rule={self.rule!r}"
 
 
 class FastSubnetLinear(SubnetLayer, nn.Linear):  # type: ignore[misc]  # torch says Linear.bias is never None

@@ -6,8 +6,9 @@ The guard copies what is frozen before ``step`` and puts it back after, whatever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,45 +24,65 @@ class Frozen(NamedTuple):
     union: Tensor | None
 
 
+class Guarded(Protocol):
+    """What a guard asks of WSN at each step."""
+
+    def gated(self) -> Iterable[tuple[str, Gated]]:
+        """The gated tensors by name."""
+
+    def fixed(self) -> Iterable[Tensor]:
+        """The parameters that must not change at all."""
+
+    def check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ``RuntimeError`` if a step of ``optimizer`` now would be a mistake."""
+
+
 class OptimizerGuard:
-    """Step hooks of one optimizer.
+    """Step hooks of one optimizer that keep what ``wsn`` says is frozen."""
 
-    Args:
-        optimizer: see :func:`check_guardable`.
-        gated: answers, at each step, the gated tensors by name.
-        fixed: answers, at each step, the parameters that must not change at all.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gated: Callable[[], Iterable[tuple[str, Gated]]],
-        fixed: Callable[[], Iterable[Tensor]],
-    ) -> None:
-        self._gated, self._fixed = gated, fixed
+    def __init__(self, optimizer: torch.optim.Optimizer, wsn: Guarded) -> None:
+        self._wsn = wsn
+        self._optimizer = weakref.ref(optimizer)
         self._saved: list[tuple[Frozen, Tensor]] = []
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
-    @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        own = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        frozen = [Frozen(param, None) for param in self._fixed() if id(param) in own]
-        for name, gate in self._gated():
-            if id(gate.param) in own:
-                _check_not_bypassed(name, gate, own)
-                if gate.union is not None:
-                    frozen.append(Frozen(gate.param, gate.union))
-        self._saved = [(f, f.param.detach().clone()) for f in frozen]
+    def holds(self, params: Iterable[Tensor]) -> bool:
+        """Whether the optimizer is alive and has one of ``params``."""
+        optimizer = self._optimizer()
+        return optimizer is not None and not _params_of(optimizer).isdisjoint(map(id, params))
 
     @torch.no_grad()
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def settle(self) -> None:
+        """Put back what is saved: after a step, or after one that an exception cut short."""
         for frozen, saved in self._saved:
             if frozen.union is None:
                 frozen.param.copy_(saved)
             else:
                 ops.restore_frozen_(frozen.param, saved, frozen.union)
         self._saved = []
+
+    @torch.no_grad()
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.settle()
+        self._wsn.check_step(optimizer)
+        own = _params_of(optimizer)
+        # Without a gradient torch's optimizers leave a parameter alone; a closure may still give it one.
+        closure = next((a for a in (*args[1:], kwargs.get("closure")) if callable(a)), None)
+        frozen = [Frozen(p, None) for p in self._wsn.fixed() if id(p) in own and (p.grad is not None or closure)]
+        for name, gate in self._wsn.gated():
+            if id(gate.param) in own:
+                _check_not_bypassed(name, gate, own)
+                if gate.union is not None:
+                    frozen.append(Frozen(gate.param, gate.union))
+        self._saved = [(f, f.param.detach().clone()) for f in frozen]
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.settle()
+
+
+def _params_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
 
 
 def _check_not_bypassed(name: str, gate: Gated, own: set[int]) -> None:
@@ -89,8 +110,7 @@ def check_guardable(optimizer: object, params: Iterable[Tensor]) -> torch.optim.
             "optimizer must not be LBFGS: it moves the weights and evaluates the model several times inside one step, "
             "where frozen weights cannot be put back. Use a first-order optimizer."
         )
-    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    if not any(id(param) in own for param in params):
+    if _params_of(optimizer).isdisjoint(map(id, params)):
         raise ValueError(
             "optimizer holds no parameter of this model: was it built from another one, or before .to(device)?"
         )

@@ -84,13 +84,24 @@ def classify(model: nn.Module, declared: dict[str, tuple[str, ...]]) -> list[Own
     return found
 
 
-def mark_per_task(owned: Iterable[Owned]) -> None:
-    """Give each tensor of kind ``per_task`` its rows, and take them from one that the user declared otherwise."""
+def mark_per_task(owned: Iterable[Owned], finished: int) -> None:
+    """Give each tensor of kind ``per_task`` its rows, and take them from one that the user declared otherwise.
+
+    Raises:
+        ValueError: ``finished`` tasks have ended already, with other owners. Nothing has been changed then.
+    """
     wanted: dict[nn.Module, list[str]] = {}
     for item in owned:
         names = wanted.setdefault(item.module, [])
         if item.kind == "per_task":
             names.append(item.attribute)
+    for module, names in wanted.items():
+        changed = set(names) ^ set(per_task.marked(module))
+        if finished and changed:
+            raise ValueError(
+                f"{type(module).__name__}.{min(changed)} cannot change its owner to or from per_task: {finished} tasks "
+                "have ended already. Declare what was declared when they were trained"
+            )
     for module, names in wanted.items():
         if set(per_task.marked(module)) - set(names):
             per_task.unmark(module)
@@ -107,13 +118,16 @@ def check_owned(owned: Iterable[Owned]) -> None:
 def _shared_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(full name, module, attribute) of the direct tensors of modules, less gates, heads and what this library
     added."""
-    inside_heads = {m for heads in model.modules() if isinstance(heads, TaskHeads) for m in heads.modules()}
+    of_one_task = {m for heads in model.modules() if isinstance(heads, TaskHeads) for m in heads.heads.modules()}
     for prefix, module in model.named_modules():
-        if module in inside_heads:
+        if module in of_one_task:
             continue
+        prefix = prefix.replace("_orig_mod.", "").removesuffix("_orig_mod")
         ours = {f"{name}{end}" for name in per_task.marked(module) for end in ("_tasks", "_live")}
+        if isinstance(module, TaskHeads):
+            ours.add("_birthplace")
         if isinstance(module, SubnetLayer):
-            ours |= {f"{name}{end}" for name in module.GATED for end in ("", "_score", "_masks", "_union")}
+            ours |= {f"{name}{end}" for name in module.GATED for end in ("", "_score", "_masks", "_union", "_view")}
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and attribute not in ours:
                 yield f"{prefix}.{attribute}".lstrip("."), module, attribute
@@ -131,8 +145,8 @@ def _check_ties(model: nn.Module, found: list[Owned]) -> None:
     for item in found:
         if id(item.tensor) in gated:
             raise ValueError(
-                f"{item.name} and the gated {gated[id(item.tensor)]} are one tied parameter: what reads it ungated would "
-                "change with later tasks. Untie them, or leave that layer out of the conversion."
+                f"{item.name} and the gated {gated[id(item.tensor)]} are one tied parameter: what reads it ungated "
+                "would change with later tasks. Untie them, or leave that layer out of the conversion."
             )
         first = owners.setdefault(id(item.tensor), item)
         if first.kind != item.kind:

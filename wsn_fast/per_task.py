@@ -83,23 +83,30 @@ def value(module: nn.Module, name: str, row: int) -> Tensor:
 
 @torch.no_grad()
 def append_task(module: nn.Module) -> None:
-    """Keep the live values as the next row: the task that trained them has ended."""
+    """Keep the live values as the next row: the task that trained them has ended. Not while a row is in use."""
     for name in marked(module):
         rows, live = getattr(module, f"{name}_tasks"), getattr(module, name)
         setattr(module, f"{name}_tasks", torch.cat([rows, live.detach().unsqueeze(0).to(rows.dtype)]))
 
 
 @torch.no_grad()
-def use_row(module: nn.Module, row: int | None) -> None:
-    """Put a finished task's values in place, or (None) the live ones back."""
-    for name in marked(module):
-        tensor, kept = getattr(module, name), getattr(module, f"{name}_live")
-        if row is not None:
-            if kept is None:
-                setattr(module, f"{name}_live", tensor.detach().clone())
-            tensor.copy_(value(module, name, row))
-        elif kept is not None:
-            tensor.copy_(kept)
+def use_row(modules: Iterable[nn.Module], row: int | None) -> None:
+    """Put a finished task's values in place in all ``modules``, or (None) the live ones back.
+
+    All live values are kept before the first row goes in: a tensor that is tied has one live value under two names.
+    """
+    tensors = [(module, name) for module in modules for name in marked(module)]
+    if row is not None:
+        for module, name in tensors:
+            if getattr(module, f"{name}_live") is None:
+                setattr(module, f"{name}_live", getattr(module, name).detach().clone())
+        for module, name in tensors:
+            getattr(module, name).copy_(value(module, name, row))
+        return
+    for module, name in tensors:
+        kept = getattr(module, f"{name}_live")
+        if kept is not None:
+            getattr(module, name).copy_(kept)
             setattr(module, f"{name}_live", None)
 
 

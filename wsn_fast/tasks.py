@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote, unquote
 
 import torch
@@ -49,24 +49,14 @@ def task_from_key(key: str) -> TaskId:
     raise ValueError(f"not a task key: {key!r}")
 
 
-def encode_tasks(tasks: Sequence[TaskId]) -> Tensor:
-    """Task ids, in order, as the UTF-8 bytes of a JSON list: a ``uint8`` tensor that any ``state_dict`` can carry."""
-    return encode_json(list(tasks))
-
-
-def decode_tasks(encoded: Tensor) -> list[TaskId]:
-    """The inverse of :func:`encode_tasks`. Raises ``ValueError`` when the bytes are not a JSON list of task ids."""
-    tasks = decode_json(encoded)
-    if not isinstance(tasks, list):
-        raise ValueError(f"task ids must be a JSON list, got {tasks!r}")
-    return [check_task(task) for task in tasks]
-
-
-def encode_json(value: object) -> Tensor:
+def encode_json(value: dict[str, Any]) -> Tensor:
     """``value`` as the UTF-8 bytes of its JSON text, a 1-d ``uint8`` tensor."""
-    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device="cpu")
 
 
-def decode_json(encoded: Tensor) -> object:
-    """The inverse of :func:`encode_json`. Raises ``ValueError`` when the bytes are not JSON."""
-    return json.loads(bytes(encoded.cpu().tolist()))
+def decode_json(encoded: Tensor) -> dict[str, Any]:
+    """The inverse of :func:`encode_json`. Raises ``ValueError`` when the bytes are not those of a JSON object."""
+    value = json.loads(bytes(encoded.cpu().tolist()))
+    if not isinstance(value, dict):
+        raise ValueError(f"expected the bytes of a JSON object, got {value!r}")
+    return value

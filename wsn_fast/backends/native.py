@@ -96,7 +96,7 @@ def pack(mask: Tensor) -> Tensor:
         RuntimeError: the native library is missing; the message says why.
     """
     mask = _checked("mask", mask, torch.bool).contiguous()
-    packed = torch.empty((mask.numel() + 7) // 8, dtype=torch.uint8)
+    packed = torch.empty((mask.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     _call("wsn_pack_bits", mask.data_ptr(), mask.numel(), packed.data_ptr())
     return packed
 
@@ -121,7 +121,7 @@ def unpack(packed: Tensor, n: int) -> Tensor:
         raise ValueError(f"n must not be negative, got {n}")
     if packed.numel() != (n + 7) // 8:
         raise ValueError(f"packed must have {(n + 7) // 8} bytes for {n} elements, got {packed.numel()}")
-    mask = torch.empty(n, dtype=torch.bool)
+    mask = torch.empty(n, dtype=torch.bool, device="cpu")
     _call("wsn_unpack_bits", packed.data_ptr(), n, mask.data_ptr())
     return mask
 
@@ -141,7 +141,7 @@ def popcount(packed: Tensor) -> Tensor:
         RuntimeError: the native library is missing; the message says why.
     """
     packed = _checked("packed", packed, torch.uint8).contiguous()
-    count = torch.empty((), dtype=torch.int64)
+    count = torch.empty((), dtype=torch.int64, device="cpu")
     _call("wsn_popcount_bits", packed.data_ptr(), packed.numel(), count.data_ptr())
     return count
 

@@ -28,7 +28,7 @@ def threshold(scores: Tensor, rank: int, rule: str) -> Tensor:
     # NumPy's introselect is not, and several times faster otherwise. It has no bfloat16, which float32 holds exactly
     # and in order.
     array = (keys.float() if keys.dtype is torch.bfloat16 else keys).numpy()
-    return torch.tensor(np.partition(array, rank)[rank], dtype=keys.dtype)
+    return torch.tensor(np.partition(array, rank)[rank], dtype=keys.dtype, device="cpu")
 
 
 def keep_mask(scores: Tensor, tau: Tensor, rule: str) -> Tensor:

@@ -1,0 +1,134 @@
+"""What a model consists of, as WSN sees it: gated tensors, heads, tensors with a copy per task, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import ownership, per_task
+from .heads import TaskHeads
+from .layers import Gated, SubnetLayer
+from .tasks import TaskId
+
+T = TypeVar("T")
+
+
+class ModelParts:
+    """The parts of ``model``, by name, found anew by :meth:`refresh` (models are edited between tasks).
+
+    Args:
+        model: has subnet layers, or it is a ``ValueError``.
+        declared: the name patterns of each kind of owner (see :mod:`wsn_fast.ownership`).
+    """
+
+    def __init__(self, model: nn.Module, declared: dict[str, tuple[str, ...]]) -> None:
+        self._declared = declared
+        self.refresh(model)
+        ownership.mark_per_task(self.owned, finished=len(self.tasks_of_layers()))
+
+    def refresh(self, model: nn.Module) -> None:
+        """Look at ``model`` again. Raises ``ValueError`` when it has no subnet layer, or its layers or per-task tensors
+        disagree about how many tasks have ended."""
+        self.model = model
+        # A compiled model wraps the original; names stay those of the original.
+        named = [(name.replace("_orig_mod.", "").removesuffix("_orig_mod"), m) for name, m in model.named_modules()]
+        self.layers = {name: m for name, m in named if isinstance(m, SubnetLayer)}
+        if not self.layers:
+            raise ValueError("model has no subnet layer: convert(model) it first, or build it from FastSubnet layers")
+        self.heads = {name: m for name, m in named if isinstance(m, TaskHeads)}
+        self.owned = ownership.classify(model, self._declared)
+        self.tasks_of_layers()
+
+    def gated(self) -> Iterator[tuple[str, Gated]]:
+        """The gated tensors; one that tied layers share (scores too) appears once."""
+        seen = set()
+        for prefix, layer in self.layers.items():
+            for gate in layer.gated():
+                if (id(gate.param), id(gate.score)) not in seen:
+                    seen.add((id(gate.param), id(gate.score)))
+                    yield f"{prefix}.{gate.name}".lstrip("."), gate
+
+    def tasks_of_layers(self) -> list[TaskId]:
+        """The finished tasks as the layers know them. Raises ``ValueError`` when they disagree."""
+        listed = {name: layer.tasks for name, layer in self.layers.items()}
+        first, tasks = next(iter(listed.items()))
+        for name, other in listed.items():
+            if other != tasks:
+                raise ValueError(
+                    f"subnet layers disagree about the finished tasks: {first} has {tasks}, {name} has {other}. A "
+                    "layer cannot join or be replaced after a task has ended"
+                )
+        return tasks
+
+    def check_rows(self, tasks: int) -> None:
+        """Raise ``ValueError`` unless every per-task tensor has a row for each of the ``tasks`` that have ended."""
+        for item in self.owned:
+            if item.kind == "per_task":
+                known = item.attribute in per_task.marked(item.module)
+                rows = len(getattr(item.module, f"{item.attribute}_tasks")) if known else 0
+                if not known or rows != tasks:
+                    raise ValueError(
+                        f"{item.name} has values of {rows} finished tasks, the subnet layers know {tasks}: its module "
+                        "was added or replaced after WSN(model)"
+                    )
+
+    def fixed(self, tasks: list[TaskId]) -> Iterator[nn.Parameter]:
+        """Parameters that must not change at all once ``tasks`` have ended: their heads, and what is declared
+        frozen."""
+        for heads in self.heads.values():
+            for task in heads.tasks:
+                if task in tasks:
+                    yield from heads.head(task).parameters()
+        for item in self.owned:
+            if tasks and item.kind == "frozen" and isinstance(item.tensor, nn.Parameter):
+                yield item.tensor
+
+    def show(self, row: int | None, head: TaskId | None) -> None:
+        """Compute with the masks and per-task values of ``row`` (None: current scores, live values) and that head."""
+        for heads in self.heads.values():
+            heads.active = head
+        for layer in self.layers.values():
+            layer.active_row = row
+        per_task.use_row(list(self.model.modules()), row)
+
+    def trainable(self) -> Iterator[tuple[str, Tensor]]:
+        """All that training changes, by name: parameters, scores, live buffers; live values even while a row is
+        shown."""
+        stored: set[int] = set()
+        for _, gate in self.gated():
+            stored |= {id(gate.masks), id(gate.union)}
+        for layer in self.layers.values():
+            stored |= {id(getattr(layer, f"{name}_view")) for name in layer.GATED}
+        live: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            for name in per_task.marked(module):
+                kept = getattr(module, f"{name}_live")
+                stored |= {id(getattr(module, f"{name}_tasks")), id(kept)}
+                if kept is not None:
+                    live[id(getattr(module, name))] = kept
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if id(tensor) not in stored:
+                yield name, live.get(id(tensor), tensor)
+
+    @torch.no_grad()
+    def append_task(self, task: TaskId, packed: Mapping[str, Mapping[str, Tensor]], then: Callable[[], T]) -> T:
+        """Store a finished task: its packed masks by layer and gated tensor, and the live per-task values. Returns what
+        ``then`` does with that. All or nothing: after an error everything is as before."""
+        changed = [*self.layers.values(), *(m for m in self.model.modules() if per_task.marked(m))]
+        before = [dict(module._buffers) for module in changed]
+        try:
+            for name, layer in self.layers.items():
+                layer.append_task(task, packed[name])
+            for module in self.model.modules():
+                per_task.append_task(module)
+            return then()
+        except BaseException:
+            for module, buffers in zip(changed, before, strict=True):
+                module._buffers.update(buffers)
+            for layer in self.layers.values():
+                layer.tasks = layer.tasks[: len(layer.weight_masks)]
+                layer.rebuild_union()
+            raise
