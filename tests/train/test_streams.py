@@ -1,0 +1,310 @@
+"""Streams: what each task holds, that it is the same every time, and that bad arguments are named."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from wsn_fast.train.data import Dataset
+from wsn_fast.train.streams import KINDS, TaskData, make_stream
+
+CLASSES = 6
+
+
+def dataset(train: int = 60, test: int = 18, height: int = 5, width: int = 4) -> Dataset:
+    """Two channels of noise; sample i has class i % 6."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (train + test, 2, height, width), generator=generator).to(torch.uint8)
+    labels = torch.arange(train + test) % CLASSES
+    return Dataset("noise", images[:train], labels[:train], images[train:], labels[train:], CLASSES)
+
+
+def coded(pixels: Tensor, train: int = 60) -> Dataset:
+    """One-channel data with the given images, [N, H, W] of 0..255; sample i has class i % 6."""
+    images = pixels.to(torch.uint8).unsqueeze(1)
+    labels = torch.arange(len(images)) % CLASSES
+    return Dataset("coded", images[:train], labels[:train], images[train:], labels[train:], CLASSES)
+
+
+def raw(stream: object, x: Tensor) -> Tensor:
+    """Undo the normalisation."""
+    return (x * stream.std + stream.mean).round().long()
+
+
+def parts(task: TaskData) -> tuple[Tensor, ...]:
+    return task.train_x, task.train_y, task.val_x, task.val_y, task.test_x, task.test_y
+
+
+def numbered() -> Dataset:
+    """Images of one value, the sample's number."""
+    return coded(torch.arange(78)[:, None, None].expand(-1, 3, 3))
+
+
+# --- all kinds ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_dtypes_and_the_sequence(kind: str) -> None:
+    stream = make_stream(kind, dataset(), 3, 0, val_fraction=0.1)
+    share = 1 if kind != "split" else 3
+    assert len(stream) == 3 and stream.task_ids == [0, 1, 2] and stream.kind == kind
+    assert stream.classes == dict.fromkeys(range(3), CLASSES // share)
+    for number, task in enumerate(stream):
+        assert task.task == number and task.classes == CLASSES // share
+        for x, y, count in zip(*[iter((*parts(task),))] * 2, (54, 6, 18), strict=False):
+            assert x.shape == (count // share, 2, 5, 4) and x.dtype == torch.float32 and x.is_contiguous()
+            assert y.shape == (count // share,) and y.dtype == torch.int64
+        assert stream.input_shape == (2, 5, 4)
+
+
+def test_indices_as_in_a_list() -> None:
+    stream = make_stream("split", dataset(), 3, 0)
+    assert stream[-1].task == 2 and [task.task for task in stream[1:]] == [1, 2]
+    with pytest.raises(IndexError):
+        stream[3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flatten_gives_the_same_values(kind: str) -> None:
+    images = make_stream(kind, dataset(), 3, 0)[1]
+    stream = make_stream(kind, dataset(), 3, 0, flatten=True)
+    assert stream.input_shape == (40,) and torch.equal(stream[1].train_x, images.train_x.flatten(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_is_rebuilt_to_the_bit(kind: str) -> None:
+    first = make_stream(kind, dataset(), 3, 7)
+    _ = first[0], first[1]
+    torch.manual_seed(5)
+    second = make_stream(kind, dataset(), 3, 7)
+    assert all(map(torch.equal, parts(first[2]), parts(second[2])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_global_generator_is_left_alone(kind: str) -> None:
+    before = torch.get_rng_state()
+    _ = make_stream(kind, dataset(), 3, 7)[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dataset_is_left_alone(kind: str) -> None:
+    data = dataset()
+    before = data.train_x.clone()
+    make_stream(kind, data, 3, 7)[1].train_x.zero_()
+    assert torch.equal(data.train_x, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_matters(kind: str) -> None:
+    first, second = (make_stream(kind, dataset(), 3, seed)[1] for seed in (0, 1))
+    assert not torch.equal(first.train_x, second.train_x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_test_data_is_the_tasks_test_part(kind: str) -> None:
+    stream = make_stream(kind, dataset(), 3, 0)
+    x, y = stream.test_data(1)
+    assert torch.equal(x, stream[1].test_x) and torch.equal(y, stream[1].test_y)
+
+
+def test_inputs_have_mean_zero_and_deviation_one_in_each_channel() -> None:
+    data = dataset()
+    data.train_x[:, 1] //= 7
+    x = make_stream("permuted", data, 2, 0, val_fraction=0.0)[1].train_x
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(2))
+
+
+def test_test_inputs_use_the_training_statistics() -> None:
+    data = dataset()
+    stream = make_stream("split", data, 1, 0, shuffle_classes=False)
+    expected = data.test_x.double().sub(data.train_x.double().mean((0, 2, 3))[:, None, None])
+    expected /= data.train_x.double().std((0, 2, 3), correction=0)[:, None, None]
+    torch.testing.assert_close(stream[0].test_x.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_constant_channel_stays_finite() -> None:
+    data = dataset()
+    data.train_x[:, 0] = 9
+    assert make_stream("permuted", data, 1, 0)[0].train_x.isfinite().all()
+
+
+# --- validation ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_and_validation_are_disjoint_and_complete(kind: str) -> None:
+    stream = make_stream(kind, numbered(), 3, 0, val_fraction=0.2)
+    # The centre pixel: permuting equal pixels changes nothing, and rotation keeps the centre.
+    train, val = (raw(stream, x)[:, 0, 1, 1].tolist() for x in (stream[1].train_x, stream[1].val_x))
+    labels = stream[1].train_y.tolist() + stream[1].val_y.tolist()
+    wanted = sorted(range(60)) if kind != "split" else [n for n in range(60) if n % CLASSES in classes_of(stream, 1)]
+    assert sorted(train + val) == wanted and len(val) == len(wanted) // 5
+    assert all(number % CLASSES == label for number, label in zip(train + val, labels, strict=True)) or kind == "split"
+
+
+def classes_of(stream: object, task: int) -> set[int]:
+    return set((raw(stream, stream[task].test_x)[:, 0, 1, 1] % CLASSES).tolist())
+
+
+@pytest.mark.parametrize("kind", ["permuted", "rotated"])
+def test_all_tasks_hold_out_the_same_images(kind: str) -> None:
+    stream = make_stream(kind, numbered(), 3, 0)
+    held_out = [raw(stream, task.val_x)[:, 0, 1, 1].tolist() for task in stream]
+    assert held_out[0] == held_out[1] == held_out[2] != sorted(held_out[0])
+
+
+def test_no_validation() -> None:
+    task = make_stream("permuted", dataset(), 2, 0, val_fraction=0.0)[0]
+    assert task.val_x.shape == (0, 2, 5, 4) and task.val_y.shape == (0,) and len(task.train_x) == 60
+
+
+# --- permuted ---
+
+
+def positions() -> Dataset:
+    """Every pixel holds its position, in train and test images alike."""
+    return coded(torch.arange(20).view(1, 4, 5).expand(78, -1, -1))
+
+
+def test_a_task_permutes_all_its_images_by_one_permutation() -> None:
+    stream = make_stream("permuted", positions(), 2, 0)
+    for task in stream:
+        orders = raw(stream, torch.cat([task.train_x, task.val_x, task.test_x])).flatten(1)
+        assert sorted(orders[0].tolist()) == list(range(20)) and (orders == orders[0]).all()
+
+
+def test_every_task_has_a_permutation_of_its_own_the_first_too() -> None:
+    stream = make_stream("permuted", positions(), 4, 0)
+    orders = [tuple(raw(stream, task.test_x)[0].flatten().tolist()) for task in stream]
+    assert len({*orders, tuple(range(20))}) == 5
+
+
+def test_a_longer_stream_begins_with_the_same_tasks() -> None:
+    short, long = (make_stream("permuted", positions(), tasks, 0) for tasks in (2, 4))
+    assert torch.equal(short[1].train_x, long[1].train_x)
+
+
+def test_channels_move_together() -> None:
+    pixels = torch.arange(20, dtype=torch.uint8).view(1, 1, 4, 5).expand(12, 2, -1, -1)
+    data = Dataset("two", pixels, torch.arange(12) % 2, pixels, torch.arange(12) % 2, 2)
+    x = make_stream("permuted", data, 1, 0)[0].train_x
+    assert torch.equal(x[:, 0], x[:, 1])
+
+
+# --- split ---
+
+
+def test_every_class_is_in_exactly_one_task() -> None:
+    stream = make_stream("split", numbered(), 3, 0)
+    assert sorted(c for task in range(3) for c in classes_of(stream, task)) == list(range(CLASSES))
+
+
+def test_labels_are_renumbered_alike_in_all_parts() -> None:
+    stream = make_stream("split", numbered(), 2, 3, val_fraction=0.2)
+    for task in stream:
+        seen: dict[int, set[int]] = {}
+        for x, y in ((task.train_x, task.train_y), (task.val_x, task.val_y), (task.test_x, task.test_y)):
+            for number, label in zip(raw(stream, x)[:, 0, 0, 0].tolist(), y.tolist(), strict=True):
+                seen.setdefault(number % CLASSES, set()).add(label)
+        assert sorted(seen.values(), key=min) == [{0}, {1}, {2}]
+
+
+def test_classes_in_ascending_order_on_request() -> None:
+    stream = make_stream("split", numbered(), 3, 0, shuffle_classes=False)
+    assert [classes_of(stream, task) for task in range(3)] == [{0, 1}, {2, 3}, {4, 5}]
+    numbers = raw(stream, stream[1].test_x)[:, 0, 0, 0]
+    assert torch.equal(stream[1].test_y, numbers % CLASSES - 2)
+
+
+def test_classes_are_shuffled_by_the_seed() -> None:
+    dealt = {str([classes_of(make_stream("split", numbered(), 3, s), task) for task in range(3)]) for s in range(5)}
+    assert len(dealt) > 1
+
+
+# --- rotated ---
+
+
+def test_the_first_task_is_not_rotated() -> None:
+    data = dataset()
+    stream = make_stream("rotated", data, 4, 0)
+    assert torch.equal(raw(stream, stream[0].test_x), data.test_x.long())
+
+
+def test_half_way_is_a_quarter_turn_counter_clockwise() -> None:
+    data = dataset(height=5, width=5)
+    stream = make_stream("rotated", data, 2, 0)
+    assert torch.equal(raw(stream, stream[1].test_x), torch.rot90(data.test_x.long(), 1, (2, 3)))
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 5), (1, 4)), ((1, 4), (2, 3))], ids=["right", "above"])
+def test_oblong_images_keep_their_angles(before: tuple[int, int], after: tuple[int, int]) -> None:
+    """A quarter turn takes what is right of the centre above it, and what is above it to its left."""
+    pixels, expected = torch.zeros(78, 5, 9), torch.zeros(5, 9, dtype=torch.int64)
+    pixels[:, before[0], before[1]] = expected[after] = 200
+    stream = make_stream("rotated", coded(pixels), 2, 0)
+    assert torch.equal(raw(stream, stream[1].test_x)[0, 0], expected)
+
+
+def test_angles_are_spread_evenly_over_half_a_turn() -> None:
+    size = 41
+    y, x = torch.meshgrid(torch.arange(size) - 20.0, torch.arange(size) - 20.0, indexing="ij")
+    blob = 255 * torch.exp(-((x - 12) ** 2 + y**2) / 8)
+    stream = make_stream("rotated", coded(blob.expand(78, -1, -1)), 6, 0)
+    angles = []
+    for task in range(6):
+        image = raw(stream, stream.test_data(task)[0])[0, 0].double()
+        angles.append(math.degrees(math.atan2(-(image * y).sum(), (image * x).sum())))
+    assert angles == pytest.approx([0, 30, 60, 90, 120, 150], abs=0.5)
+
+
+def test_outside_the_image_is_black() -> None:
+    stream = make_stream("rotated", coded(torch.full((78, 8, 8), 100)), 4, 0)
+    assert raw(stream, stream[1].test_x)[0, 0, 0, 0] == 0
+
+
+# --- bad arguments ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "shuffled"}, "kind: expected one of permuted, split, rotated, got 'shuffled'"),
+        ({"tasks": 0}, "tasks: expected an integer of at least 1, got 0"),
+        ({"tasks": True}, "tasks: expected an integer of at least 1, got True"),
+        ({"tasks": 2.0}, "tasks: expected an integer of at least 1, got 2.0"),
+        ({"kind": "split", "tasks": 4}, "tasks: 4 does not divide the 6 classes of 'noise'"),
+        ({"kind": "split", "tasks": 12}, "tasks: 12 does not divide the 6 classes of 'noise'"),
+        ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
+        ({"val_fraction": 1.0}, r"val_fraction: expected a number in \[0, 1\), got 1.0"),
+        ({"val_fraction": -0.1}, r"val_fraction: expected a number in \[0, 1\), got -0.1"),
+        ({"val_fraction": "0.1"}, r"val_fraction: expected a number in \[0, 1\), got '0.1'"),
+        ({"val_fraction": math.nan}, r"val_fraction: expected a number in \[0, 1\), got nan"),
+        (
+            {"val_fraction": 0.001},
+            "val_fraction: 0.001 of the 60 training .* 60 to train on, 0 to validate on",
+        ),
+        (
+            {"val_fraction": 0.999},
+            "val_fraction: 0.999 of the 60 training .* 0 to train on, 60 to validate on",
+        ),
+    ],
+)
+def test_bad_arguments_are_named_with_their_values(change: dict[str, object], message: str) -> None:
+    arguments = {"kind": "permuted", "tasks": 2, "seed": 0} | change
+    with pytest.raises(ValueError, match=message):
+        make_stream(dataset=dataset(), **arguments)
+
+
+def test_a_task_without_training_samples_is_an_error() -> None:
+    with pytest.raises(ValueError, match="of the 0 training samples of task 2"):
+        make_stream("split", dataset(train=4), 3, 0, shuffle_classes=False, val_fraction=0.0)
+
+
+def test_a_task_without_test_samples_is_an_error() -> None:
+    with pytest.raises(ValueError, match="dataset: 'noise' has no test samples for task 1"):
+        make_stream("split", dataset(test=2), 3, 0, shuffle_classes=False)

@@ -1,0 +1,270 @@
+"""What a run tells people: its numbers, a table beside the paper's, plots, and progress while it works."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from wsn_fast import WSN, __version__
+from wsn_fast.train import metrics
+from wsn_fast.train.config import resolve
+
+# The paper, mean over seeds: (stream, data, tasks) -> density -> (ACC, CAP), in percent. BWT is 0 everywhere.
+PAPER_RESULTS: Mapping[tuple[str, str, int], Mapping[float, tuple[float, float]]] = MappingProxyType(
+    {
+        ("permuted", "mnist", 10): MappingProxyType(
+            {
+                0.03: (94.84, 19.87),
+                0.05: (95.65, 26.49),
+                0.1: (96.14, 40.41),
+                0.3: (96.41, 77.73),
+                0.5: (96.24, 98.1),
+            }
+        ),
+        ("split", "cifar100", 10): MappingProxyType(
+            {
+                0.03: (70.65, 18.56),
+                0.05: (72.44, 25.09),
+                0.1: (74.55, 39.87),
+                0.3: (75.98, 80.26),
+                0.5: (76.38, 99.13),
+            }
+        ),
+        ("split", "folder", 40): MappingProxyType(  # TinyImageNet
+            {
+                0.03: (68.72, 37.19),
+                0.05: (71.22, 41.98),
+                0.1: (71.96, 48.65),
+                0.3: (70.92, 73.44),
+                0.5: (69.06, 92.03),
+            }
+        ),
+    }
+)
+# What the paper's method fixes; without these its numbers say nothing about a run.
+_METHOD = ("rule", "reinit_scores", "score_init")
+# What a run may choose freely beside the paper's numbers.
+_FREE = ("density", "seed", "device", "threads", "checkpoint_seconds", "preset")
+# The entries of results.json that are measurements.
+NUMBERS = (
+    "accuracy_matrix", "acc", "bwt", "fwt", "forgetting", "capacity", "capacity_paper", "union_density",
+    "compression", "reuse", "random_init", "before_training",
+)  # fmt: skip
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the numbers were made with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "wsn_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": name,
+    }
+
+
+def summarize(
+    matrix: Sequence[Sequence[float]], random_init: Sequence[float], before: Sequence[float], wsn: WSN
+) -> dict[str, Any]:
+    """All measurements of a run, in percent.
+
+    Args:
+        matrix: row i has the accuracies on the tasks 0..i after task i; T >= 1 rows.
+        random_init: per task, the accuracy at random initialisation.
+        before: per task, the accuracy just before it was trained.
+        wsn: the model after the last of these tasks.
+
+    Returns:
+        The entries ``NUMBERS``: the matrix [T, T] (None above the diagonal), ACC, BWT, FWT, forgetting per
+        task, the capacity with the measured and with the paper's compression, and per task its density, the
+        share of its weights that earlier tasks own (reuse) and the share of all weights it was first to own
+        (new).
+    """
+    capacity = wsn.capacity()
+    return {
+        "accuracy_matrix": [[*row, *[None] * (len(matrix) - len(row))] for row in matrix],
+        "acc": metrics.average_accuracy(matrix),
+        "bwt": metrics.backward_transfer(matrix),
+        "fwt": metrics.forward_transfer(before, random_init),
+        "forgetting": metrics.forgetting(matrix),
+        "capacity": 100 * capacity.capacity,
+        "capacity_paper": 100 * capacity.capacity_paper,
+        "union_density": 100 * capacity.union_density,
+        "compression": 100 * capacity.compression,
+        "reuse": [
+            {"task": s.task, "density": 100 * s.density, "reuse": 100 * s.reuse, "new": 100 * s.new}
+            for s in wsn.task_stats()
+        ],
+        "random_init": list(random_init),
+        "before_training": list(before),
+    }
+
+
+def differences(stored: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
+    """One line for each measurement that is not exactly the same in the two; empty when all are."""
+    return [
+        f"{name}: results.json has {stored.get(name)}, the checkpoint gives {measured[name]}"
+        for name in NUMBERS
+        if stored.get(name) != measured[name]
+    ]
+
+
+def in_words(results: Mapping[str, Any]) -> str:
+    """The main numbers of a run, one line each."""
+    reuse = sum(task["reuse"] for task in results["reuse"]) / len(results["reuse"])
+    return "\n".join(
+        (
+            f"ACC {results['acc']:.2f} %   BWT {results['bwt']:+.2f}   FWT {results['fwt']:+.2f}",
+            f"CAP {results['capacity_paper']:.2f} % with the paper's constant compression, "
+            f"{results['capacity']:.2f} % with the measured one ({results['compression']:.1f} %)",
+            f"{results['union_density']:.2f} % of the gated weights are owned by some task; on average "
+            f"{reuse:.2f} % of a task's weights are reused from earlier ones",
+        )
+    )
+
+
+def beside_paper(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
+    """The paper's (ACC, CAP) for the setting of a run, and what the run does otherwise; or None."""
+    settings = results["config"]
+    stream, data, tasks = settings["stream"], settings["data"], settings["tasks"]
+    row = PAPER_RESULTS.get((stream, data, tasks), {}).get(settings["density"])
+    paper = resolve(stream=stream, data=data)
+    if row is None or any(settings[name] != getattr(paper, name) for name in _METHOD):
+        return None
+    other = [
+        f"{name} {value} (paper: {getattr(paper, name)})"
+        for name, value in settings.items()
+        if name not in _FREE and value != getattr(paper, name)
+    ]
+    if data == "folder":
+        other.insert(0, "if the folder is TinyImageNet")
+    return *row, ", ".join(other)
+
+
+def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Runs by name and their results as text, beside the paper's numbers where the setting is the paper's."""
+    rows = [("run", "setting", "c", "ACC", "BWT", "FWT", "CAP", "CAP*", "paper: ACC", "CAP", "differs in")]
+    for name, results in runs.items():
+        settings, paper = results["config"], beside_paper(results)
+        stream = f"{settings['stream']} {settings['data']} x{settings['tasks']} {settings['preset']}"
+        acc, bwt, fwt, cap, measured = (
+            f"{results[key]:.2f}" for key in ("acc", "bwt", "fwt", "capacity_paper", "capacity")
+        )
+        beside = (f"{paper[0]:.2f}", f"{paper[1]:.2f}", paper[2]) if paper else ("-", "-", "")
+        rows.append((name, stream, f"{settings['density']:g}", acc, bwt, fwt, cap, measured, *beside))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = (0, 1, 10)
+    lines = [
+        "  ".join(
+            text.ljust(width) if i in left else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.append("In percent. CAP with the paper's constant mask compression of 78 %, CAP* with the measured one.")
+    return "\n".join(lines)
+
+
+# --- plots ------------------------------------------------------------------------------------------------
+def plot(results: Mapping[str, Any], folder: Path) -> None:
+    """Write ``accuracy_matrix.png`` and ``capacity.png`` into ``folder``."""
+    # Here, so that a command without plots starts fast; and no pyplot, which would pick a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    for name, draw in (("accuracy_matrix", _draw_matrix), ("capacity", _draw_capacity)):
+        tasks = len(results["reuse"])
+        figure = Figure(figsize=(max(5.0, 1.5 + 0.55 * min(tasks, 20)), 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure.add_subplot(), results)
+        figure.savefig(folder / f"{name}.png")
+
+
+def _draw_matrix(axes: Any, results: Mapping[str, Any]) -> None:
+    matrix = [[float("nan") if x is None else x for x in row] for row in results["accuracy_matrix"]]
+    tasks = len(matrix)
+    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    axes.figure.colorbar(image, ax=axes, label="test accuracy (%)")
+    axes.set(
+        xlabel="task",
+        ylabel="after training task",
+        title=f"ACC {results['acc']:.2f} %, BWT {results['bwt']:.2f}",
+    )
+    if tasks > 20:  # more numbers than anybody can read
+        return
+    axes.set_xticks(range(tasks))
+    axes.set_yticks(range(tasks))
+    for i in range(tasks):
+        for j in range(i + 1):
+            colour = "black" if matrix[i][j] > 60 else "white"
+            axes.text(j, i, f"{matrix[i][j]:.1f}", ha="center", va="center", color=colour, fontsize=8)
+
+
+def _draw_capacity(axes: Any, results: Mapping[str, Any]) -> None:
+    tasks = [str(task["task"]) for task in results["reuse"]]
+    new = [task["new"] for task in results["reuse"]]
+    reused = [task["density"] - task["new"] for task in results["reuse"]]
+    owned = [sum(new[: i + 1]) for i in range(len(new))]
+    axes.bar(tasks, reused, label="reused from earlier tasks", color="tab:blue")
+    axes.bar(tasks, new, bottom=reused, label="new", color="tab:orange")
+    axes.plot(tasks, owned, "k.-", label="owned by any task so far")
+    axes.set(
+        xlabel="task", ylabel="share of the gated weights (%)",
+        title=f"CAP {results['capacity_paper']:.1f} % (paper's), {results['capacity']:.1f} % (measured)",
+    )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    if len(tasks) > 20:
+        axes.set_xticks(range(0, len(tasks), 10))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8)
+
+
+# --- while it works -----------------------------------------------------------------------------------------
+class Console:
+    """Progress bars on a terminal, a line per task elsewhere, nothing when ``quiet``."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+
+    def say(self, text: str) -> None:
+        """Print a line, unless quiet."""
+        if not self._quiet:
+            print(text, flush=True)
+
+    def task_started(self, task: int, tasks: int, epochs: int, batches: int, done: int) -> None:
+        """A task of ``epochs`` times ``batches`` begins, or goes on after ``done`` epochs."""
+        if not self._quiet and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=epochs * batches, initial=done * batches, desc=f"task {task} ({task + 1}/{tasks})", unit="batch",
+                leave=False,
+            )  # fmt: skip
+
+    def step(self) -> None:
+        """One batch was trained."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def epoch_ended(self, epoch: int, loss: float, val_acc: float, lr: float) -> None:
+        """Show where training stands."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, validation {val_acc:.1f} %, lr {lr:.1e}")
+
+    def task_ended(self, task: int, tasks: int, acc: float, best_epoch: int, seconds: float) -> None:
+        """A line that stays."""
+        self.close()
+        self.say(
+            f"task {task} ({task + 1}/{tasks}): test accuracy {acc:.2f} % (best epoch {best_epoch}, {seconds:.1f} s)"
+        )
+
+    def close(self) -> None:
+        """Remove the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
