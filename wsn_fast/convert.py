@@ -189,7 +189,8 @@ def _subnet_class(module: nn.Module) -> type[SubnetLayer] | None:
 
 def _choose(names: Names, selection: _Selection, new_heads: Heads) -> list[nn.Module]:
     """The modules to convert, in the order of the model."""
-    layers: Names = {m: n for m, n in names.items() if _subnet_class(m)}
+    of_heads = {m for heads in names if isinstance(heads, TaskHeads) for m in heads.heads.modules()}
+    layers: Names = {m: n for m, n in names.items() if _subnet_class(m) and m not in of_heads}
     subnets: Names = {m: n for m, n in names.items() if isinstance(m, SubnetLayer)}
     readers: Names = {m: n for m, n in names.items() if _reads_weights(m)}
     inside: Names = {m: names[m] for reader in readers for m in _linears(reader)}

@@ -105,13 +105,9 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     found = _DIGEST.search(raw, 8, 8 + int.from_bytes(raw[:8], "little"))
     if found is None:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of wsn-fast, or its beginning is damaged ({len(raw)} bytes)"
-        )
+        raise CheckpointError(f"{path} is not a checkpoint of wsn-fast, or its beginning is damaged ({len(raw)} bytes)")
     if _digest(raw, found.start(1)) != found[1]:
-        raise CheckpointError(
-            f"{path} is damaged or truncated: its digest does not match its {len(raw)} bytes"
-        )
+        raise CheckpointError(f"{path} is damaged or truncated: its digest does not match its {len(raw)} bytes")
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     if header["format"] != FORMAT:
         raise CheckpointError(f"{path} has the format {header['format']!r}, this program reads {FORMAT!r}")
@@ -140,9 +136,7 @@ def load_from(folder: Path, name: str | None = None) -> Checkpoint:
         return load(paths[chosen])
     except CheckpointError as error:
         earlier = next((path.name for path in reversed(paths[:chosen]) if _intact(path)), None)
-        way_on = (
-            f"{earlier} is intact: use it with --checkpoint {earlier}" if earlier else "None before is intact"
-        )
+        way_on = f"{earlier} is intact: use it with --checkpoint {earlier}" if earlier else "None before is intact"
         raise CheckpointError(f"{error}. {way_on}") from error
 
 

@@ -41,9 +41,7 @@ def forward_transfer(before: Sequence[float], at_random: Sequence[float]) -> flo
         ValueError: the two differ in length.
     """
     if len(before) != len(at_random):
-        raise ValueError(
-            f"before and at_random must have one entry per task, got {len(before)} and {len(at_random)}"
-        )
+        raise ValueError(f"before and at_random must have one entry per task, got {len(before)} and {len(at_random)}")
     gains = [b - r for b, r in zip(before[1:], at_random[1:], strict=True)]
     return fmean(gains) if gains else 0.0
 
