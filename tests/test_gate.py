@@ -132,7 +132,7 @@ def test_density_out_of_range(density: object) -> None:
 
 
 def test_unknown_rule() -> None:
-    with pytest.raises(ValueError, match="rule must be one of .* got 'sign'"):
+    with pytest.raises(ValueError, match=r"rule must be one of .* got 'sign'"):
         topc_threshold(torch.randn(4), 0.5, rule="sign")
 
 

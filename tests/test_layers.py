@@ -22,7 +22,7 @@ CASES: dict[str, tuple[Callable[..., SubnetLayer], type[nn.Module], tuple[int, .
     "transposed": (lambda **k: FastSubnetTransposedLinear(6, 8, **k), nn.Linear, (5, 6)),
     "conv1d": (lambda **k: FastSubnetConv1d(4, 8, 3, groups=2, dilation=2, **k), nn.Conv1d, (5, 4, 9)),
     "conv2d": (lambda **k: FastSubnetConv2d(4, 8, (3, 2), 2, "valid", groups=4, **k), nn.Conv2d, (5, 4, 9, 8)),
-    "conv2d_reflect": (lambda **k: FastSubnetConv2d(4, 8, 3, 1, 1, padding_mode="reflect", **k), nn.Conv2d, (2, 4, 6, 6)),
+    "reflect": (lambda **k: FastSubnetConv2d(4, 8, 3, 1, 1, padding_mode="reflect", **k), nn.Conv2d, (2, 4, 6, 6)),
     "conv3d": (lambda **k: FastSubnetConv3d(2, 4, 3, padding="same", **k), nn.Conv3d, (2, 2, 5, 4, 6)),
 }  # fmt: skip
 
@@ -268,7 +268,7 @@ def test_score_initialisation(mode: str, low: float, high: float) -> None:
 
 
 def test_unknown_score_initialisation() -> None:
-    with pytest.raises(ValueError, match="score_init must be one of .* got 'N02'"):
+    with pytest.raises(ValueError, match=r"score_init must be one of .* got 'N02'"):
         FastSubnetLinear(3, 2).reset_scores("N02")
 
 

@@ -1,4 +1,4 @@
-"""What users do to a model between and inside tasks: the promise holds, or an error says what to do. One test per way."""
+"""What users do to a model between and inside tasks: the promise holds, or an error says what to do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def with_dense_layer() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), FastSubnetLinear(16, 12), nn.ReLU(), TaskHeads(12, CLASSES))
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------------------------------
 def test_loaded_through_a_parent_module_frozen_parameters_stay_fixed() -> None:
     saved = Around(finished(with_dense_layer(), frozen="1.*")).state_dict()
     parent = Around(WSN(with_dense_layer(), frozen="1.*"))
@@ -113,7 +113,7 @@ def test_parameters_replaced_on_loading_are_protected_too() -> None:
     assert torch.equal(logits(wsn, 0), before)
 
 
-# --- steps -------------------------------------------------------------------------------------------------------------
+# --- steps -----------------------------------------------------------------------------------------------------------
 class Fails(torch.optim.AdamW):
     """Updates, and then raises as an interrupted step would."""
 
@@ -166,7 +166,7 @@ def test_two_optimizers_may_share_the_work() -> None:
     assert torch.equal(logits(wsn, 0), before)
 
 
-# --- what is looked at -------------------------------------------------------------------------------------------------
+# --- what is looked at -----------------------------------------------------------------------------------------------
 def test_looking_at_a_finished_task_leaves_tied_norms_alone() -> None:
     model = nn.Sequential(nn.Flatten(), FastSubnetLinear(36, 12), nn.LayerNorm(12), nn.LayerNorm(12), TaskHeads(12, 3))
     model[3].weight = model[2].weight
@@ -203,7 +203,7 @@ def test_a_bare_use_inside_a_block_is_undone_with_it() -> None:
     assert wsn.model[-1].active == 1
 
 
-# --- edited models -----------------------------------------------------------------------------------------------------
+# --- edited models ---------------------------------------------------------------------------------------------------
 def test_a_shared_module_inside_heads_needs_an_owner() -> None:
     class Heads(TaskHeads):
         def __init__(self) -> None:
@@ -274,7 +274,7 @@ def test_a_width_that_contradicts_the_head_is_refused_before_anything_is_made() 
     assert wsn.model[1].tasks == []
 
 
-# --- the end of a task -------------------------------------------------------------------------------------------------
+# --- the end of a task -----------------------------------------------------------------------------------------------
 def test_a_task_that_cannot_be_stored_stays_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     wsn = finished(convnet())
     wsn.begin_task(1)
@@ -323,7 +323,7 @@ def test_a_layers_density_set_later_holds_for_the_next_task() -> None:
     assert wsn.model[1].mask("weight", 1).float().mean().item() == pytest.approx(0.2, abs=0.01)
 
 
-# --- elsewhere ---------------------------------------------------------------------------------------------------------
+# --- elsewhere -------------------------------------------------------------------------------------------------------
 def test_compiled_code_serves_any_number_of_tasks() -> None:
     """More tasks than torch recompiles for: the code must not depend on which task is in use."""
     torch.compiler.reset()

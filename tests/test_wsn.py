@@ -360,7 +360,7 @@ def test_a_model_without_subnet_layers() -> None:
 
 
 def test_an_unknown_score_init() -> None:
-    with pytest.raises(ValueError, match="score_init must be one of .* got 'kaiming'"):
+    with pytest.raises(ValueError, match=r"score_init must be one of .* got 'kaiming'"):
         WSN(mlp(), score_init="kaiming")
 
 

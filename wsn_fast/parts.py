@@ -8,12 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import ownership, per_task
+from . import ops, ownership, per_task
 from .heads import TaskHeads
 from .layers import Gated, SubnetLayer
+from .patterns import matches
 from .tasks import TaskId
 
 T = TypeVar("T")
+Density = float | Mapping[str, float]
 
 
 class ModelParts:
@@ -74,6 +76,29 @@ class ModelParts:
                         f"{item.name} has values of {rows} finished tasks, the subnet layers know {tasks}: its module "
                         "was added or replaced after WSN(model)"
                     )
+
+    def task_densities(self, density: Density | None) -> dict[str, float | None]:
+        """The density of its own that a task has for each layer; None where the layer's holds."""
+        names = list(self.layers)
+        own: dict[str, float | None] = dict.fromkeys(names)
+        if density is None:
+            return own
+        if not isinstance(density, Mapping):
+            return dict.fromkeys(names, ops.check_density(density))
+        for pattern, value in reversed(list(density.items())):  # so that the first match counts
+            hits = [name for name in names if matches(pattern, name)]
+            if not hits:
+                raise ValueError(f"density pattern {pattern!r} matches no subnet layer; layers: {names}")
+            own.update(dict.fromkeys(hits, ops.check_density(value, f"density[{pattern!r}]")))
+        return own
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raise ``FloatingPointError`` naming the first gated tensor whose values or scores are not all finite."""
+        for name, gate in self.gated():
+            for what, tensor in (("", gate.param), ("_score", gate.score)):
+                if not tensor.isfinite().all():
+                    raise FloatingPointError(f"{name}{what} has values that are not finite")
 
     def fixed(self, tasks: list[TaskId]) -> Iterator[nn.Parameter]:
         """Parameters that must not change at all once ``tasks`` have ended: their heads, and what is declared

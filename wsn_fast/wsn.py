@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ from . import ops, ownership, promise
 from .layers import Gated, SubnetLayer, check_score_init
 from .masks import Capacity, TaskStats
 from .optim import OptimizerGuard, check_guardable
-from .parts import ModelParts
-from .patterns import Patterns, as_patterns, matches
+from .parts import Density, ModelParts
+from .patterns import Patterns, as_patterns
 from .tasks import TaskId, check_task, decode_json, encode_json
 
-Density = float | Mapping[str, float]
 _STATE_VERSION = 1
 
 
@@ -39,25 +38,6 @@ class _View:
 
     task: TaskId | None
     head: TaskId | None
-
-
-class _ViewContext:
-    """Returned by ``use_task``: the view is set already; leaving a ``with`` block puts the previous one back."""
-
-    def __init__(self, wsn: WSN, view: _View) -> None:
-        self._wsn, self._previous = wsn, wsn._view
-        wsn._show(view)
-        self._chapter = wsn._chapter
-
-    def __enter__(self) -> WSN:
-        return self._wsn
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Unless a task began or ended inside the block, or a state was loaded: the previous view is history then.
-        if self._wsn._chapter == self._chapter:
-            self._wsn._show(self._previous)
 
 
 class WSN(nn.Module):
@@ -168,7 +148,7 @@ class WSN(nn.Module):
             raise RuntimeError(f"task {self._current.task!r} is in progress: end_task() before begin_task({task!r})")
         ownership.check_owned(self._parts.owned)
         self._parts.check_rows(len(self._records))
-        densities = self._task_densities(density)
+        densities = self._parts.task_densities(density)
         for heads in self._parts.heads.values():
             heads.width(task, out_features)
         self._show(_View(None, None))
@@ -217,7 +197,7 @@ class WSN(nn.Module):
         self._chapter += 1
         self._fix_parameters()
 
-    def use_task(self, task: TaskId | None) -> _ViewContext:
+    def use_task(self, task: TaskId | None) -> AbstractContextManager[object]:
         """Compute with a finished task's mask, head and per-task values; None, or the task in progress, means the
         current scores.
 
@@ -228,44 +208,44 @@ class WSN(nn.Module):
             ValueError: the task was never begun; the message lists the known ones.
         """
         if task is None:
-            return _ViewContext(self, _View(None, self._view.head if self._current is None else self._current.task))
+            return self._use(_View(None, self._view.head if self._current is None else self._current.task))
         task = check_task(task)
         if task == self.current_task:
-            return _ViewContext(self, _View(None, task))
+            return self._use(_View(None, task))
         if task not in self.tasks:
             raise ValueError(
                 f"task {task!r} is unknown; finished tasks: {self.tasks}, in progress: {self.current_task!r}"
             )
-        return _ViewContext(self, _View(task, task))
+        return self._use(_View(task, task))
 
-    def use_head(self, task: TaskId) -> _ViewContext:
+    def use_head(self, task: TaskId) -> AbstractContextManager[object]:
         """Compute with the mask of the current scores and the head of ``task``, begun or not: what forward transfer
         needs.
 
         Raises:
             ValueError: there is no such head.
         """
-        return _ViewContext(self, _View(None, check_task(task)))
+        return self._use(_View(None, check_task(task)))
+
+    def _use(self, view: _View) -> AbstractContextManager[object]:
+        """Show ``view`` now; the result, as a context manager, puts the previous one back on leaving."""
+        previous = self._view
+        self._show(view)
+        chapter = self._chapter
+
+        def leave() -> None:
+            # Unless a task began or ended meanwhile, or a state was loaded: the previous view is history then.
+            if self._chapter == chapter:
+                self._show(previous)
+
+        undo = ExitStack()
+        undo.callback(leave)
+        return undo
 
     def _show(self, view: _View) -> None:
         self._settle()
         self._parts.show(None if view.task is None else self.tasks.index(view.task), view.head)
         self._view = view
-
-    def _task_densities(self, density: Density | None) -> dict[str, float | None]:
-        """The density of its own that a task has for each layer; None where the layer's holds."""
-        names = list(self._parts.layers)
-        own: dict[str, float | None] = dict.fromkeys(names)
-        if density is None:
-            return own
-        if not isinstance(density, Mapping):
-            return dict.fromkeys(names, ops.check_density(density))
-        for pattern, value in reversed(list(density.items())):  # so that the first match counts
-            hits = [name for name in names if matches(pattern, name)]
-            if not hits:
-                raise ValueError(f"density pattern {pattern!r} matches no subnet layer; layers: {names}")
-            own.update(dict.fromkeys(hits, ops.check_density(value, f"density[{pattern!r}]")))
-        return own
 
     # --- computing -------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -362,13 +342,9 @@ class WSN(nn.Module):
         shared = [item.name for item in self._parts.owned if item.kind == "shared"]
         return promise.VerifyReport(self.tasks, tensors, shared)
 
-    @torch.no_grad()
     def check_finite(self) -> None:
         """Raise ``FloatingPointError`` naming the first gated tensor whose values or scores are not all finite."""
-        for name, gate in self.gated():
-            for what, tensor in (("", gate.param), ("_score", gate.score)):
-                if not tensor.isfinite().all():
-                    raise FloatingPointError(f"{name}{what} has values that are not finite")
+        self._parts.check_finite()
 
     def _settle(self) -> None:
         """Put back what a step that was cut short by an exception may have moved."""

@@ -112,7 +112,6 @@ class Run:
         self._optimizer: torch.optim.Optimizer | None = None
         self._number = 0
         self._saved_at = -math.inf
-        self._tests: dict[int, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def start(cls, settings: TrainConfig, console: Console) -> Run:
@@ -281,10 +280,8 @@ class Run:
 
     # --- measuring ----------------------------------------------------------------------------------------
     def _test(self, task: int) -> float:
-        if task not in self._tests:
-            samples = self.stream[task]
-            self._tests[task] = samples.test_x.to(self.device), samples.test_y.to(self.device)
-        return evaluate(self.wsn, *self._tests[task])[1]
+        x, y = self.stream.test_data(task)
+        return evaluate(self.wsn, x.to(self.device), y.to(self.device))[1]
 
     def measure_random_init(self) -> list[float]:
         """The accuracy on every task, in percent, with the values as they are: call this before training."""
