@@ -10,6 +10,8 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The tensors are small: two threads only wait for each other, and on a busy machine for long.
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("wsn_fast", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("wsn_fast")
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same masks as on the CPU, no host synchronisation in a step, the promise on the device."""
+"""What only a GPU can show: the same masks as on the CPU, no host synchronisation, the promise on the device."""
 
 from __future__ import annotations
 
