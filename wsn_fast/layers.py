@@ -204,8 +204,8 @@ class SubnetLayer(nn.Module):
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which autocast, if it is on, would run the dense layer; else that of the weight."""
         kind = x.device.type
-        # Like autocast itself, which leaves float64 alone (and does not know every device: meta, for one).
-        if self.weight.dtype is torch.float64 or not torch.amp.is_autocast_available(kind):
+        # Like autocast itself, which leaves float64 alone and does not know meta tensors.
+        if self.weight.dtype is torch.float64 or x.is_meta:
             return self.weight.dtype
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
 
