@@ -201,9 +201,7 @@ def test_unfit_library_is_a_reason(tmp_path: Path, source: str, reason: str) -> 
 
 
 @needs_compiler
-def test_first_library_that_loads_is_taken(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library_file: Path
-) -> None:
+def test_first_library_that_loads_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library_file: Path) -> None:
     roots = [tmp_path / "broken", tmp_path / "good"]
     for root in roots:
         (root / native._FILE).parent.mkdir(parents=True)

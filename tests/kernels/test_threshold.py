@@ -1,0 +1,207 @@
+"""The selection against the reference, bit for bit, on every way through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from distributions import DENSITIES, DISTRIBUTIONS, LARGE_SIZES, RULES, SMALL_SIZES
+from torch import Tensor
+
+from wsn_fast import reference
+from wsn_fast.kernels import threshold
+from wsn_fast.kernels.threshold import Config, Table, make_table, select, workspace_size
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Densities = float | list[float]  # one for all tensors, or one for each
+# Tensors of a few thousand scores are sampled, have a window and a list, and span several programs.
+SMALL = Config(window_block=512, digit_block=512, items=4096, sample=2048)
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def poisoned(table: Table) -> Tensor:
+    return torch.full((workspace_size(table),), -1, dtype=torch.int64, device=table.tensors.device)
+
+
+def run(table: Table, rule: str, workspace: Tensor | None = None) -> Tensor:
+    """The thresholds, from outputs and a workspace that held anything but zeros."""
+    count, device = len(table.tensors), table.tensors.device
+    tau = torch.full((count,), -1.0, dtype=table.dtype, device=device)
+    select(table=table, tau=tau, workspace=poisoned(table) if workspace is None else workspace, rule=rule)
+    return tau.cpu()
+
+
+def table_of(scores: Sequence[Tensor], density: Densities, rule: str, config: Config = SMALL) -> Table:
+    densities = [density] * len(scores) if isinstance(density, float) else density
+    ranks = [reference.threshold_rank(s.numel(), c, rule) for s, c in zip(scores, densities, strict=True)]
+    return make_table(scores, ranks, config)
+
+
+def assert_same(tau: Tensor, scores: Sequence[Tensor], density: Densities, rule: str) -> None:
+    """Every threshold is the reference's, with +0.0 for a zero of either sign, or NaN where that is NaN."""
+    densities = [density] * len(scores) if isinstance(density, float) else density
+    integers = torch.int32 if tau.dtype is torch.float32 else torch.int16
+    for i, (s, c) in enumerate(zip(scores, densities, strict=True)):
+        expected = reference.topc_threshold(s.cpu().flatten(), c, rule=rule)
+        expected = torch.where(expected == 0, torch.zeros_like(expected), expected)
+        same = torch.equal(tau[i].view(integers), expected.view(integers))
+        both_nan = bool(tau[i].isnan() & expected.isnan())
+        what = f"tensor {i} of {s.numel()} scores, density {c}"
+        assert same or both_nan, f"{what}: got {tau[i].item()}, expected {expected.item()}"
+
+
+def counted(workspace: Tensor, table: Table, rule: str) -> int:
+    """How many keys the first digit was counted of, for a table of one tensor."""
+    bins = 1 << threshold.DIGITS[table.dtype][rule == "value"][0]
+    return int(workspace[threshold.STATE : threshold.STATE + bins].sum())
+
+
+# --- the definition
+def mixture(count: int, sizes: Sequence[int], dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
+    """``count`` tensors and densities, running through distributions, densities and sizes at different paces."""
+    makers, densities = list(DISTRIBUTIONS.values()), [DENSITIES[i % len(DENSITIES)] for i in range(count)]
+    return [makers[i % len(makers)](sizes[i % len(sizes)], dtype) for i in range(count)], densities
+
+
+@each_rule
+@each_dtype
+def test_small_sizes(dtype: torch.dtype, rule: str, device: torch.device) -> None:
+    scores, densities = mixture(3 * len(DISTRIBUTIONS), SMALL_SIZES, dtype)
+    scores = [s.to(device) for s in scores]
+    assert_same(run(table_of(scores, densities, rule), rule), scores, densities, rule)
+
+
+@each_rule
+@each_dtype
+def test_sampled_sizes(dtype: torch.dtype, rule: str, device: torch.device) -> None:
+    scores, densities = mixture(len(DISTRIBUTIONS), (6001, 4096, 4099), dtype)
+    scores = [s.to(device) for s in scores]
+    assert_same(run(table_of(scores, densities, rule), rule), scores, densities, rule)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_density(density: float, device: torch.device) -> None:
+    scores = [torch.randn(4099, device=device)]
+    assert_same(run(table_of(scores, density, "magnitude"), "magnitude"), scores, density, "magnitude")
+
+
+def test_mixed_sizes_in_one_launch(device: torch.device) -> None:
+    scores = [torch.randn(n, device=device) for n in (1, 4096, 5000, 2048, 2, 2049, 12289, 33)]
+    assert_same(run(table_of(scores, 0.3, "value"), "value"), scores, 0.3, "value")
+
+
+def test_shapes_and_unaligned_addresses(device: torch.device) -> None:
+    scores = [torch.randn(6001, device=device)[1:].view(60, 10, 10), torch.randn((), device=device)]
+    assert_same(run(table_of(scores, 0.5, "magnitude"), "magnitude"), scores, 0.5, "magnitude")
+
+
+def test_table_is_used_again(device: torch.device) -> None:
+    scores = [torch.randn(5000, device=device)]
+    table = table_of(scores, 0.3, "magnitude")
+    workspace = poisoned(table)
+    run(table, "magnitude", workspace)
+    scores[0].mul_(-3)
+    assert_same(run(table, "magnitude", workspace), scores, 0.3, "magnitude")
+
+
+@pytest.mark.parametrize("config", threshold.CONFIGS, ids=str)
+def test_config(config: Config, device: torch.device) -> None:
+    scores = [torch.randn(40001, device=device)]
+    assert_same(run(table_of(scores, 0.5, "magnitude", config), "magnitude"), scores, 0.5, "magnitude")
+
+
+def test_beyond_32_bits(device: torch.device) -> None:
+    """Only the programs of the last scores run, on every one of them, and tau is of these. No other page is
+    touched."""
+    n, last = 2**31 + 4096, 6000
+    scores = torch.empty(n, dtype=torch.bfloat16, device=device)
+    tail = scores[n - last :].copy_(torch.randn(last))
+    config = Config(window_block=512, digit_block=512, items=4096, sample=64)
+    table = make_table([scores], [last // 3], config)
+    table.tensors[:, 4:] = config.sample  # a window above all scores
+    programs = torch.tensor([[0, n - last], [0, n - last + 4096]], device=device)
+    expected = tail.float().sort().values[last // 3].bfloat16()
+    assert torch.equal(run(table._replace(programs=programs), "value")[0], expected.cpu())
+
+
+# --- the ways through it: what is read again, and what is not
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_no_distribution_is_read_again(name: str, device: torch.device) -> None:
+    scores = [DISTRIBUTIONS[name](9001, torch.float32).to(device)]
+    table = table_of(scores, 0.5, "value")
+    workspace = poisoned(table)
+    run(table, "value", workspace)
+    assert counted(workspace, table, "value") <= 9001 // threshold.LIST_SHARE + SMALL.digit_block
+
+
+def test_equal_keys_are_not_listed(device: torch.device) -> None:
+    scores = [torch.full((9001,), -0.5, device=device)]
+    table = table_of(scores, 0.5, "magnitude")
+    workspace = poisoned(table)
+    run(table, "magnitude", workspace)
+    assert counted(workspace, table, "magnitude") == 0
+
+
+@each_rule
+@each_dtype
+@pytest.mark.parametrize("ends", [(0, 1), (2047, 2048), (-1, 2048)], ids=["too low", "too high", "too wide"])
+def test_unlucky_sample(ends: tuple[int, int], dtype: torch.dtype, rule: str, device: torch.device) -> None:
+    scores = [torch.randn(5001, device=device).to(dtype)]
+    table = table_of(scores, 0.3, rule)
+    table.tensors[:, 4:] = torch.tensor(ends, device=device)
+    workspace = poisoned(table)
+    assert_same(run(table, rule, workspace), scores, 0.3, rule)
+    assert counted(workspace, table, rule) >= 5001
+
+
+# --- arguments
+@pytest.mark.parametrize(
+    ("tensors", "ranks", "error", "message"),
+    [
+        ([], [], ValueError, "at least one, got 0 and 0"),
+        ([torch.ones(3)], [0, 1], ValueError, "got 1 and 2"),
+        ([torch.ones(3), torch.ones(3).half()], [0, 0], TypeError, r"\[1\]: expected .*float32, got .*16"),
+        ([torch.ones(3).double()], [0], TypeError, r"tensors\[0\]: expected .*float16.* got .*float64"),
+        ([torch.ones(4, 4).t()[1:]], [0], ValueError, r"tensors\[0\]: expected a contiguous.*\(3, 4\)"),
+        ([torch.ones(3)], [3], ValueError, r"ranks\[0\]: expected 0 <= rank < numel, got 3 for 3"),
+        ([torch.ones(3)], [-1], ValueError, r"ranks\[0\]: .* got -1"),
+        ([torch.ones(0)], [0], ValueError, r"ranks\[0\]: .* 0 elements"),
+    ],
+)
+def test_bad_argument(tensors: list[Tensor], ranks: list[int], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_table(tensors, ranks)
+
+
+# --- on a GPU
+@pytest.mark.gpu
+@each_rule
+@each_dtype
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_large_sizes(name: str, dtype: torch.dtype, rule: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("too slow in the interpreter")
+    scores = [DISTRIBUTIONS[name](n, dtype).to(device) for n in LARGE_SIZES]
+    for density in (0.03, 0.5, 0.999):
+        tau = run(table_of(scores, density, rule, Config()), rule)
+        assert_same(tau, scores, density, rule)
+
+
+@pytest.mark.gpu
+def test_graph_capture(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("a CUDA graph needs a GPU")
+    scores = [torch.randn(n, device=device) for n in (100_003, 100)]
+    table = table_of(scores, 0.3, "magnitude", Config())
+    tau, workspace = torch.empty(2, device=device), poisoned(table)
+    select(table=table, tau=tau, workspace=workspace, rule="magnitude")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        select(table=table, tau=tau, workspace=workspace, rule="magnitude")
+    for s in scores:
+        s.normal_()
+    graph.replay()
+    assert_same(tau.cpu(), scores, 0.3, "magnitude")
