@@ -63,7 +63,8 @@ def test_constraints_pin_every_direct_dependency(pyproject: dict[str, Any]) -> N
     extras = pyproject["project"]["optional-dependencies"]
     direct = pyproject["project"]["dependencies"] + extras["test"] + extras["dev"]
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
-    assert {name_of(requirement) for requirement in direct} == set(pinned)
+    # torch's CUDA wheels pin the triton that they need, and CPU wheels take any.
+    assert {name_of(requirement) for requirement in direct} - {"triton"} == set(pinned)
 
 
 @pytest.mark.skipif(wsn_fast.__version__ == "0+unknown", reason="wsn-fast is not installed")

@@ -61,7 +61,7 @@ def counted(workspace: Tensor, table: Table, rule: str) -> int:
 
 # --- the definition
 def mixture(count: int, sizes: Sequence[int], dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
-    """``count`` tensors and densities, running through distributions, densities and sizes at different paces."""
+    """``count`` tensors and densities; distributions, densities and sizes each repeat at their own pace."""
     makers, densities = list(DISTRIBUTIONS.values()), [DENSITIES[i % len(DENSITIES)] for i in range(count)]
     return [makers[i % len(makers)](sizes[i % len(sizes)], dtype) for i in range(count)], densities
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +164,23 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
         checkpoint.load_from(tmp_path)
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[int]:
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes inside the block: pytest's own log may be a larger one."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield 4096
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_save_that_runs_out_of_room_loses_nothing(tmp_path: Path, file_size_limit: int) -> None:
+def test_a_save_that_runs_out_of_room_loses_nothing(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, {"at": 1}, {})
-    with pytest.raises(CheckpointError, match=r"000002\.safetensors.*too large.*--resume") as failure:
-        checkpoint.save(tmp_path, 2, {"at": 2}, {"weight": torch.zeros(file_size_limit)})
+    too_large = pytest.raises(CheckpointError, match=r"000002\.safetensors.*too large.*--resume")
+    with too_large as failure, file_size_limit(4096):
+        checkpoint.save(tmp_path, 2, {"at": 2}, {"weight": torch.zeros(4096)})
     assert isinstance(failure.value.__cause__, OSError)
     assert [path.name for path in tmp_path.iterdir()] == ["000001.safetensors"]
     assert checkpoint.load_from(tmp_path).state == {"at": 1}
