@@ -10,6 +10,7 @@ tensor-core instruction, and A may come from the registers in which the mask was
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,6 @@ class MatmulConfig:
 CONFIGS = (  # bf16 and fp16
     MatmulConfig(16, 64, 64, 4, 4),
     MatmulConfig(16, 128, 64, 8, 3),
-    MatmulConfig(32, 64, 64, 4, 4),
     MatmulConfig(32, 128, 64, 8, 3),
     MatmulConfig(64, 64, 64, 8, 3),
 )
@@ -140,14 +140,16 @@ def matmul_kernel(
     BACKWARD: tl.constexpr,
     RULE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """One tile of outputs by rows (transposed, so that the weight comes first), over one part of the sum."""
-    if ALIGNED:
-        K = stride_mask * 8  # the same number, known to be a multiple of 8: wide loads
+    # The same numbers, with factors that the compiler can see: wider loads.
+    K = stride_mask * 8 if ALIGNED else K // UNIT * UNIT
+    stride_xm = stride_xm // UNIT * UNIT
     O, R = (K, N) if BACKWARD else (N, K)  # noqa: E741
     tiles_m = tl.cdiv(M, BLOCK_M)
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -264,6 +266,7 @@ def masked_matmul(
     assert x.stride(1) == 1 and y.stride(1) == 1 and w.is_contiguous()
     assert (packed is None) != (scores is None) and (scores is None or scores.is_contiguous())
     target = y if splits == 1 else partial_products(workspace, rows, outputs, splits)
+    unit = common_unit(k, x.stride(0))
     matmul_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_o), splits)](
         x_ptr=x,
         w_ptr=w,
@@ -282,15 +285,26 @@ def masked_matmul(
         BACKWARD=backward,
         RULE=rule,
         ALIGNED=k % 8 == 0,
+        UNIT=unit,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_O=config.block_o,
         BLOCK_R=config.block_r,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=pipeline_stages(config, unit),
     )
     if splits > 1:
         reduce_partials(target, y, bias, None, None)
+
+
+def common_unit(*strides: int) -> int:
+    """The largest of 1, 2, 4 and 8 that divides every stride."""
+    return math.gcd(8, *strides)
+
+
+def pipeline_stages(config: MatmulConfig, unit: int) -> int:
+    """Loads of few elements each do not go through a pipeline: all that it would do is to spill."""
+    return config.num_stages if unit >= 4 else 1
 
 
 def partial_products(workspace: Tensor | None, rows: int, outputs: int, splits: int) -> Tensor:
@@ -362,6 +376,7 @@ def _case(
         "BACKWARD": backward,
         "RULE": "magnitude",
         "ALIGNED": aligned,
+        "UNIT": 8 if aligned else 1,
         "PRECISION": precision,
         "BLOCK_M": config.block_m,
         "BLOCK_O": config.block_o,
@@ -375,6 +390,6 @@ def _case(
         constexprs=constexprs,
         attrs=dict.fromkeys([*types, *sizes] if aligned else types, 16),
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=pipeline_stages(config, constexprs["UNIT"]),
         needs_tensor_core=precision != "ieee" or compute != "fp32",
     )

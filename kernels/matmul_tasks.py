@@ -12,7 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._compile import CompileCase
-from .matmul import MatmulConfig, dot, load_mask, load_task_bias, partial_products, reduce_partials
+from .matmul import (
+    MatmulConfig,
+    common_unit,
+    dot,
+    load_mask,
+    load_task_bias,
+    partial_products,
+    pipeline_stages,
+    reduce_partials,
+)
 
 TASKS_CONFIGS = (
     MatmulConfig(16, 64, 64, 4, 4, slots=1),
@@ -50,6 +59,7 @@ def matmul_tasks_kernel(
     stride_bias_masks,
     passes,
     ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -59,8 +69,8 @@ def matmul_tasks_kernel(
     """A tile takes ``BLOCK_M`` rows in the given order. The distinct tasks among them are its slots, and a program
     serves ``SLOTS`` of these with one reading of the weight: their masked tiles, stacked, form one operand, and of the
     stacked products each row keeps the one of its own slot."""
-    if ALIGNED:
-        K = stride_mask * 8
+    K = stride_mask * 8 if ALIGNED else K // UNIT * UNIT
+    stride_xm = stride_xm // UNIT * UNIT
     STACKED: tl.constexpr = SLOTS * BLOCK_O
     # Programs that read the same part of the weight are neighbours, so that all but one find it in the L2 cache.
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -143,6 +153,7 @@ def masked_matmul_tasks(
     rows, (n, k) = x.shape[0], w.shape
     assert x.stride(1) == 1 and y.stride(1) == 1 and w.is_contiguous() and packed.is_contiguous()
     target = y if splits == 1 else partial_products(workspace, rows, n, splits)
+    unit = common_unit(k, x.stride(0))
     passes = triton.cdiv(min(config.block_m, rows, packed.shape[0]), config.slots)  # of the tile of most tasks
     programs = passes * triton.cdiv(rows, config.block_m) * triton.cdiv(n, config.block_o)
     matmul_tasks_kernel[(programs, splits)](
@@ -165,13 +176,14 @@ def masked_matmul_tasks(
         stride_bias_masks=0 if packed_bias is None else packed_bias.stride(0),
         passes=passes,
         ALIGNED=k % 8 == 0,
+        UNIT=unit,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_O=config.block_o,
         BLOCK_R=config.block_r,
         SLOTS=config.slots,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=pipeline_stages(config, unit),
     )
     if splits > 1:
         reduce_partials(target, y, bias, packed_bias, tasks)
@@ -203,6 +215,7 @@ def _case(config: MatmulConfig, compute: str, precision: str, w: str, aligned: b
         signature=types | dict.fromkeys([*rows, "M", "stride_bias_masks", "passes"], "i32"),
         constexprs={
             "ALIGNED": aligned,
+            "UNIT": 8 if aligned else 1,
             "PRECISION": precision,
             "BLOCK_M": config.block_m,
             "BLOCK_O": config.block_o,
@@ -211,6 +224,6 @@ def _case(config: MatmulConfig, compute: str, precision: str, w: str, aligned: b
         },
         attrs=dict.fromkeys([*types, *rows] if aligned else types, 16),
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=pipeline_stages(config, 8 if aligned else 1),
         needs_tensor_core=precision != "ieee" or compute != "fp32",
     )
