@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SMALL = kernels.MatmulConfig(16, 32, 32, 4, 2)
 """So that small shapes have several tiles and steps, and tails in each."""
 SMALL_TASKS = replace(SMALL, slots=2)
-# Whole tiles; tails whose rows begin a byte; rows that begin inside one; multiples of 4 and of 2; one element; tails 1.
+# Whole tiles; tails, with rows that begin a byte and not; multiples of 4 and of 2; one element; tails of one.
 SHAPES = ((64, 64), (40, 72), (37, 45), (36, 44), (34, 46), (1, 1), (33, 65))
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 
