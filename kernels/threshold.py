@@ -24,10 +24,7 @@ does not.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -36,64 +33,22 @@ from torch import Tensor
 
 from ._bits import from_order_key, order_key
 from ._compile import CompileCase
-
-LIST_SHARE = 8  # a list has room for 1/8 of its tensor's keys
-SIGMAS = 4.5
-STATE = 8  # int64 before a tensor's counts: low, high, keys below, at low, at high and listed, two unused
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Widths of the digits, the widest first, for "magnitude" and for "value", whose keys have one bit more.
-# tl.histogram costs 1/32 of a population count per element and bin.
-DIGITS = {
-    torch.float32: ((7, 6, 6, 6, 6), (7, 7, 6, 6, 6)),
-    torch.bfloat16: ((5, 5, 5), (6, 5, 5)),
-    torch.float16: ((5, 5, 5), (6, 5, 5)),
-}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes, all powers of two.
-
-    Attributes:
-        window_block: scores that a program of ``window_kernel`` reads at a time: 1 to 64 per thread.
-        digit_block: scores or keys that a program of ``digit_kernel`` reads at a time.
-        items: scores per program, a multiple of both blocks.
-        sample: scores in a sample, at most 16384.
-        num_warps: of these two kernels.
-    """
-
-    window_block: int = 2048
-    digit_block: int = 4096
-    items: int = 32768
-    sample: int = 4096
-    num_warps: int = 4
-
-
-CONFIGS = (
-    Config(),
-    Config(items=16384),
-    Config(items=131072),
-    Config(window_block=4096, digit_block=8192, items=65536, num_warps=8),
+from ._select_table import (
+    CONFIGS,
+    DIGITS,
+    DTYPES,
+    LIST_SHARE,
+    STATE,
+    Config,
+    Table,
+    describe,
+    make_table,
+    programs_of,
+    state_size,
+    workspace_size,
 )
 
-
-class Table(NamedTuple):
-    """What :func:`select` knows of its tensors; see :func:`make_table`.
-
-    Attributes:
-        tensors: [T, 6] int64: address, numel, rank, start of list, ranks of the window's ends in the sample.
-        programs: [P, 2] int64: tensor and first element of every program.
-        dtype: of the scores.
-        listed: keys that the lists have room for, together.
-        config: the tile sizes that ``programs`` and the ranks were made for.
-    """
-
-    tensors: Tensor
-    programs: Tensor
-    dtype: torch.dtype
-    listed: int
-    config: Config
+__all__ = ["CONFIGS", "Config", "Table", "describe", "make_table", "programs_of", "select", "workspace_size"]
 
 
 @triton.jit
@@ -308,51 +263,6 @@ def result_kernel(
     tl.store(tau_ptr + tensor, from_order_key(key, DTYPE, MAGNITUDE))
 
 
-def make_table(tensors: Sequence[Tensor], ranks: Sequence[int], config: Config = CONFIGS[0]) -> Table:
-    """Describe tensors and ranks for :func:`select`, once for as long as the tensors stay in place.
-
-    The table holds addresses, not references: the tensors must be alive and unmoved at every use; their
-    values may change. Copies two small tensors to the device, and so belongs outside a graph capture.
-
-    Args:
-        tensors: T >= 1 contiguous, non-empty tensors of one dtype (float32, bfloat16 or float16) on one
-            device, of any shapes and sizes.
-        ranks: for each the index of the threshold among its ascending keys, 0 <= rank < numel.
-        config: the tile sizes.
-
-    Returns:
-        The table.
-
-    Raises:
-        TypeError: for another dtype, or several.
-        ValueError: for no tensors or another number of ranks, several devices, a tensor that is empty or not
-            contiguous, or a rank out of range.
-    """
-    if not tensors or len(tensors) != len(ranks):
-        count = f"{len(tensors)} and {len(ranks)}"
-        raise ValueError(f"tensors and ranks: expected as many of both, and at least one, got {count}")
-    rows, programs, listed = [], [], 0
-    for i, (tensor, rank) in enumerate(zip(tensors, ranks, strict=True)):
-        _check(i, tensor, rank, tensors[0])
-        n = tensor.numel()
-        rows.append((tensor.data_ptr(), n, rank, listed, *_window_ranks(n, rank, config.sample)))
-        programs += [(i, start) for start in range(0, n, config.items)]
-        listed += -(-(n // LIST_SHARE) // 4) * 4  # so that lists begin at multiples of 16 bytes
-    device = tensors[0].device
-    return Table(
-        tensors=torch.tensor(rows, dtype=torch.int64).to(device),
-        programs=torch.tensor(programs, dtype=torch.int64).to(device),
-        dtype=tensors[0].dtype,
-        listed=listed,
-        config=config,
-    )
-
-
-def workspace_size(table: Table) -> int:
-    """Elements of :func:`select`'s int64 workspace: half a byte per score, and 5 KB per tensor."""
-    return len(table.tensors) * _state_size(table.dtype) + -(-table.listed // 2)
-
-
 def select(*, table: Table, tau: Tensor, workspace: Tensor, rule: str) -> None:
     """Write the threshold of every tensor: 8 launches for float32, 6 for 16-bit scores, and no host sync.
 
@@ -364,10 +274,10 @@ def select(*, table: Table, tau: Tensor, workspace: Tensor, rule: str) -> None:
     """
     tensors, programs, dtype, _, config = table
     digits = DIGITS[dtype][rule == "value"]
-    state_size = len(tensors) * _state_size(dtype)
+    states = len(tensors) * state_size(dtype)
     form: dict[str, Any] = {"DTYPE": DTYPES[dtype], "MAGNITUDE": rule == "magnitude", "DIGITS": digits}
     form |= {"STATE": STATE, "tensors_ptr": tensors, "state_ptr": workspace}
-    tiles: dict[str, Any] = {"programs_ptr": programs, "lists_ptr": workspace[state_size:].view(torch.uint32)}
+    tiles: dict[str, Any] = {"programs_ptr": programs, "lists_ptr": workspace[states:].view(torch.uint32)}
     tiles |= {"LIST_SHARE": LIST_SHARE, "items_each": config.items, "num_warps": config.num_warps}
     every_tensor, every_program = (len(tensors),), (len(programs),)
     sample_kernel[every_tensor](**form, SAMPLE=config.sample, num_warps=4)
@@ -376,31 +286,6 @@ def select(*, table: Table, tau: Tensor, workspace: Tensor, rule: str) -> None:
         shift = sum(digits[i + 1 :])
         digit_kernel[every_program](**form, **tiles, BLOCK=config.digit_block, PASS=i, SHIFT=shift)
     result_kernel[every_tensor](**form, tau_ptr=tau, LIST_SHARE=LIST_SHARE, num_warps=1)
-
-
-def _check(i: int, tensor: Tensor, rank: int, first: Tensor) -> None:
-    if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
-        expected = first.dtype if first.dtype in DTYPES else list(DTYPES)
-        raise TypeError(f"tensors[{i}]: expected {expected}, got {tensor.dtype}")
-    if tensor.device != first.device or not tensor.is_contiguous():
-        got = f"shape {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device}"
-        raise ValueError(f"tensors[{i}]: expected a contiguous tensor on {first.device}, got {got}")
-    if not 0 <= rank < tensor.numel():
-        raise ValueError(f"ranks[{i}]: expected 0 <= rank < numel, got {rank} for {tensor.numel()} elements")
-
-
-def _window_ranks(n: int, rank: int, sample: int) -> tuple[int, int]:
-    """Ranks of the window's ends in the sample. Outside of it: the smallest or the largest key there is."""
-    if n <= sample:
-        return rank, rank
-    expected = (rank + 0.5) / n * sample
-    margin = SIGMAS * math.sqrt(expected * (1 - expected / sample)) + 1
-    return math.floor(expected - margin), math.ceil(expected + margin)
-
-
-def _state_size(dtype: torch.dtype) -> int:
-    """int64 elements of a tensor's state, under either rule."""
-    return STATE + max(len(digits) << digits[0] for digits in DIGITS[dtype])
 
 
 def compile_cases() -> list[CompileCase]:

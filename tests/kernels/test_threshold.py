@@ -205,3 +205,15 @@ def test_graph_capture(device: torch.device) -> None:
         s.normal_()
     graph.replay()
     assert_same(tau.cpu(), scores, 0.3, "magnitude")
+
+
+@pytest.mark.parametrize("n", [1, 4096, 4097, 100_001])
+def test_a_table_written_on_the_device_is_that_of_the_host(n: int, device: torch.device) -> None:
+    scores, config = torch.randn(n, device=device), threshold.CONFIGS[1]
+    expected = make_table([scores], [n // 3], config)
+    rows = torch.full((1, 6), -1, device=device)
+    programs = torch.full((threshold.programs_of(n, config), 2), -1, device=device)
+    actual = threshold.describe(scores, n // 3, tensors=rows, programs=programs, config=config)
+    assert actual.tensors.tolist() == expected.tensors.tolist()
+    assert actual.programs.tolist() == expected.programs.tolist()
+    assert actual[2:] == expected[2:]
