@@ -1,4 +1,8 @@
-"""The autograd Function of the gate: forward Eq. 3, backward Eq. 4 and 5 of the WSN paper."""
+"""The autograd Functions: forward Eq. 3, backward Eq. 4 and 5 of the WSN paper.
+
+:class:`SubnetGate` is the gate by itself, before a product by torch. :class:`SubnetProduct` is a product that applies
+the mask while it loads the weight.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, products
+from .products import Geometry
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -15,11 +20,10 @@ Gradients = tuple[Tensor | None, ...]
 class SubnetGate(torch.autograd.Function):
     """``W, S -> m ? W : +0.0`` with the straight-through estimator for S.
 
-    ``SubnetGate.apply(weight, scores, density, rule, union, dtype)``: ``weight`` and ``scores`` of one shape; ``union``
-    the packed mask of the weights that finished tasks own, or None; ``dtype`` the compute dtype of the result. Only
-    references and the 0-d
-    threshold are kept for backward: the mask is formed again there from the scores, which are read for ``sign(S)``
-    anyway.
+    ``SubnetGate.apply(weight, scores, density, rule, union, dtype, backend)``: ``weight`` and ``scores`` of one shape;
+    ``union`` the packed mask of the weights that finished tasks own, or None; ``dtype`` the compute dtype of the
+    result; ``backend`` an override or None. Only references and the 0-d threshold are kept for backward: the mask is
+    formed again there from the scores, which are read for ``sign(S)`` anyway.
     """
 
     @staticmethod
@@ -31,22 +35,113 @@ class SubnetGate(torch.autograd.Function):
         rule: str,
         union: Tensor | None,
         dtype: torch.dtype,
+        backend: str | None = None,
     ) -> Tensor:
-        masked, tau = ops.gate(weight, scores, density, rule, dtype)
+        masked, tau = ops.gate(weight, scores, density, rule, dtype, backend)
         ctx.save_for_backward(weight, scores, tau, union)
-        ctx.rule = rule
+        ctx.rule, ctx.backend = rule, backend
         return masked
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         weight, scores, tau, union = ctx.saved_tensors
         need_weight, need_scores = ctx.needs_input_grad[:2]
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad():
-            dw, ds = ops.gate_backward(grads[0], weight, scores, tau, union, ctx.rule, need_weight, need_scores)
-        if twice:
-            dw, ds = (None if d is None else _RefuseDoubleBackward.apply(d, weight, scores) for d in (dw, ds))
-        return dw, ds, None, None, None, None
+        dw, ds = _gate_gradients(ctx, need_weight, need_scores, grads[0], weight, scores, tau, union)
+        return dw, ds, None, None, None, None, None
+
+
+def _gate_gradients(
+    ctx: Any,
+    need_weight: bool,
+    need_scores: bool,
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+) -> Gradients:
+    """``(dW, dS)`` from G, the gradient of the masked weight."""
+    twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    with torch.no_grad():
+        gradients = ops.gate_backward(grad, weight, scores, tau, union, ctx.rule, need_weight, need_scores, ctx.backend)
+    if twice:
+        return tuple(None if d is None else _RefuseDoubleBackward.apply(d, weight, scores) for d in gradients)
+    return gradients
+
+
+class SubnetProduct(torch.autograd.Function):
+    """``x, W, S, b -> x (W*m)^T + b`` or the convolution, without a masked weight in memory.
+
+    ``SubnetProduct.apply(x, weight, scores, bias, density, rule, union, packed, geometry, groups, transposed,
+    backend)``: ``x`` in the compute dtype, [M, features] for a linear product; ``scores`` None where the mask is
+    ``packed``, and then the weight is a constant; ``bias`` masked already, in the compute dtype, or None; ``geometry``
+    and ``groups`` of a convolution, None for a linear product, whose weight is stored [in, out] if ``transposed``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scores: Tensor | None,
+        bias: Tensor | None,
+        density: float,
+        rule: str,
+        union: Tensor | None,
+        packed: Tensor | None,
+        geometry: Geometry | None,
+        groups: int,
+        transposed: bool,
+        backend: str | None,
+    ) -> Tensor:
+        tau = None if scores is None else ops.threshold(scores.detach(), density, rule, backend)
+        ctx.save_for_backward(x, weight, scores, tau, union, packed)
+        ctx.rule, ctx.backend, ctx.geometry, ctx.groups, ctx.transposed = rule, backend, geometry, groups, transposed
+        if geometry is None:
+            return products.masked_linear(x, weight, packed, scores, tau, rule, bias, transposed, backend)
+        return products.masked_conv(x, weight, packed, scores, tau, rule, bias, geometry, groups, None, backend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+        x, weight, scores, tau, union, packed = ctx.saved_tensors
+        need_x, need_weight, need_scores, need_bias = ctx.needs_input_grad[:4]
+        grad = grads[0]
+        dx = dw = ds = db = None
+        if need_x:
+            dx = _input_gradient(ctx, grad, x, weight, scores, tau, packed)
+        if need_weight or need_scores:
+            with torch.no_grad():
+                masked_grad = _weight_gradient(ctx, grad, x, weight)
+            dw, ds = _gate_gradients(ctx, need_weight, need_scores, masked_grad, weight, scores, tau, union)
+        if need_bias:
+            db = grad.sum(dim=[d for d in range(grad.ndim) if d != 1])
+        return dx, dw, ds, db, *[None] * 8
+
+
+def _input_gradient(
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor | None,
+    tau: Tensor | None,
+    packed: Tensor | None,
+) -> Tensor:
+    twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    mask = (packed, scores, tau, ctx.rule, None)
+    with torch.no_grad():
+        if ctx.geometry is None:
+            dx = products.masked_linear(grad, weight, *mask, not ctx.transposed, ctx.backend)
+        else:
+            dx = products.masked_conv(grad, weight, *mask, ctx.geometry, ctx.groups, x.shape, ctx.backend)
+    return _RefuseDoubleBackward.apply(dx, grad, weight) if twice else dx
+
+
+def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """G, the gradient of the masked weight, in the compute dtype."""
+    if ctx.geometry is not None:
+        return products.weight_gradient(grad, x, weight.shape, ctx.geometry, ctx.groups)
+    return x.t() @ grad if ctx.transposed else grad.t() @ x
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):

@@ -42,6 +42,7 @@ class TaskHeads(nn.Module):
         self.heads = nn.ModuleDict()
         self._widths: dict[TaskId, int] = {}  # of all heads there ever were
         self.active = None
+        self.row_tasks: list[tuple[TaskId, Tensor]] | None = None  # each task's rows, while several share a pass
         # Carries the device and dtype that later heads are made with; follows .to() as every buffer does.
         self.register_buffer("_birthplace", torch.empty(0, device=device, dtype=dtype), persistent=False)
         widths = tasks if isinstance(tasks, Mapping) else dict.fromkeys(tasks or ())
@@ -104,10 +105,15 @@ class TaskHeads(nn.Module):
         return head
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.row_tasks is not None:
+            return self._forward_rows(x, self.row_tasks)
         head: nn.Linear | None = self.__dict__["_active_head"]
         if head is None:
             raise RuntimeError("no task is active: call begin_task(task) or use_task(task) before the heads")
         return head(x)
+
+    def _forward_rows(self, x: Tensor, tasks: list[tuple[TaskId, Tensor]]) -> Tensor:
+        return stack_rows({task: self.head(task)(x[rows]) for task, rows in tasks}, tasks)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The heads become those of the checkpoint, if it has any, before torch descends into the children: one that is
@@ -129,3 +135,16 @@ class TaskHeads(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, tasks={self.tasks}, active={self.active!r}"
+
+
+def stack_rows(outputs: Mapping[TaskId, Tensor], groups: Iterable[tuple[TaskId, Tensor]]) -> Tensor:
+    """The outputs of the rows of each task as one batch, in the order of the rows; ``groups`` names each task's rows.
+
+    Raises:
+        ValueError: the outputs differ in shape.
+    """
+    shapes = {task: tuple(out.shape[1:]) for task, out in outputs.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"forward_tasks needs outputs of one shape, got {shapes} by task: run such tasks one by one")
+    order = torch.cat([rows for _, rows in groups]).argsort()
+    return torch.cat(list(outputs.values()))[order]

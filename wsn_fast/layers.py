@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
 
-from . import ops
-from .autograd import SubnetGate
+from . import ops, products
+from .autograd import SubnetGate, SubnetProduct
+from .products import Geometry
 from .tasks import TaskId, decode_json, encode_json
 
 _EXTRA_STATE = ("tasks", "density", "task_density", "rule")
@@ -62,6 +63,8 @@ class SubnetLayer(nn.Module):
         tasks: the ids of the rows; in ``state_dict`` as part of the layer's extra state, like density and rule.
         weight_view, bias_view: the packed mask in use, or None for the mask of the current scores (see
             :attr:`active_row`).
+        row_tasks: int32 [B], the row of the masks that each row of a batch uses, while several tasks share a pass; None
+            otherwise (see :mod:`wsn_fast.rows`).
         task_density: the density of the task in training if it has one of its own; None means :attr:`density`.
         rule: "magnitude" or "value".
     """
@@ -72,6 +75,9 @@ class SubnetLayer(nn.Module):
     bias: Tensor | None
     weight_score: Tensor
     weight_masks: Tensor
+    weight_union: Tensor | None
+    weight_view: Tensor | None
+    bias_masks: Tensor
     bias_score: Tensor | None
     tasks: list[TaskId]
     task_density: float | None
@@ -84,6 +90,8 @@ class SubnetLayer(nn.Module):
         self.task_density = None
         self.tasks = []
         self._active_row: int | None = None
+        self._backend: str | None = None
+        self.row_tasks: Tensor | None = None
         for name in self.GATED:
             param = getattr(self, name)
             score = masks = None
@@ -111,6 +119,16 @@ class SubnetLayer(nn.Module):
     def gate_density(self) -> float:
         """The density of the mask of the current scores."""
         return self._density if self.task_density is None else self.task_density
+
+    @property
+    def backend(self) -> str | None:
+        """An override of what runs this layer's operations (see :func:`wsn_fast.backends.parse_override`), or None for
+        what is chosen by itself. Setting an unknown one is a ``ValueError``. Not saved: it is about this machine."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        self._backend = ops.check_backend(backend)
 
     @property
     def active_row(self) -> int | None:
@@ -196,9 +214,9 @@ class SubnetLayer(nn.Module):
             return None
         packed = getattr(self, f"{name}_view")
         if packed is not None:
-            return ops.gate_packed(param.detach(), packed, dtype)
+            return ops.gate_packed(param.detach(), packed, dtype, self._backend)
         score, union = getattr(self, f"{name}_score"), getattr(self, f"{name}_union")
-        masked: Tensor = SubnetGate.apply(param, score, self.gate_density, self.rule, union, dtype)
+        masked: Tensor = SubnetGate.apply(param, score, self.gate_density, self.rule, union, dtype, self._backend)
         return masked
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -208,6 +226,26 @@ class SubnetLayer(nn.Module):
         if self.weight.dtype is torch.float64 or x.is_meta:
             return self.weight.dtype
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+
+    def _mask_source(self) -> str:
+        """Where the mask of the weight comes from: "scores", or "packed" for a finished task."""
+        return "scores" if self.weight_view is None else "packed"
+
+    def _product(
+        self, x: Tensor, bias: Tensor | None, geometry: Geometry | None, groups: int = 1, transposed: bool = False
+    ) -> Tensor:
+        """The product of ``x``, in the compute dtype, with the masked weight, which is not written to memory."""
+        packed = self.weight_view
+        weight, score = (self.weight, self.weight_score) if packed is None else (self.weight.detach(), None)
+        result: Tensor = SubnetProduct.apply(
+            x, weight, score, bias, self.gate_density, self.rule, self.weight_union, packed, geometry, groups,
+            transposed, self._backend,
+        )  # fmt: skip
+        return result
+
+    def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a fused product may have ``x``; what else there is to say about it, torch's own product says."""
+        return x.device == self.weight.device and (x.dtype is dtype or torch.is_autocast_enabled(x.device.type))
 
     def get_extra_state(self) -> Tensor:
         """The ids of the finished tasks, the densities and the rule as JSON bytes, for ``state_dict``. Not a buffer,
@@ -233,10 +271,56 @@ class SubnetLayer(nn.Module):
         self.rebuild_union()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, density={self.gate_density}, rule={self.rule!r}"
+        override = "" if self._backend is None else f", backend={self._backend!r}"
+        return f"{super().extra_repr()}, density={self.gate_density}, rule={self.rule!r}{override}"
 
 
-class FastSubnetLinear(SubnetLayer, nn.Linear):  # type: ignore[misc]  # torch says Linear.bias is never None
+class _SubnetLinear(SubnetLayer):
+    """The forward of the linear layers."""
+
+    TRANSPOSED = False  # whether the weight is stored [in, out]
+
+    in_features: int
+    out_features: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype(x)
+        if self.row_tasks is not None:
+            return self._forward_rows(x.to(dtype), self.row_tasks)
+        bias = self.masked("bias", dtype)
+        if self._fuses(x, dtype):
+            rows = x.to(dtype).reshape(-1, self.in_features)
+            return self._product(rows, bias, None, transposed=self.TRANSPOSED).view(*x.shape[:-1], self.out_features)
+        weight = self.masked("weight", dtype)
+        assert weight is not None
+        return F.linear(x, weight.t() if self.TRANSPOSED else weight, bias)
+
+    def _fuses(self, x: Tensor, dtype: torch.dtype) -> bool:
+        n, k = self.weight.shape
+        limit = products.fused_rows(self.weight.device, dtype, self._mask_source(), n, k, self._backend)
+        if limit == 0 or x.ndim == 0 or x.shape[-1] != self.in_features or not self._takes(x, dtype):
+            return False
+        return 0 < x.numel() // self.in_features <= limit
+
+    def _forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
+        if self.TRANSPOSED or x.shape[0] != len(tasks) or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x must be [{len(tasks)}, ..., {self.in_features}] for {len(tasks)} rows, got {tuple(x.shape)}"
+            )
+        flat = x.reshape(-1, self.in_features)
+        y = products.masked_linear_tasks(
+            flat,
+            self.weight.detach(),
+            self.weight_masks,
+            tasks.repeat_interleave(len(flat) // max(len(tasks), 1)),
+            None if self.bias is None else self.bias.detach(),
+            None if self.bias is None else self.bias_masks,
+            self._backend,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class FastSubnetLinear(_SubnetLinear, nn.Linear):  # type: ignore[misc]  # torch says Linear.bias is never None
     """``y = x (W*m)^T + b*m_b``: ``nn.Linear`` through a winning subnetwork.
 
     Args:
@@ -265,19 +349,15 @@ class FastSubnetLinear(SubnetLayer, nn.Linear):  # type: ignore[misc]  # torch s
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._init_subnet(density, rule)
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = self.compute_dtype(x)
-        weight = self.masked("weight", dtype)
-        assert weight is not None
-        return F.linear(x, weight, self.masked("bias", dtype))
 
-
-class FastSubnetTransposedLinear(SubnetLayer):
+class FastSubnetTransposedLinear(_SubnetLinear):
     """``y = x (W*m) + b*m_b`` with ``W`` stored ``[in_features, out_features]``, as Hugging Face's ``Conv1D`` stores
     it.
 
     Made by :func:`wsn_fast.convert`; shapes and arguments otherwise as for :class:`FastSubnetLinear`.
     """
+
+    TRANSPOSED = True
 
     def __init__(
         self,
@@ -302,12 +382,6 @@ class FastSubnetTransposedLinear(SubnetLayer):
     def _fan_in(self) -> int:
         return self.in_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = self.compute_dtype(x)
-        weight = self.masked("weight", dtype)
-        assert weight is not None
-        return F.linear(x, weight.t(), self.masked("bias", dtype))
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr().lstrip(', ')}"
 
@@ -316,10 +390,51 @@ class _SubnetConv(SubnetLayer):
     """The forward of the convolutions: padding modes, groups and dilation are the dense parent's business."""
 
     _conv_forward: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    _reversed_padding_repeated_twice: list[int]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: PaddingMode
+    groups: int
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype(x)
-        return self._conv_forward(x, self.masked("weight", dtype), self.masked("bias", dtype))
+        bias = self.masked("bias", dtype)
+        if self._fuses(x, dtype):
+            return self._implicit(x.to(dtype), bias)
+        return self._conv_forward(x, self.masked("weight", dtype), bias)
+
+    def _implicit(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Pad as the dense parent does where the kernel cannot, then the product."""
+        if x.ndim < self.weight.ndim:  # one image without a batch
+            return self._implicit(x.unsqueeze(0), bias).squeeze(0)
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode).to(x.dtype)  # autocast pads in float32
+            padding = (0,) * len(self.stride)
+        return self._product(x, bias, Geometry(self.stride, padding, self.dilation), self.groups)
+
+    def _fuses(self, x: Tensor, dtype: torch.dtype) -> bool:
+        weight, source = self.weight, self._mask_source()
+        spatial = weight.ndim - 2
+        if spatial > 2 or not self._takes(x, dtype) or x.ndim not in (spatial + 1, spatial + 2):
+            return False
+        if x.shape[-spatial - 1] != weight.shape[1] * self.groups or x.numel() == 0:
+            return False
+        if torch.compiler.is_compiling() or spatial == 1 or x.ndim == 3:
+            return products.fuses_conv_of_any_shape(weight.device, dtype, source, self._backend)
+        return products.conv_fusion(weight.device, dtype, source, self._measured_shape(x), self._backend).rows > 0
+
+    def _measured_shape(self, x: Tensor) -> dict[str, int] | None:
+        """This convolution as the tuning tables name it: square, zero-padded, without dilation."""
+        square = [s for s in (self.kernel_size, self.stride, self.padding) if not isinstance(s, str) and len({*s}) == 1]
+        if len(square) < 3 or self.padding_mode != "zeros" or {*self.dilation} != {1}:
+            return None
+        names = ("batch", "channels", "height", "width", "out_channels", "kernel", "stride", "padding", "groups")
+        values = (*x.shape, self.weight.shape[0], *(s[0] for s in square), self.groups)
+        return dict(zip(names, values, strict=True))
 
 
 class FastSubnetConv1d(_SubnetConv, nn.Conv1d):

@@ -15,7 +15,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .backends import run
+from .backends import parse_override, run
 
 RULES = ("magnitude", "value")
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -36,6 +36,17 @@ def check_rule(rule: object) -> str:
     if rule not in RULES:
         raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
     return str(rule)
+
+
+def check_backend(backend: object) -> str | None:
+    """``backend`` if it is None or an override (:func:`wsn_fast.backends.parse_override`), else ``TypeError`` or
+    ``ValueError``."""
+    if backend is None:
+        return None
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
+    parse_override(backend)
+    return backend
 
 
 def check_scores(scores: object) -> Tensor:
@@ -63,13 +74,14 @@ def threshold_rank(n: int, density: float, rule: str) -> int:
 
 # --- selection
 # ----------------------------------------------------------------------------------------------------------
-def topc_threshold(scores: Tensor, density: float, *, rule: str = "magnitude") -> Tensor:
+def topc_threshold(scores: Tensor, density: float, *, rule: str = "magnitude", backend: str | None = None) -> Tensor:
     """The exact threshold that keeps the top ``density`` of ``scores``.
 
     Args:
         scores: floating tensor (float32, float64, bfloat16, float16) of any shape and strides, n >= 1 elements.
         density: the fraction to keep, in (0, 1].
         rule: ``"magnitude"`` ranks ``|S|`` as the paper's code does, ``"value"`` ranks ``S`` as CLArena does.
+        backend: ``"torch"``, ``"triton"`` or ``"native"`` instead of the one that would be chosen.
 
     Returns:
         tau, 0-d, in the dtype and on the device of ``scores``; an element of the ranked keys. The host does not wait
@@ -77,15 +89,13 @@ def topc_threshold(scores: Tensor, density: float, *, rule: str = "magnitude") -
 
     Raises:
         TypeError: ``scores`` is not a floating tensor of a supported dtype.
-        ValueError: ``scores`` is empty, ``density`` is outside (0, 1], or ``rule`` is unknown.
+        ValueError: ``scores`` is empty, ``density`` is outside (0, 1], or ``rule`` or ``backend`` is unknown.
     """
     scores, density, rule = check_scores(scores).detach(), check_density(density), check_rule(rule)
-    if torch.compiler.is_compiling():
-        return _threshold_op(scores, density, rule)
-    return _threshold(scores, density, rule)
+    return threshold(scores, density, rule, check_backend(backend))
 
 
-def topc_mask(scores: Tensor, density: float, *, rule: str = "magnitude") -> Tensor:
+def topc_mask(scores: Tensor, density: float, *, rule: str = "magnitude", backend: str | None = None) -> Tensor:
     """The mask of the top ``density`` of ``scores``: ``not (key < tau)``, so that ties with the threshold and NaN are
     kept.
 
@@ -95,57 +105,72 @@ def topc_mask(scores: Tensor, density: float, *, rule: str = "magnitude") -> Ten
         Boolean tensor of the shape of ``scores``, on its device.
     """
     scores, density, rule = check_scores(scores).detach(), check_density(density), check_rule(rule)
+    backend = check_backend(backend)
     if torch.compiler.is_compiling():
-        return _mask_op(scores, density, rule)
-    return _mask(scores, density, rule)
+        return _mask_op(scores, density, rule, backend)
+    return _mask(scores, density, rule, backend)
 
 
-def _threshold(scores: Tensor, density: float, rule: str) -> Tensor:
+def threshold(scores: Tensor, density: float, rule: str, backend: str | None) -> Tensor:
+    """:func:`topc_threshold`, unchecked, for scores that need no gradient."""
+    if torch.compiler.is_compiling():
+        return _threshold_op(scores, density, rule, backend)
+    return _threshold(scores, density, rule, backend)
+
+
+def _threshold(scores: Tensor, density: float, rule: str, backend: str | None) -> Tensor:
     rank = threshold_rank(scores.numel(), density, rule)
-    return run("threshold", scores.device).threshold(scores, rank, rule)
+    return run("threshold", scores.device, scores.dtype, backend).threshold(scores, rank, rule)
 
 
 @torch.library.custom_op("wsn_fast::threshold", mutates_args=())
-def _threshold_op(scores: Tensor, density: float, rule: str) -> Tensor:
-    return _threshold(scores, density, rule)
+def _threshold_op(scores: Tensor, density: float, rule: str, backend: str | None = None) -> Tensor:
+    return _threshold(scores, density, rule, backend)
 
 
 @_threshold_op.register_fake
-def _(scores: Tensor, density: float, rule: str) -> Tensor:
+def _(scores: Tensor, density: float, rule: str, backend: str | None = None) -> Tensor:
     return scores.new_empty(())
 
 
-def _mask(scores: Tensor, density: float, rule: str) -> Tensor:
-    return run("keep_mask", scores.device).keep_mask(scores, _threshold(scores, density, rule), rule)
+def _mask(scores: Tensor, density: float, rule: str, backend: str | None) -> Tensor:
+    tau = _threshold(scores, density, rule, backend)
+    return run("keep_mask", scores.device, scores.dtype, backend).keep_mask(scores, tau, rule)
 
 
 @torch.library.custom_op("wsn_fast::mask", mutates_args=())
-def _mask_op(scores: Tensor, density: float, rule: str) -> Tensor:
-    return _mask(scores, density, rule)
+def _mask_op(scores: Tensor, density: float, rule: str, backend: str | None = None) -> Tensor:
+    return _mask(scores, density, rule, backend)
 
 
 @_mask_op.register_fake
-def _(scores: Tensor, density: float, rule: str) -> Tensor:
+def _(scores: Tensor, density: float, rule: str, backend: str | None = None) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
 
 
 # --- the gate of a layer: unchecked
 # ------------------------------------------------------------------------------------
-def gate(weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gate(
+    weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """``(m ? W : +0.0 in dtype, tau)`` with the mask of the current scores."""
     if torch.compiler.is_compiling():
-        return _gate_op(weight, scores, density, rule, dtype)
-    tau = _threshold(scores, density, rule)
-    return run("gate", weight.device).gate(weight, scores, tau, rule, dtype), tau
+        return _gate_op(weight, scores, density, rule, dtype, backend)
+    tau = _threshold(scores, density, rule, backend)
+    return run("gate", weight.device, weight.dtype, backend).gate(weight, scores, tau, rule, dtype), tau
 
 
 @torch.library.custom_op("wsn_fast::gate", mutates_args=())
-def _gate_op(weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return gate(weight, scores, density, rule, dtype)
+def _gate_op(
+    weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    return gate(weight, scores, density, rule, dtype, backend)
 
 
 @_gate_op.register_fake
-def _(weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(
+    weight: Tensor, scores: Tensor, density: float, rule: str, dtype: torch.dtype, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, dtype=dtype), scores.new_empty(())
 
 
@@ -158,14 +183,15 @@ def gate_backward(
     rule: str,
     need_weight: bool,
     need_scores: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``(dW, dS)`` from the gradient of the masked weight; None for one that is not needed. ``union`` is packed or
     None."""
     if torch.compiler.is_compiling():
-        dw, ds = _gate_backward_op(grad, weight, scores, tau, union, rule, need_weight, need_scores)
+        dw, ds = _gate_backward_op(grad, weight, scores, tau, union, rule, need_weight, need_scores, backend)
         return (dw if need_weight else None), (ds if need_scores else None)
-    backend = run("gate_backward", grad.device)
-    return backend.gate_backward(grad, weight, scores, tau, union, rule, need_weight, need_scores)
+    chosen = run("gate_backward", grad.device, weight.dtype, backend)
+    return chosen.gate_backward(grad, weight, scores, tau, union, rule, need_weight, need_scores)
 
 
 @torch.library.custom_op("wsn_fast::gate_backward", mutates_args=())
@@ -178,8 +204,9 @@ def _gate_backward_op(
     rule: str,
     need_weight: bool,
     need_scores: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dw, ds = gate_backward(grad, weight, scores, tau, union, rule, need_weight, need_scores)
+    dw, ds = gate_backward(grad, weight, scores, tau, union, rule, need_weight, need_scores, backend)
     # A schema has no optional results: an empty tensor stands for a gradient that nobody asked for.
     return weight.new_empty(0) if dw is None else dw, scores.new_empty(0) if ds is None else ds
 
@@ -194,26 +221,27 @@ def _(
     rule: str,
     need_weight: bool,
     need_scores: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     dw = torch.empty_like(grad, dtype=weight.dtype) if need_weight else weight.new_empty(0)
     ds = torch.empty_like(grad, dtype=scores.dtype) if need_scores else scores.new_empty(0)
     return dw, ds
 
 
-def gate_packed(weight: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+def gate_packed(weight: Tensor, packed: Tensor, dtype: torch.dtype, backend: str | None = None) -> Tensor:
     """``m ? W : +0.0 in dtype`` with a packed mask."""
     if torch.compiler.is_compiling():
-        return _gate_packed_op(weight, packed, dtype)
-    return run("gate_packed", weight.device).gate_packed(weight, packed, dtype)
+        return _gate_packed_op(weight, packed, dtype, backend)
+    return run("gate_packed", weight.device, weight.dtype, backend).gate_packed(weight, packed, dtype)
 
 
 @torch.library.custom_op("wsn_fast::gate_packed", mutates_args=())
-def _gate_packed_op(weight: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
-    return gate_packed(weight, packed, dtype)
+def _gate_packed_op(weight: Tensor, packed: Tensor, dtype: torch.dtype, backend: str | None = None) -> Tensor:
+    return gate_packed(weight, packed, dtype, backend)
 
 
 @_gate_packed_op.register_fake
-def _(weight: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+def _(weight: Tensor, packed: Tensor, dtype: torch.dtype, backend: str | None = None) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
 
 
@@ -285,4 +313,4 @@ def _check_packed(packed: object) -> None:
 @torch.no_grad()
 def restore_frozen_(param: Tensor, saved: Tensor, union: Tensor) -> None:
     """In place: ``param = union ? saved : param``, bit for bit; ``union`` is packed. Unchecked."""
-    run("restore_frozen", param.device).restore_frozen(param, saved, union)
+    run("restore_frozen", param.device, param.dtype).restore_frozen(param, saved, union)

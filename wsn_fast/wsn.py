@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import masks as mask_statistics
-from . import ops, ownership, promise
+from . import ops, ownership, promise, rows
+from .heads import stack_rows
 from .layers import Gated, SubnetLayer, check_score_init
 from .masks import Capacity, TaskStats
 from .optim import OptimizerGuard, check_guardable
@@ -253,38 +254,40 @@ class WSN(nn.Module):
         return self.model(*args, **kwargs)
 
     @torch.no_grad()
-    def forward_tasks(self, x: Tensor, task_ids: Sequence[TaskId] | Tensor) -> Tensor:
+    def forward_tasks(self, x: Tensor, task_ids: Sequence[TaskId] | Tensor, *, one_pass: bool | None = None) -> Tensor:
         """One batch whose rows belong to different tasks: inference, without gradients.
 
         Args:
             x: ``[B, ...]``.
             task_ids: B task ids, a sequence or an integer tensor.
+            one_pass: True runs the whole batch at once, and each linear layer gives every row its own masks; False runs
+                the rows of each task as a batch; None takes one pass where it is possible and measured to be faster.
 
         Returns:
-            ``[B, ...]``: row i computed as task ``task_ids[i]``. Rows of one task run as one batch.
+            ``[B, ...]``: row i computed as task ``task_ids[i]``.
 
         Raises:
-            ValueError: the lengths differ, a task is unknown, B is 0, or the tasks' outputs differ in shape.
+            ValueError: the lengths differ, a task is unknown, B is 0, the tasks' outputs differ in shape, or
+                ``one_pass`` is not possible with this model or these tasks; the message says why.
         """
         ids = [check_task(t) for t in (task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids)]
         if len(ids) != x.shape[0] or not ids:
             raise ValueError(
                 f"task_ids must name a task for each of the {x.shape[0]} rows of x (at least one), got {len(ids)}"
             )
-        rows_of: dict[TaskId, list[int]] = {}
-        for row, task in enumerate(ids):
-            rows_of.setdefault(task, []).append(row)
-        outputs: dict[TaskId, Tensor] = {}
-        for task, rows in rows_of.items():
+        groups = rows.group(ids, x.device)
+        if one_pass is None or one_pass:
+            obstacle = rows.obstacle(self._parts, ids)
+            if one_pass and obstacle:
+                raise ValueError(f"one_pass is not possible: {obstacle}")
+            if not obstacle and (one_pass or rows.pays(self._parts, len(ids))):
+                with rows.shown(self._parts, ids, groups):
+                    return self.model(x)
+        outputs = {}
+        for task, where in groups:
             with self.use_task(task):
-                outputs[task] = self.model(x[torch.tensor(rows).to(x.device)])
-        shapes = {task: tuple(out.shape[1:]) for task, out in outputs.items()}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(
-                f"forward_tasks needs outputs of one shape, got {shapes} by task: run such tasks one by one"
-            )
-        order = torch.tensor([row for rows in rows_of.values() for row in rows]).argsort()
-        return torch.cat(list(outputs.values()))[order.to(x.device)]
+                outputs[task] = self.model(x[where])
+        return stack_rows(outputs, groups)
 
     # --- keeping the promise ---------------------------------------------------------------------------------------
     def guard(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -1,24 +1,32 @@
 """The same few primitives, several ways, and the choice between them.
 
 A backend is a module with functions of the names and conventions of :mod:`wsn_fast.backends.torch`; it may have only
-some of them. :func:`choose` answers which one runs an operation on a device, and why.
+some of them. :func:`choose` answers which one runs an operation on a device, and why. What depends on shapes besides
+(a fused product against a masked weight in memory) is in :mod:`wsn_fast.backends.tuning`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from types import ModuleType
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 # Not `import torch`: inside this package that name is the backend of the same name.
 from torch import device as Device
+from torch import dtype as Dtype
 
-from . import native
+from . import _availability, native
 from . import torch as portable
 
 ENVIRONMENT_VARIABLE = "WSN_FAST_BACKEND"
-"""Overrides the choice for the whole process: ``torch`` or ``native``. Read once, at the first choice."""
+"""Overrides the choice for the whole process, as the ``backend`` argument of :func:`choose` does for a call. Read once,
+at the first choice."""
+
+NAMES = ("torch", "triton", "native")
+FUSED = frozenset({"masked_linear", "masked_linear_tasks", "masked_conv"})
+"""Operations whose portable form is a masked weight in memory and then a product, which often is the faster one."""
 
 
 class Choice(NamedTuple):
@@ -30,33 +38,97 @@ class Choice(NamedTuple):
 
 
 @functools.cache
-def choose(operation: str, device_type: str) -> Choice:
-    """Which backend runs ``operation`` on tensors of ``device_type``, and why.
+def parse_override(text: str) -> Mapping[str, str]:
+    """An override as a mapping from operation to backend; the key "" stands for every operation that has none.
+
+    Args:
+        text: ``"triton"``, ``"threshold=torch"``, or several of these separated by commas.
+
+    Raises:
+        ValueError: an unknown backend or operation; the message lists the known ones.
+    """
+    wanted: dict[str, str] = {}
+    for part in text.split(","):
+        operation, _, name = part.strip().rpartition("=")
+        if name not in NAMES:
+            raise ValueError(f"backend must be of {NAMES}, or operation=backend, got {part.strip()!r} in {text!r}")
+        if operation:
+            _check_operation(operation)
+        wanted[operation] = name
+    return MappingProxyType(wanted)
+
+
+def _check_operation(operation: str) -> None:
+    if not hasattr(portable, operation):
+        raise ValueError(f"operation must be a primitive of the torch backend, got {operation!r}")
+
+
+@functools.cache
+def _environment() -> str | None:
+    text = os.environ.get(ENVIRONMENT_VARIABLE)
+    try:
+        return text if text and parse_override(text) else None
+    except ValueError as error:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
+
+
+def overridden(operation: str, backend: str | None) -> tuple[str | None, str]:
+    """The backend that the call or layer (``backend``), else the environment, asks for, if any, and who asks."""
+    for text, source in (
+        (backend, f"backend={backend!r}"),
+        (_environment(), f"{ENVIRONMENT_VARIABLE}={_environment()}"),
+    ):
+        if text:
+            wanted = parse_override(text)
+            name = wanted.get(operation, wanted.get(""))
+            if name is not None:
+                return name, source
+    return None, ""
+
+
+@functools.cache
+def choose(operation: str, device: Device | str, dtype: Dtype | None = None, backend: str | None = None) -> Choice:
+    """Which backend runs ``operation`` on tensors of ``device``, and why.
 
     Args:
         operation: the name of a primitive of :mod:`wsn_fast.backends.torch`, such as ``"threshold"`` or ``"pack"``.
-        device_type: ``torch.device.type``, such as ``"cpu"`` or ``"cuda"``.
+        device: the tensors' device.
+        dtype: of the weights or scores; None for an operation on masks, or to leave it out of the question.
+        backend: an override for this call or layer (see :func:`parse_override`), which goes before that of the
+            environment. One that cannot run the operation gives way to the torch backend, with the reason.
 
     Raises:
-        ValueError: for an operation that no backend has, or an unknown backend in the environment variable.
+        ValueError: for an operation that no backend has, or an unknown backend in an override.
     """
-    if not hasattr(portable, operation):
-        raise ValueError(f"operation must be a primitive of the torch backend, got {operation!r}")
-    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
-    if wanted not in (None, "", "torch", "native"):
-        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be 'torch' or 'native', got {wanted!r}")
+    _check_operation(operation)
+    device = Device(device)
+    wanted, source = overridden(operation, backend)
     if wanted == "torch":
-        return Choice(portable, "torch", f"{ENVIRONMENT_VARIABLE}=torch")
+        return Choice(portable, "torch", source)
+    if wanted is not None:
+        module, reason = _offers(wanted, operation, device, dtype, forced=True)
+        if module is not None:
+            return Choice(module, wanted, f"{source}; {reason}")
+        return Choice(portable, "torch", f"{source}, but {reason}")
+    automatic = "triton" if device.type == "cuda" else "native"
+    module, reason = _offers(automatic, operation, device, dtype, forced=False)
+    return Choice(portable, "torch", reason) if module is None else Choice(module, automatic, reason)
+
+
+def _offers(
+    name: str, operation: str, device: Device, dtype: Dtype | None, *, forced: bool
+) -> tuple[ModuleType | None, str]:
+    """The backend of this name if it can run the operation, and the reason why or why not."""
+    if name == "triton":
+        return _availability.triton(operation, device, dtype, forced=forced)
     if operation not in native.OPERATIONS:
-        return Choice(portable, "torch", f"the native library has no {operation}")
-    if device_type != "cpu":
-        return Choice(portable, "torch", f"the native library runs on the CPU, not on {device_type}")
+        return None, f"the native library has no {operation}"
+    if device.type != "cpu":
+        return None, f"the native library runs on the CPU, not on {device.type}"
     library = native.load()
-    if library.lib is None:
-        return Choice(portable, "torch", library.reason)
-    return Choice(native, "native", library.reason)
+    return (None if library.lib is None else native), library.reason
 
 
-def run(operation: str, device: Device) -> ModuleType:
+def run(operation: str, device: Device, dtype: Dtype | None = None, backend: str | None = None) -> ModuleType:
     """The backend module of :func:`choose`, for ``choose(...).backend.<operation>(...)`` in one word."""
-    return choose(operation, device.type).backend
+    return choose(operation, device, dtype, backend).backend

@@ -8,8 +8,11 @@ zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -112,3 +115,73 @@ def restore_frozen(param: Tensor, saved: Tensor, union: Tensor) -> None:
     """In place: ``param = union ? saved : param``, bit for bit."""
     frozen = unpack(union, param.numel()).view(param.shape)
     param.copy_(torch.where(frozen, saved, param))
+
+
+# --- products with the masked weight, here by way of memory
+def _masked(
+    weight: Tensor, packed: Tensor | None, scores: Tensor | None, tau: Tensor | None, rule: str, dtype: torch.dtype
+) -> Tensor:
+    if packed is not None:
+        return gate_packed(weight, packed, dtype)
+    assert scores is not None and tau is not None
+    return gate(weight, scores, tau, rule, dtype)
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    scores: Tensor | None,
+    tau: Tensor | None,
+    rule: str,
+    bias: Tensor | None,
+    backward: bool,
+) -> Tensor:
+    """``x (W*m)^T + b``, or ``x (W*m) + b`` for ``backward``, with the mask packed or formed from the scores.
+
+    ``x`` is [M, K] ([M, N] for ``backward``) in the compute dtype, ``weight`` [N, K], and the bias is masked already.
+    """
+    masked = _masked(weight, packed, scores, tau, rule, x.dtype)
+    return F.linear(x, masked.t() if backward else masked, bias)
+
+
+def masked_linear_tasks(
+    x: Tensor, weight: Tensor, packed: Tensor, tasks: Tensor, bias: Tensor | None, packed_bias: Tensor | None
+) -> Tensor:
+    """``x[i] (W*m[t])^T + b*m_b[t]`` with ``t = tasks[i]``, a row of the masks ``packed`` [T, bytes].
+
+    A product per task, and so the one primitive that reads something on the host: which tasks there are.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for task in tasks.unique().tolist():
+        rows = tasks == task
+        b = None
+        if bias is not None:
+            b = bias.to(x.dtype) if packed_bias is None else gate_packed(bias, packed_bias[task], x.dtype)
+        y[rows] = masked_linear(x[rows], weight, packed[task], None, None, "magnitude", b, False)
+    return y
+
+
+def masked_conv(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    scores: Tensor | None,
+    tau: Tensor | None,
+    rule: str,
+    bias: Tensor | None,
+    geometry: Sequence[Sequence[int]],
+    groups: int,
+    input_shape: Sequence[int] | None,
+) -> Tensor:
+    """The zero-padded convolution of ``x`` with the masked weight, or for an ``input_shape`` the gradient of the
+    convolution's input, with ``x`` as the gradient of its result. ``geometry`` is (stride, padding, dilation)."""
+    stride, padding, dilation = map(list, geometry)
+    masked = _masked(weight, packed, scores, tau, rule, x.dtype)
+    none = [0] * len(stride)
+    if input_shape is None:
+        return torch.ops.aten.convolution(x, masked, bias, stride, padding, dilation, False, none, groups)
+    like = x.new_empty(1).expand(list(input_shape))
+    return torch.ops.aten.convolution_backward(
+        x, like, masked, None, stride, padding, dilation, False, none, groups, [True, False, False]
+    )[0]

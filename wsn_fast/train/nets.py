@@ -25,6 +25,8 @@ class Net(nn.Module):
         head: Maps [N, F] to logits [N, classes].
     """
 
+    row_wise = True  # what wsn_fast.rows asks: every row for itself, in their order
+
     def __init__(self, features: nn.Sequential, feature_dim: int, classes: int) -> None:
         super().__init__()
         if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:

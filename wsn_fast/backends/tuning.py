@@ -1,0 +1,171 @@
+"""Tile shapes and crossovers of the Triton kernels: data in ``kernels/tuning``, measured on the GPU that it names.
+
+Nothing is tuned at run time, so that no step pays for it and a captured graph holds none of it. On a GPU that nobody
+has measured, elementwise kernels use their default tile; a fused product is not chosen by itself there, and one that
+is asked for takes its tile from :func:`default_tile`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..kernels import conv, grad, mask, matmul, matmul_tasks, threshold
+from ..kernels._elementwise import Config
+from ..kernels.matmul import MatmulConfig
+
+FOLDER = Path(__file__).parents[1] / "kernels" / "tuning"
+NEAR = 1.0
+"""How far, in octaves of one dimension, a measured shape may be from one that is asked about."""
+
+
+class Tile(NamedTuple):
+    """How a masked product is cut: the tile of a program, and the parts that its sum is split into."""
+
+    config: MatmulConfig
+    splits: int
+
+
+class Product(NamedTuple):
+    """A kind of masked product, as the tables are keyed.
+
+    Attributes:
+        operation: "masked_linear", "masked_linear_tasks" or "masked_conv".
+        dtype: the compute dtype.
+        precision: how float32 is multiplied, "ieee" or "tf32".
+        source: where the mask comes from: "packed" or "scores".
+        backward: whether it is the gradient of the input.
+    """
+
+    operation: str
+    dtype: torch.dtype
+    precision: str
+    source: str
+    backward: bool = False
+
+    @property
+    def configs(self) -> tuple[MatmulConfig, ...]:
+        """The tiles to choose from."""
+        tables = {
+            "masked_linear": (matmul.CONFIGS, matmul.TF32_CONFIGS, matmul.IEEE_CONFIGS),
+            "masked_linear_tasks": (
+                matmul_tasks.TASKS_CONFIGS, matmul_tasks.TASKS_TF32_CONFIGS, matmul_tasks.TASKS_IEEE_CONFIGS,
+            ),
+            "masked_conv": ((conv.DX_CONFIGS if self.backward else conv.CONFIGS,) * 2 + (conv.IEEE_CONFIGS,)),
+        }  # fmt: skip
+        half, tf32, ieee = tables[self.operation]
+        if self.dtype is not torch.float32:
+            return half
+        return tf32 if self.precision == "tf32" else ieee
+
+
+def file_name(device_name: str) -> str:
+    """The file for a GPU model, such as ``nvidia-h200.json``."""
+    return "-".join(device_name.lower().split()) + ".json"
+
+
+class Table:
+    """What was measured on one GPU model; empty for one that nobody has measured.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` gives it.
+        folder: where the files are.
+    """
+
+    def __init__(self, device_name: str, folder: Path = FOLDER) -> None:
+        self.device_name = device_name
+        path = folder / file_name(device_name)
+        self.data: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+    def gate(self) -> Config:
+        """The tile of :func:`wsn_fast.kernels.mask.gate`."""
+        return self._elementwise("gate", mask.CONFIGS)
+
+    def gate_backward(self) -> Config:
+        """The tile of :func:`wsn_fast.kernels.grad.gate_backward`."""
+        return self._elementwise("gate_backward", grad.CONFIGS)
+
+    def _elementwise(self, operation: str, configs: Sequence[Config]) -> Config:
+        measured = self.data.get("elementwise", {}).get(operation)
+        return next((c for c in configs if measured == list(astuple(c))), configs[0])
+
+    def threshold(self) -> threshold.Config:
+        """The tile sizes of :func:`wsn_fast.kernels.threshold.select`."""
+        measured = self.data.get("elementwise", {}).get("threshold")
+        return next((c for c in threshold.CONFIGS if measured == vars(c)), threshold.CONFIGS[0])
+
+    def fused_rows(self, product: Product, n: int, k: int) -> tuple[int, str]:
+        """Up to how many rows the fused product is faster than a masked weight in memory, and how that is known."""
+        entry = self._nearest(product, n, k)
+        if entry is None:
+            return 0, f"no crossover of {product.operation} has been measured near {n} x {k} on {self.device_name}"
+        rows = entry["max_rows"]
+        verdict = f"faster up to {rows} rows" if rows else "slower at every number of rows"
+        return rows, f"fused is {verdict}, as measured at {entry['n']} x {entry['k']} on {self.device_name}"
+
+    def tile(self, product: Product, rows: int, n: int, k: int, processors: int) -> Tile:
+        """The tile for a product of ``rows`` rows with a weight [n, k]."""
+        entry = self._nearest(product, n, k)
+        for measured in entry["tiles"] if entry else ():
+            config = MatmulConfig(*measured["config"])
+            if rows <= measured["rows"] and config in product.configs:
+                return Tile(config, measured["splits"])
+        outputs, terms = (k, n) if product.backward else (n, k)
+        return default_tile(product, rows, outputs, terms, processors)
+
+    def _nearest(self, product: Product, n: int, k: int) -> dict[str, Any] | None:
+        key = {
+            "dtype": str(product.dtype).removeprefix("torch."),
+            "precision": product.precision,
+            "source": product.source,
+            "backward": product.backward,
+        }
+
+        def distance(entry: dict[str, Any]) -> float:
+            return max(abs(math.log2(entry["n"] / n)), abs(math.log2(entry["k"] / k)))
+
+        rows = self.data.get(product.operation.removeprefix("masked_"), ())
+        matching = [entry for entry in rows if all(entry[name] == value for name, value in key.items())]
+        best = min(matching, key=distance, default=None)
+        return best if best is not None and distance(best) <= NEAR else None
+
+    def conv_wins(self, product: Product, shape: dict[str, int]) -> tuple[bool, str]:
+        """Whether the implicit convolution was measured to win at just this shape, and how that is known."""
+        for entry in self.data.get("conv", ()):
+            if self._matches_conv(entry, product) and entry["shape"] == shape:
+                verdict = "faster" if entry["wins"] else "slower"
+                return entry["wins"], f"the implicit convolution is {verdict} at this shape on {self.device_name}"
+        return False, f"the implicit convolution has not been measured at this shape on {self.device_name}"
+
+    @staticmethod
+    def _matches_conv(entry: dict[str, Any], product: Product) -> bool:
+        return (
+            entry["dtype"] == str(product.dtype).removeprefix("torch.")
+            and entry["precision"] == product.precision
+            and entry["source"] == product.source
+            and entry["backward"] == product.backward
+        )
+
+
+@functools.cache
+def table(device_name: str) -> Table:
+    """The table of a GPU model, read once."""
+    return Table(device_name)
+
+
+def default_tile(product: Product, rows: int, outputs: int, terms: int, processors: int) -> Tile:
+    """A tile that nobody has measured: the rows just fit, and the sum is split until every processor has work."""
+    configs = product.configs
+    fitting = [c for c in configs if c.block_m >= rows]
+    config = min(fitting, key=lambda c: (c.block_m, c.slots)) if fitting else max(configs, key=lambda c: c.block_m)
+    programs = math.ceil(rows / config.block_m) * math.ceil(outputs / config.block_o)
+    steps = math.ceil(terms / config.block_r)
+    # At least four steps to a part: below that its start and its way through memory cost more than it saves.
+    return Tile(config, max(1, min(processors // programs, steps // 4)))
