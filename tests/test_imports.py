@@ -20,7 +20,7 @@ LEVELS = [
     {"ops", "products"},
     {"autograd"},
     {"layers", "heads", "per_task"},
-    {"convert", "dense", "masks"},
+    {"convert", "dense", "explain", "masks"},
     {"ownership"},
     {"parts"},
     {"promise", "optim", "rows"},

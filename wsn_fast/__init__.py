@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .convert import convert
 from .dense import to_dense
+from .explain import explain
 from .heads import TaskHeads
 from .layers import FastSubnetConv1d, FastSubnetConv2d, FastSubnetConv3d, FastSubnetLinear
 from .ops import topc_mask, topc_threshold
@@ -28,6 +29,7 @@ __all__ = [
     "TaskHeads",
     "__version__",
     "convert",
+    "explain",
     "to_dense",
     "topc_mask",
     "topc_threshold",
