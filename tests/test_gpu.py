@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from distributions import DENSITIES, DISTRIBUTIONS, DTYPES, RULES, assert_same_mask
 from small_models import batches, convnet
+from torch import nn
 
-from wsn_fast import WSN, FastSubnetLinear, reference, topc_mask
+from wsn_fast import WSN, FastSubnetConv2d, FastSubnetLinear, TaskHeads, explain, reference, topc_mask
+from wsn_fast.layers import SubnetLayer
 
 pytestmark = pytest.mark.gpu
 
@@ -65,8 +67,12 @@ def test_the_gate_does_not_wait_for_the_device() -> None:
         topc_mask(scores, 0.3)
 
 
-def test_finished_tasks_stay_the_same_to_the_bit() -> None:
+@pytest.mark.parametrize("backend", [None, "triton", "torch"])
+def test_finished_tasks_stay_the_same_to_the_bit(backend: str | None) -> None:
     wsn = WSN(convnet()).cuda()
+    for module in wsn.modules():
+        if isinstance(module, SubnetLayer):
+            module.backend = backend
     known: dict[int, torch.Tensor] = {}
     x = batches(99, 1)[0][0].cuda()
     for task in range(3):
@@ -89,31 +95,102 @@ def test_finished_tasks_stay_the_same_to_the_bit() -> None:
     wsn.verify()
 
 
-def test_forward_and_backward_of_a_layer_replay_from_a_cuda_graph() -> None:
-    layer = FastSubnetLinear(64, 32, density=0.3, device="cuda")
-    x = torch.randn(16, 64, device="cuda", requires_grad=True)
+LAYERS: dict[str, tuple[Callable[..., SubnetLayer], tuple[int, ...]]] = {
+    "linear": (lambda: FastSubnetLinear(64, 32, density=0.3, device="cuda"), (16, 64)),
+    "linear_odd": (lambda: FastSubnetLinear(65, 33, density=0.3, device="cuda"), (7, 65)),
+    "conv": (lambda: FastSubnetConv2d(8, 16, 3, padding=1, density=0.3, device="cuda"), (4, 8, 9, 9)),
+    "grouped": (lambda: FastSubnetConv2d(8, 16, 3, 2, 1, 2, groups=4, density=0.3, device="cuda"), (4, 8, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["full", "autocast"])
+@pytest.mark.parametrize("backend", [None, "triton", "torch"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_and_backward_of_a_layer_replay_from_a_cuda_graph(
+    name: str, backend: str | None, dtype: torch.dtype | None
+) -> None:
+    layer, x = LAYERS[name][0](), torch.randn(LAYERS[name][1], device="cuda", requires_grad=True)
+    layer.backend = backend
+    tensors = (x, *layer.parameters())
+
+    def run() -> torch.Tensor:
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            out = layer(x)
+        out.float().square().sum().backward()
+        return out
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            layer(x).square().sum().backward()
+            run()
     torch.cuda.current_stream().wait_stream(side)
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
+    for tensor in tensors:
+        tensor.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = layer(x)
-        out.square().sum().backward()
+        out = run()
     with torch.no_grad():
         x.normal_()
         layer.weight_score.normal_()
-    for tensor in (x, *layer.parameters()):
+    for tensor in tensors:
         assert tensor.grad is not None
         tensor.grad.zero_()
     graph.replay()
-    replayed = [out.clone(), *(p.grad.clone() for p in layer.parameters())]  # type: ignore[union-attr]
-    layer.zero_grad(set_to_none=True)
-    eager = layer(x)
-    eager.square().sum().backward()
-    for a, b in zip(replayed, [eager, *(p.grad for p in layer.parameters())], strict=True):
+    replayed = [out.detach().clone(), *(t.grad.clone() for t in tensors)]  # type: ignore[union-attr]
+    for tensor in tensors:
+        tensor.grad = None
+    eager = run()
+    for a, b in zip(replayed, [eager.detach(), *(t.grad for t in tensors)], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_on_triton_are_as_exact_as_on_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # it is "tf32" unless somebody says so
+    layer, x = LAYERS[name][0](), torch.randn(LAYERS[name][1], device="cuda")
+    found = {}
+    for backend in ("torch", "triton"):
+        layer.backend = backend
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        out = layer(inputs)
+        out.square().sum().backward()
+        found[backend] = [out.detach(), inputs.grad, *(p.grad.clone() for p in layer.parameters())]
+    for mine, theirs in zip(found["triton"], found["torch"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_every_primitive_of_a_step_is_a_triton_kernel() -> None:
+    routes = [route for route in explain(LAYERS["linear"][0]()) if not route.operation.startswith("product")]
+    assert {route.backend for route in routes} == {"triton"}, "\n" + str(routes)
+
+
+def test_a_fused_layer_does_not_wait_for_the_device() -> None:
+    layer, x = LAYERS["linear"][0](), torch.randn(16, 64, device="cuda", requires_grad=True)
+    layer.backend = "triton"
+    layer(x).sum().backward()  # the first builds the kernels
+    with no_sync():
+        layer(x).sum().backward()
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_inductor_compiles_a_layer_without_a_graph_break(backend: str | None) -> None:
+    layer, x = LAYERS["linear"][0](), torch.randn(16, 64, device="cuda")
+    layer.backend = backend
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_several_tasks_share_a_pass() -> None:
+    hidden = FastSubnetLinear(40, 64, density=0.4, device="cuda")
+    wsn = WSN(nn.Sequential(hidden, nn.ReLU(), TaskHeads(64, 5, device="cuda")))
+    for task in range(5):
+        wsn.begin_task(task)
+        with torch.no_grad():
+            hidden.weight_score.normal_()
+        wsn.end_task()
+    x, ids = torch.randn(50, 40, device="cuda"), torch.randint(5, (50,))
+    expected = wsn.forward_tasks(x, ids, one_pass=False)
+    hidden.backend = "triton"
+    torch.testing.assert_close(wsn.forward_tasks(x, ids, one_pass=True), expected, rtol=1e-4, atol=1e-5)

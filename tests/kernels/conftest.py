@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(filtered)
+            if not INTERPRETED:
+                item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="session")
