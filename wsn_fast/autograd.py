@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, products
-from .products import Geometry
+from .backends.shapes import Geometry
 
 Gradients = tuple[Tensor | None, ...]
 

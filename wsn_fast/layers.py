@@ -19,7 +19,7 @@ from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
 
 from . import ops, products
 from .autograd import SubnetGate, SubnetProduct
-from .products import Geometry
+from .backends.shapes import Geometry, tuning_key
 from .tasks import TaskId, decode_json, encode_json
 
 _EXTRA_STATE = ("tasks", "density", "task_density", "rule")
@@ -391,7 +391,6 @@ class _SubnetConv(SubnetLayer):
 
     _conv_forward: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
     _reversed_padding_repeated_twice: list[int]
-    kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
@@ -423,18 +422,15 @@ class _SubnetConv(SubnetLayer):
             return False
         if x.shape[-spatial - 1] != weight.shape[1] * self.groups or x.numel() == 0:
             return False
-        if torch.compiler.is_compiling() or spatial == 1 or x.ndim == 3:
+        if torch.compiler.is_compiling():
             return products.fuses_conv_of_any_shape(weight.device, dtype, source, self._backend)
-        return products.conv_fusion(weight.device, dtype, source, self._measured_shape(x), self._backend).rows > 0
+        return products.conv_fusion(weight.device, dtype, source, self._tuning_key(x), self._backend).rows > 0
 
-    def _measured_shape(self, x: Tensor) -> dict[str, int] | None:
-        """This convolution as the tuning tables name it: square, zero-padded, without dilation."""
-        square = [s for s in (self.kernel_size, self.stride, self.padding) if not isinstance(s, str) and len({*s}) == 1]
-        if len(square) < 3 or self.padding_mode != "zeros" or {*self.dilation} != {1}:
+    def _tuning_key(self, x: Tensor) -> dict[str, int] | None:
+        if x.ndim < self.weight.ndim or isinstance(self.padding, str) or self.padding_mode != "zeros":
             return None
-        names = ("batch", "channels", "height", "width", "out_channels", "kernel", "stride", "padding", "groups")
-        values = (*x.shape, self.weight.shape[0], *(s[0] for s in square), self.groups)
-        return dict(zip(names, values, strict=True))
+        geometry = Geometry(self.stride, self.padding, self.dilation)
+        return tuning_key(x.shape, self.weight.shape, geometry, self.groups)
 
 
 class FastSubnetConv1d(_SubnetConv, nn.Conv1d):

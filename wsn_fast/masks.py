@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import zstandard
 from torch import Tensor
 
 from . import ops
@@ -43,6 +42,8 @@ class Capacity(NamedTuple):
 
 def compress(packed: Tensor) -> bytes:
     """A packed mask, compressed with zstd."""
+    import zstandard  # here, so that nothing but this needs it
+
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(packed.cpu().numpy().tobytes())
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose, overridden, run
+from .backends.shapes import Geometry, result_shape
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -148,14 +149,6 @@ def masked_linear_tasks(
 
 
 # --- convolution
-class Geometry(NamedTuple):
-    """How a convolution slides, one number per spatial dimension each."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-
 def masked_conv(
     x: Tensor,
     weight: Tensor,
@@ -195,7 +188,7 @@ def _masked_conv_op(
     input_shape: Sequence[int] | None,
     backend: str | None,
 ) -> Tensor:
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation))
+    geometry = Geometry(stride, padding, dilation)
     result = masked_conv(x, weight, packed, scores, tau, rule, bias, geometry, groups, input_shape, backend)
     return result.contiguous()
 
@@ -218,11 +211,7 @@ def _(
 ) -> Tensor:
     if input_shape is not None:
         return x.new_empty(input_shape)
-    spatial = [
-        (size + 2 * pad - apart * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, apart in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    return x.new_empty(x.shape[0], weight.shape[0], *spatial)
+    return x.new_empty(result_shape(x.shape, weight.shape, Geometry(stride, padding, dilation)))
 
 
 def weight_gradient(grad: Tensor, x: Tensor, shape: Sequence[int], geometry: Geometry, groups: int) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .shapes import Geometry
+
 
 def gate_key(scores: Tensor, rule: str) -> Tensor:
     """``|S|`` or ``S``."""
@@ -170,12 +172,12 @@ def masked_conv(
     tau: Tensor | None,
     rule: str,
     bias: Tensor | None,
-    geometry: Sequence[Sequence[int]],
+    geometry: Geometry,
     groups: int,
     input_shape: Sequence[int] | None,
 ) -> Tensor:
     """The zero-padded convolution of ``x`` with the masked weight, or for an ``input_shape`` the gradient of the
-    convolution's input, with ``x`` as the gradient of its result. ``geometry`` is (stride, padding, dilation)."""
+    convolution's input, with ``x`` as the gradient of its result."""
     stride, padding, dilation = map(list, geometry)
     masked = _masked(weight, packed, scores, tau, rule, x.dtype)
     none = [0] * len(stride)

@@ -19,6 +19,7 @@ from triton import knobs
 from ..kernels import conv, grad, mask, matmul, matmul_tasks
 from ..kernels import threshold as select
 from . import tuning
+from .shapes import Geometry, result_shape, tuning_key
 
 INTERPRETED: bool = knobs.runtime.interpret
 _INTERPRETER = "Triton's interpreter"
@@ -286,21 +287,21 @@ def masked_conv(
     tau: Tensor | None,
     rule: str,
     bias: Tensor | None,
-    geometry: Sequence[Sequence[int]],
+    geometry: Geometry,
     groups: int,
     input_shape: Sequence[int] | None,
 ) -> Tensor:
     """The convolution, or for an ``input_shape`` the gradient of its input, as an implicit masked product."""
     stride, padding, dilation = geometry
     backward = input_shape is not None
-    shape = list(input_shape) if input_shape is not None else conv_shape(x.shape, weight.shape, geometry)
+    shape = list(input_shape) if input_shape is not None else result_shape(x.shape, weight.shape, geometry)
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     precision = precision_of(x.dtype, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     product = tuning.Product("masked_conv", x.dtype, precision, "scores" if packed is None else "packed", backward)
     if y.numel() == 0 or x.numel() == 0:
         return y.zero_()
-    positions = shape[0] * int(torch.Size(shape[2:]).numel())
-    config, _ = tuning.default_tile(product, positions, shape[1] // groups, weight[0].numel(), 1)
+    positions = y.numel() // y.shape[1]
+    key = tuning_key(shape if backward else x.shape, weight.shape, geometry, groups)
     with _on_device_of(x):
         conv.masked_conv(
             x,
@@ -316,16 +317,7 @@ def masked_conv(
             dilation=dilation,
             groups=groups,
             backward=backward,
-            config=config,
+            config=_table(x.device).conv_config(product, key, positions),
             precision=product.precision,
         )
     return y
-
-
-def conv_shape(x: Sequence[int], weight: Sequence[int], geometry: Sequence[Sequence[int]]) -> list[int]:
-    """The shape of a convolution's result."""
-    sizes = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(x[2:], weight[2:], *geometry, strict=True)
-    ]
-    return [x[0], weight[0], *sizes]

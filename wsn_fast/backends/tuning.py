@@ -121,37 +121,43 @@ class Table:
         return default_tile(product, rows, outputs, terms, processors)
 
     def _nearest(self, product: Product, n: int, k: int) -> dict[str, Any] | None:
-        key = {
-            "dtype": str(product.dtype).removeprefix("torch."),
-            "precision": product.precision,
-            "source": product.source,
-            "backward": product.backward,
-        }
-
         def distance(entry: dict[str, Any]) -> float:
             return max(abs(math.log2(entry["n"] / n)), abs(math.log2(entry["k"] / k)))
 
         rows = self.data.get(product.operation.removeprefix("masked_"), ())
-        matching = [entry for entry in rows if all(entry[name] == value for name, value in key.items())]
+        matching = [entry for entry in rows if _is_of(entry, product)]
         best = min(matching, key=distance, default=None)
         return best if best is not None and distance(best) <= NEAR else None
 
-    def conv_wins(self, product: Product, shape: dict[str, int]) -> tuple[bool, str]:
+    def conv_wins(self, product: Product, shape: dict[str, int] | None) -> tuple[bool, str]:
         """Whether the implicit convolution was measured to win at just this shape, and how that is known."""
-        for entry in self.data.get("conv", ()):
-            if self._matches_conv(entry, product) and entry["shape"] == shape:
-                verdict = "faster" if entry["wins"] else "slower"
-                return entry["wins"], f"the implicit convolution is {verdict} at this shape on {self.device_name}"
-        return False, f"the implicit convolution has not been measured at this shape on {self.device_name}"
+        entry = self._conv(product, shape)
+        if entry is None:
+            return False, f"the implicit convolution has not been measured at this shape on {self.device_name}"
+        verdict = "faster" if entry["wins"] else "slower"
+        return entry["wins"], f"the implicit convolution is {verdict} at this shape on {self.device_name}"
 
-    @staticmethod
-    def _matches_conv(entry: dict[str, Any], product: Product) -> bool:
-        return (
-            entry["dtype"] == str(product.dtype).removeprefix("torch.")
-            and entry["precision"] == product.precision
-            and entry["source"] == product.source
-            and entry["backward"] == product.backward
-        )
+    def conv_config(self, product: Product, shape: dict[str, int] | None, positions: int) -> MatmulConfig:
+        """The tile of the implicit convolution of this shape, with that many positions in all its images."""
+        entry = self._conv(product, shape)
+        measured = MatmulConfig(*entry["config"]) if entry else None
+        if measured in product.configs:
+            return measured
+        return default_tile(product, positions, 1, 1, 1).config
+
+    def _conv(self, product: Product, shape: dict[str, int] | None) -> dict[str, Any] | None:
+        rows = self.data.get("conv", ())
+        return next((entry for entry in rows if entry["shape"] == shape and _is_of(entry, product)), None)
+
+
+def _is_of(entry: dict[str, Any], product: Product) -> bool:
+    """Whether a row of a table is about this kind of product."""
+    return (
+        entry["dtype"] == str(product.dtype).removeprefix("torch.")
+        and entry["precision"] == product.precision
+        and entry["source"] == product.source
+        and entry["backward"] == product.backward
+    )
 
 
 @functools.cache
