@@ -23,10 +23,10 @@ LEVELS = [
     {"convert", "dense", "explain", "masks"},
     {"ownership"},
     {"parts"},
-    {"promise", "optim", "rows"},
+    {"promise", "guard", "optim", "rows"},
     {"wsn"},
     {""},
-    {"train", "integrations"},
+    {"train", "integrations", "doctor"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -127,8 +127,8 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
         tmp_path,
         {
             "__init__.py": "from .wsn import WSN",
-            "wsn.py": "from . import ops\nfrom .optim import guard",
-            "optim.py": "import torch.optim",
+            "wsn.py": "from . import ops\nfrom .guard import guard",
+            "guard.py": "import torch.optim",
             "ops.py": "from .backends import torch",
             "backends/__init__.py": "from . import native",
             "backends/native.py": "from ..kernels import mask",

@@ -144,6 +144,31 @@ def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> Tenso
     return x.t() @ grad if ctx.transposed else grad.t() @ x
 
 
+class RawGate(torch.autograd.Function):
+    """The gate for the one-pass optimizers: ``RawGate.apply(weight, scores, density, rule, dtype, backend)`` is
+    ``(m ? W : +0.0, tau)``, and hands G, the gradient of the masked weight, to the weight as it is. What Eq. 4 and 5
+    make of it is the optimizer's business, which gets tau for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scores: Tensor,
+        density: float,
+        rule: str,
+        dtype: torch.dtype,
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor]:
+        masked, tau = ops.gate(weight, scores, density, rule, dtype, backend)
+        ctx.mark_non_differentiable(tau)
+        ctx.dtype = weight.dtype
+        return masked, tau
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+        return grads[0].to(ctx.dtype), None, None, None, None, None
+
+
 class _RefuseDoubleBackward(torch.autograd.Function):
     """Hands a first-order gradient on, tied to the graph, so that a second differentiation fails with a reason."""
 

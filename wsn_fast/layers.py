@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.common_types import _size_1_t, _size_2_t, _size_3_t
 
 from . import ops, products
-from .autograd import SubnetGate, SubnetProduct
+from .autograd import RawGate, SubnetGate, SubnetProduct
 from .backends.shapes import Geometry, tuning_key
 from .tasks import TaskId, decode_json, encode_json
 
@@ -63,6 +63,8 @@ class SubnetLayer(nn.Module):
         tasks: the ids of the rows; in ``state_dict`` as part of the layer's extra state, like density and rule.
         weight_view, bias_view: the packed mask in use, or None for the mask of the current scores (see
             :attr:`active_row`).
+        one_pass: whether backward hands the raw gradient of the masked weight to a one-pass optimizer
+            (:mod:`wsn_fast.optim`), which sets it; ``last_tau`` has the thresholds of the last forward for it.
         row_tasks: int32 [B], the row of the masks that each row of a batch uses, while several tasks share a pass; None
             otherwise (see :mod:`wsn_fast.rows`).
         task_density: the density of the task in training if it has one of its own; None means :attr:`density`.
@@ -92,6 +94,8 @@ class SubnetLayer(nn.Module):
         self._active_row: int | None = None
         self._backend: str | None = None
         self.row_tasks: Tensor | None = None
+        self.one_pass = False
+        self.last_tau: dict[str, Tensor] = {}
         for name in self.GATED:
             param = getattr(self, name)
             score = masks = None
@@ -216,6 +220,9 @@ class SubnetLayer(nn.Module):
         if packed is not None:
             return ops.gate_packed(param.detach(), packed, dtype, self._backend)
         score, union = getattr(self, f"{name}_score"), getattr(self, f"{name}_union")
+        if self.one_pass:
+            raw, self.last_tau[name] = RawGate.apply(param, score, self.gate_density, self.rule, dtype, self._backend)
+            return raw
         masked: Tensor = SubnetGate.apply(param, score, self.gate_density, self.rule, union, dtype, self._backend)
         return masked
 
@@ -245,6 +252,8 @@ class SubnetLayer(nn.Module):
 
     def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether a fused product may have ``x``; what else there is to say about it, torch's own product says."""
+        if self.one_pass and self.weight_view is None:
+            return False
         return x.device == self.weight.device and (x.dtype is dtype or torch.is_autocast_enabled(x.device.type))
 
     def get_extra_state(self) -> Tensor:
@@ -418,7 +427,7 @@ class _SubnetConv(SubnetLayer):
     def _fuses(self, x: Tensor, dtype: torch.dtype) -> bool:
         weight, source = self.weight, self._mask_source()
         spatial = weight.ndim - 2
-        if spatial > 2 or not self._takes(x, dtype) or x.ndim not in (spatial + 1, spatial + 2):
+        if spatial > 2 or x.ndim not in (spatial + 1, spatial + 2) or not self._takes(x, dtype):
             return False
         if x.shape[-spatial - 1] != weight.shape[1] * self.groups or x.numel() == 0:
             return False

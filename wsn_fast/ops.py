@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import parse_override, run
+from .backends.torch import SGD, AdamW, Moments
 
 RULES = ("magnitude", "value")
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -314,3 +315,41 @@ def _check_packed(packed: object) -> None:
 def restore_frozen_(param: Tensor, saved: Tensor, union: Tensor) -> None:
     """In place: ``param = union ? saved : param``, bit for bit; ``union`` is packed. Unchecked."""
     run("restore_frozen", param.device, param.dtype).restore_frozen(param, saved, union)
+
+
+# --- the one-pass optimizers: unchecked
+# --------------------------------------------------------------------------------
+def adamw_step(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    weight_state: Moments,
+    scores_state: Moments,
+    for_weight: AdamW,
+    for_scores: AdamW,
+    backend: str | None = None,
+) -> None:
+    """One AdamW update of a gated tensor and its scores, in place; see :func:`wsn_fast.backends.torch.adamw_step`."""
+    chosen = run("adamw_step", weight.device, weight.dtype, backend)
+    chosen.adamw_step(grad, weight, scores, tau, union, rule, weight_state, scores_state, for_weight, for_scores)
+
+
+def sgd_step(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    weight_momentum: Tensor | None,
+    scores_momentum: Tensor | None,
+    for_weight: SGD,
+    for_scores: SGD,
+    backend: str | None = None,
+) -> None:
+    """One SGD update of a gated tensor and its scores, in place; see :func:`wsn_fast.backends.torch.sgd_step`."""
+    chosen = run("sgd_step", weight.device, weight.dtype, backend)
+    chosen.sgd_step(grad, weight, scores, tau, union, rule, weight_momentum, scores_momentum, for_weight, for_scores)

@@ -9,11 +9,14 @@ zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from .shapes import Geometry
 
@@ -78,6 +81,90 @@ def gate_backward(
             ds = ds * scores.sign()
         ds = ds.to(scores.dtype)
     return dw, ds
+
+
+class AdamW(NamedTuple):
+    """The settings of one update, as of ``torch.optim.AdamW``, or of ``Adam`` where decay is not decoupled. ``step`` is
+    the number of the update, from 1: a 0-d tensor."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: Tensor
+    decoupled: bool
+
+
+class SGD(NamedTuple):
+    """The settings of one update, as of ``torch.optim.SGD``. ``first``: the momentum buffer becomes the gradient."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    first: bool
+
+
+Moments = tuple[Tensor, Tensor]
+
+
+def adamw_step(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    weight_state: Moments,
+    scores_state: Moments,
+    for_weight: AdamW,
+    for_scores: AdamW,
+) -> None:
+    """One update of ``weight`` and ``scores`` in place, from ``grad``, the gradient of the masked weight. The states
+    are ``(exp_avg, exp_avg_sq)``. Weights in the packed union keep every bit."""
+    dw, ds = gate_backward(grad, weight, scores, tau, union, rule, True, True)
+    assert dw is not None and ds is not None
+    saved = None if union is None else weight.clone()
+    states = (weight_state, scores_state)
+    for param, g, (mean, square), s in zip((weight, scores), (dw, ds), states, (for_weight, for_scores), strict=True):
+        adam(
+            [param], [g], [mean], [square], [], [s.step - 1],  # which it counts up itself
+            fused=True, amsgrad=False, beta1=s.beta1, beta2=s.beta2, lr=s.lr, weight_decay=s.weight_decay, eps=s.eps,
+            maximize=False, decoupled_weight_decay=s.decoupled,
+        )  # fmt: skip
+    if saved is not None and union is not None:
+        restore_frozen(weight, saved, union)
+
+
+def sgd_step(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    weight_momentum: Tensor | None,
+    scores_momentum: Tensor | None,
+    for_weight: SGD,
+    for_scores: SGD,
+) -> None:
+    """As :func:`adamw_step`, for SGD. A momentum buffer is None where its momentum is 0."""
+    dw, ds = gate_backward(grad, weight, scores, tau, union, rule, True, True)
+    assert dw is not None and ds is not None
+    saved = None if union is None else weight.clone()
+    buffers = (weight_momentum, scores_momentum)
+    for param, g, buffer, s in zip((weight, scores), (dw, ds), buffers, (for_weight, for_scores), strict=True):
+        kept: list[Tensor | None] = [None if s.first else buffer]
+        sgd(
+            [param], [g], kept, fused=True, weight_decay=s.weight_decay, momentum=s.momentum, lr=float(s.lr),
+            dampening=s.dampening, nesterov=s.nesterov, maximize=False,
+        )  # fmt: skip
+        if s.first and buffer is not None and kept[0] is not None:
+            buffer.copy_(kept[0])
+    if saved is not None and union is not None:
+        restore_frozen(weight, saved, union)
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -1,0 +1,228 @@
+"""The one-pass optimizers: the same training as torch's optimizers under the guard, and nothing frozen moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsn_fast import WSN, convert
+from wsn_fast.optim import SubnetAdamW, SubnetSGD
+
+Make = Callable[[WSN], torch.optim.Optimizer]
+
+
+def by_kind(wsn: WSN, decay: float) -> list[dict[str, object]]:
+    """Weight decay for everything but scores, as the one-pass optimizers have it."""
+    trained = [(name, p) for name, p in wsn.named_parameters() if p.requires_grad]
+    scores = [p for name, p in trained if name.endswith("_score")]
+    rest = [p for name, p in trained if not name.endswith("_score")]
+    return [{"params": rest, "weight_decay": decay}, {"params": scores, "weight_decay": 0.0}]
+
+
+PAIRS: dict[str, tuple[Make, Make]] = {
+    "adamw": (
+        lambda wsn: wsn.guard(torch.optim.AdamW(by_kind(wsn, 0.1), 0.01)),
+        lambda wsn: SubnetAdamW(wsn, 0.01, weight_decay=0.1),
+    ),
+    "adam": (
+        lambda wsn: wsn.guard(torch.optim.Adam(by_kind(wsn, 0.1), 0.01)),
+        lambda wsn: SubnetAdamW(wsn, 0.01, weight_decay=0.1, decoupled=False),
+    ),
+    "sgd": (
+        lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.1), 0.05)),
+        lambda wsn: SubnetSGD(wsn, 0.05, weight_decay=0.1),
+    ),
+    "nesterov": (
+        lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.0), 0.05, momentum=0.9, nesterov=True)),
+        lambda wsn: SubnetSGD(wsn, 0.05, momentum=0.9, nesterov=True),
+    ),
+    "dampened": (
+        lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.1), 0.05, momentum=0.9, dampening=0.5)),
+        lambda wsn: SubnetSGD(wsn, 0.05, momentum=0.9, dampening=0.5, weight_decay=0.1),
+    ),
+}
+
+
+def make_wsn(rule: str = "magnitude", dtype: torch.dtype = torch.float64) -> WSN:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 14), nn.ReLU(), nn.Linear(14, 7), nn.ReLU(), nn.Linear(7, 3)).to(dtype)
+    return WSN(convert(net, density=0.4, heads="4", rule=rule))
+
+
+def batch(task: int, step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * task + step)
+    x = torch.randn(16, 9, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(3, (16,), generator=generator)
+
+
+def train(wsn: WSN, make: Make, tasks: int = 2, steps: int = 100, accumulate: int = 1) -> list[Tensor]:
+    """The masks after every step."""
+    masks = []
+    for task in range(tasks):
+        torch.manual_seed(task)  # for the new head
+        wsn.begin_task(task)
+        optimizer = make(wsn)
+        for step in range(steps):
+            for part in range(accumulate):
+                x, y = batch(task, step * accumulate + part, next(wsn.parameters()).dtype)
+                F.cross_entropy(wsn(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            masks += [m for layer in wsn.subnet_layers().values() for m in layer.masks_of_scores().values()]
+        wsn.end_task()
+    return masks
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rule", ["magnitude", "value"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_two_hundred_steps_are_those_of_torch_under_the_guard(kind: str, rule: str, accumulate: int) -> None:
+    found, expected = make_wsn(rule), make_wsn(rule)
+    for mine, theirs in zip(
+        train(found, PAIRS[kind][1], accumulate=accumulate),
+        train(expected, PAIRS[kind][0], accumulate=accumulate),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+    found.verify()
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_finished_tasks_stay_the_same_to_the_bit_in_float32(kind: str) -> None:
+    wsn = make_wsn(dtype=torch.float32)
+    x, _ = batch(9, 9, torch.float32)
+    train(wsn, PAIRS[kind][1], tasks=1, steps=10)
+    with wsn.use_task(0), torch.no_grad():
+        before = wsn(x)
+    for task in (1, 2):
+        wsn.begin_task(task)
+        optimizer = PAIRS[kind][1](wsn)
+        for step in range(10):
+            inputs, labels = batch(task, step, torch.float32)
+            with torch.autocast("cpu", torch.bfloat16, enabled=task == 2):
+                loss = F.cross_entropy(wsn(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        wsn.end_task()
+    with wsn.use_task(0), torch.no_grad():
+        assert torch.equal(wsn(x), before)
+    wsn.verify()
+
+
+def begun(kind: str) -> tuple[WSN, torch.optim.Optimizer]:
+    wsn = make_wsn()
+    train(wsn, PAIRS[kind][1], tasks=1, steps=3)
+    wsn.begin_task(1)
+    return wsn, PAIRS[kind][1](wsn)
+
+
+def backward(wsn: WSN, scale: float = 1.0) -> None:
+    x, y = batch(1, 0)
+    (F.cross_entropy(wsn(x), y) * scale).backward()
+
+
+def test_the_weight_gets_the_gradient_of_the_masked_weight_and_the_scores_none() -> None:
+    wsn, _ = begun("adamw")
+    backward(wsn)
+    layer = wsn.subnet_layers()["0"]
+    assert layer.weight_score.grad is None
+    assert layer.weight.grad[~layer.masks_of_scores()["weight"]].count_nonzero() > 0
+
+
+def test_the_state_goes_to_torch_and_back() -> None:
+    wsn, optimizer = begun("adam")
+    backward(wsn)
+    optimizer.step()
+    state = optimizer.state_dict()
+    torchs = torch.optim.Adam([p for p in wsn.parameters() if p.requires_grad], 0.5)
+    torchs.load_state_dict(state)
+    assert torchs.param_groups[0]["lr"] == 0.01
+    again = SubnetAdamW(wsn, 0.3, decoupled=False)
+    again.load_state_dict(torchs.state_dict())
+    backward(wsn)
+    again.step()
+    assert {int(s["step"]) for s in again.state.values()} == {2}
+
+
+def test_a_schedule_and_a_closure_work() -> None:
+    wsn, optimizer = begun("nesterov")
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    x, y = batch(1, 0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(wsn(x), y)
+        loss.backward()
+        return loss
+
+    before = [p.clone() for p in wsn.parameters()]
+    assert optimizer.step(closure) > 0
+    assert any(not torch.equal(p, b) for p, b in zip(wsn.parameters(), before, strict=True))
+    schedule.step()  # to a learning rate of zero
+    before = [p.clone() for p in wsn.parameters()]
+    optimizer.step(closure)
+    assert all(torch.equal(p, b) for p, b in zip(wsn.parameters(), before, strict=True))
+
+
+def test_grad_scaler_unscales_and_skips() -> None:
+    results = []
+    for scaled in (False, True):
+        wsn, optimizer = begun("adamw")
+        if scaled:
+            scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            backward(wsn, scaler.get_scale())
+            scaler.scale(torch.zeros(()))  # which makes its tensors
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            kept = [p.clone() for p in wsn.parameters()]
+            scaler.scale(torch.zeros(()))
+            backward(wsn, float("inf"))
+            scaler.step(optimizer)
+            assert all(torch.equal(p, k) for p, k in zip(wsn.parameters(), kept, strict=True))
+        else:
+            backward(wsn)
+            optimizer.step()
+        results.append([p.detach().clone() for p in wsn.parameters()])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+def test_hooks_run_once_a_step() -> None:
+    wsn, optimizer = begun("adamw")
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()  # torch wraps the step of its class now
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    backward(wsn)
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
+def test_another_optimizer_does_not_take_a_gradient_that_is_not_its() -> None:
+    wsn, one_pass = begun("adamw")
+    backward(wsn)
+    standard = torch.optim.AdamW([p for p in wsn.parameters() if p.requires_grad])
+    wsn.guard(standard)
+    with pytest.raises(RuntimeError, match=r"gradient of .*weight is meant for an optimizer that was guarded after"):
+        one_pass.step()
+    wsn.zero_grad()
+    backward(wsn)
+    assert wsn.subnet_layers()["0"].weight_score.grad is not None
+    standard.step()
+
+
+@pytest.mark.parametrize("kind", [SubnetAdamW, SubnetSGD])
+def test_wrong_settings_are_refused(kind: type[torch.optim.Optimizer]) -> None:
+    wsn = make_wsn()
+    wsn.begin_task(0)
+    with pytest.raises(ValueError, match="score_weight_decay must not be negative, got -1"):
+        kind(wsn, score_weight_decay=-1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="learning rate"):
+        kind(wsn, -1.0)
