@@ -61,12 +61,16 @@ def _gate_gradients(
     union: Tensor | None,
 ) -> Gradients:
     """``(dW, dS)`` from G, the gradient of the masked weight."""
-    twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     with torch.no_grad():
         gradients = ops.gate_backward(grad, weight, scores, tau, union, ctx.rule, need_weight, need_scores, ctx.backend)
-    if twice:
-        return tuple(None if d is None else _RefuseDoubleBackward.apply(d, weight, scores) for d in gradients)
-    return gradients
+    return _first_order(gradients, weight, scores)
+
+
+def _first_order(gradients: Gradients, *inputs: Tensor) -> Gradients:
+    """The gradients as they are, or for ``create_graph=True`` such that differentiating them again says why not."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return tuple(None if d is None else _RefuseDoubleBackward.apply(d, *inputs) for d in gradients)
 
 
 class SubnetProduct(torch.autograd.Function):
@@ -110,9 +114,17 @@ class SubnetProduct(torch.autograd.Function):
         if need_x:
             dx = _input_gradient(ctx, grad, x, weight, scores, tau, packed)
         if need_weight or need_scores:
-            with torch.no_grad():
-                masked_grad = _weight_gradient(ctx, grad, x, weight)
-            dw, ds = _gate_gradients(ctx, need_weight, need_scores, masked_grad, weight, scores, tau, union)
+            mask = (weight, scores, tau, union)
+            if _fuses_gradient(ctx, grad, x, weight):
+                with torch.no_grad():
+                    gradients = products.masked_linear_grad(
+                        grad, x, *mask, ctx.rule, need_weight, need_scores, ctx.backend
+                    )
+                dw, ds = _first_order(gradients, weight, scores)
+            else:
+                with torch.no_grad():
+                    masked_grad = _weight_gradient(ctx, grad, x, weight)
+                dw, ds = _gate_gradients(ctx, need_weight, need_scores, masked_grad, *mask)
         if need_bias:
             db = grad.sum(dim=[d for d in range(grad.ndim) if d != 1])
         return dx, dw, ds, db, *[None] * 8
@@ -127,14 +139,23 @@ def _input_gradient(
     tau: Tensor | None,
     packed: Tensor | None,
 ) -> Tensor:
-    twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     mask = (packed, scores, tau, ctx.rule, None)
     with torch.no_grad():
         if ctx.geometry is None:
             dx = products.masked_linear(grad, weight, *mask, not ctx.transposed, ctx.backend)
         else:
             dx = products.masked_conv(grad, weight, *mask, ctx.geometry, ctx.groups, x.shape, ctx.backend)
-    return _RefuseDoubleBackward.apply(dx, grad, weight) if twice else dx
+    (result,) = _first_order((dx,), grad, weight)
+    assert result is not None
+    return result
+
+
+def _fuses_gradient(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> bool:
+    if ctx.geometry is not None or ctx.transposed:
+        return False
+    n, k = weight.shape
+    limit = products.fused_rows("masked_linear_grad", weight.device, x.dtype, "scores", n, k, ctx.backend)
+    return 0 < x.shape[0] <= limit
 
 
 def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -306,7 +306,9 @@ class _SubnetLinear(SubnetLayer):
 
     def _fuses(self, x: Tensor, dtype: torch.dtype) -> bool:
         n, k = self.weight.shape
-        limit = products.fused_rows(self.weight.device, dtype, self._mask_source(), n, k, self._backend)
+        limit = products.fused_rows(
+            "masked_linear", self.weight.device, dtype, self._mask_source(), n, k, self._backend
+        )
         if limit == 0 or x.ndim == 0 or x.shape[-1] != self.in_features or not self._takes(x, dtype):
             return False
         return 0 < x.numel() // self.in_features <= limit

@@ -39,7 +39,7 @@ def linear_fusion(
     """When a linear layer takes the fused product.
 
     Args:
-        operation: "masked_linear" or "masked_linear_tasks".
+        operation: "masked_linear", "masked_linear_grad" or "masked_linear_tasks".
         device: of the weight.
         dtype: the compute dtype.
         source: where the mask comes from: "packed" for a finished task, "scores" in training.
@@ -56,9 +56,11 @@ def linear_fusion(
 
 
 @_constant_while_tracing
-def fused_rows(device: torch.device, dtype: torch.dtype, source: str, n: int, k: int, backend: str | None) -> int:
-    """:func:`linear_fusion` of a layer's own product, in short."""
-    return linear_fusion("masked_linear", device, dtype, source, n, k, backend).rows
+def fused_rows(
+    operation: str, device: torch.device, dtype: torch.dtype, source: str, n: int, k: int, backend: str | None
+) -> int:
+    """The number alone of :func:`linear_fusion`."""
+    return linear_fusion(operation, device, dtype, source, n, k, backend).rows
 
 
 def conv_fusion(
@@ -132,6 +134,63 @@ def _(
     backend: str | None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1 if backward else 0])
+
+
+def masked_linear_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    need_weight: bool,
+    need_scores: bool,
+    backend: str | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``(dW, dS)`` (Eq. 4 and 5) from the gradient [M, N] of the product and its input [M, K]; None for one that is not
+    needed."""
+    if torch.compiler.is_compiling():
+        dw, ds = _masked_linear_grad_op(grad, x, weight, scores, tau, union, rule, need_weight, need_scores, backend)
+        return (dw if need_weight else None), (ds if need_scores else None)
+    chosen = run("masked_linear_grad", x.device, x.dtype, backend)
+    return chosen.masked_linear_grad(grad, x, weight, scores, tau, union, rule, need_weight, need_scores)
+
+
+@torch.library.custom_op("wsn_fast::masked_linear_grad", mutates_args=())
+def _masked_linear_grad_op(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    need_weight: bool,
+    need_scores: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    dw, ds = masked_linear_grad(grad, x, weight, scores, tau, union, rule, need_weight, need_scores, backend)
+    # A schema has no optional results: an empty tensor stands for a gradient that nobody asked for.
+    return weight.new_empty(0) if dw is None else dw, scores.new_empty(0) if ds is None else ds
+
+
+@_masked_linear_grad_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    need_weight: bool,
+    need_scores: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    dw = weight.new_empty(weight.shape) if need_weight else weight.new_empty(0)
+    ds = scores.new_empty(scores.shape) if need_scores else scores.new_empty(0)
+    return dw, ds
 
 
 def masked_linear_tasks(

@@ -1,12 +1,21 @@
-/* The C ABI of wsn_fast's native libraries. Plain C: no Python or torch headers, no C++ types, no exceptions.
+/* The C ABI of wsn_fast's native CPU library. Plain C: no Python or torch headers, no C++ types, no exceptions.
  *
  * Conventions
- *   - Every function but wsn_abi_version and wsn_error_message returns a wsn_status: WSN_OK, or an error that
- *     wsn_error_message puts in words. On an error nothing has been written.
- *   - Sizes and counts are int64_t. A pointer may be NULL only where its size is 0.
- *   - num_threads >= 1 is an upper bound and comes last: small inputs are done in the calling thread. No thread
- *     outlives the call.
- *   - Buffers belong to the caller. Functions keep no state and may be called from any number of threads at once.
+ *   - Every function that returns a wsn_status returns WSN_OK, or an error that wsn_error_message puts in words. On an
+ *     error nothing has been written.
+ *   - Sizes and counts are int64_t. A pointer may be NULL where its size is 0, and where its comment says so. Element
+ *     pointers need no alignment. An output may be an input itself where a comment says so; else they overlap nothing.
+ *   - num_threads >= 1 is an upper bound and comes last: small inputs are done in the calling thread. Every result is
+ *     the same, to the bit, for every number of threads.
+ *   - Functions may be called from any number of threads at once, and in a child of fork(). What is kept between calls
+ *     is a pool of sleeping threads, started when a call first needs them: do not unload the library.
+ *   - Buffers belong to the caller.
+ *
+ * The gate: keep(i) = not (key[i] < tau)
+ *   The key is |S| for WSN_MAGNITUDE and S for WSN_VALUE. -0.0 equals +0.0, denormals are compared as they are whatever
+ *   the processor's rounding mode, NaN is the largest key and is kept, and a NaN tau keeps everything. What is not kept
+ *   becomes +0.0, by a select. A tau is one element in the dtype of the scores.
+ *   Conversions round to nearest even, as PyTorch's do: from float64 to a 16-bit type by way of float32.
  *
  * Packed masks
  *   Element i of the row-major flattened tensor is bit i % 8, least significant first, of byte i / 8. n elements
@@ -26,7 +35,7 @@
 #endif
 
 /* Raised with every incompatible change of this header; a loader refuses a library of another version. */
-#define WSN_ABI_VERSION 1
+#define WSN_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -34,10 +43,18 @@ extern "C" {
 
 typedef enum wsn_status {
   WSN_OK = 0,
-  WSN_ERROR_NULL = 1,   /* a pointer is NULL although its size is not 0 */
-  WSN_ERROR_SIZE = 2,   /* a size is negative */
-  WSN_ERROR_THREADS = 3 /* num_threads is less than 1 */
+  WSN_ERROR_NULL = 1,    /* a pointer is NULL although its size is not 0 */
+  WSN_ERROR_SIZE = 2,    /* a size is negative, or zero where there must be an element */
+  WSN_ERROR_THREADS = 3, /* num_threads is less than 1 */
+  WSN_ERROR_DTYPE = 4,   /* not a wsn_dtype, or one that the function does not have */
+  WSN_ERROR_RULE = 5,    /* not a wsn_rule */
+  WSN_ERROR_RANK = 6,    /* a rank is not in [0, n) */
+  WSN_ERROR_MEMORY = 7   /* no memory for the workspace */
 } wsn_status;
+
+typedef enum wsn_dtype { WSN_FLOAT32 = 0, WSN_FLOAT64 = 1, WSN_BFLOAT16 = 2, WSN_FLOAT16 = 3 } wsn_dtype;
+
+typedef enum wsn_rule { WSN_MAGNITUDE = 0, WSN_VALUE = 1 } wsn_rule;
 
 /* The WSN_ABI_VERSION that the library was built with. */
 WSN_API int wsn_abi_version(void);
@@ -45,14 +62,93 @@ WSN_API int wsn_abi_version(void);
 /* An English sentence for a wsn_status, or for any other int one that says so. Static storage, never NULL. */
 WSN_API const char *wsn_error_message(int code);
 
-/* Pack n mask bytes into (n + 7) / 8 bytes. Any mask byte other than 0 counts as 1. The buffers must not overlap. */
+/* Use instruction sets up to this one (0 plain, 1 AVX2 with FMA, 2 AVX-512) where the machine and the build have it;
+ * negative leaves it as it is. Returns the one in use. At first it is the best. For tests and comparisons. */
+WSN_API int wsn_limit_instructions(int level);
+
+/* --- the gate ---------------------------------------------------------------------------------------------------- */
+
+/* Write to *tau the rank-th (from 0) of the n >= 1 ascending keys of the scores, NaN last: an element in their dtype,
+ * +0.0 for either zero, and a quiet NaN for any NaN. */
+WSN_API int wsn_threshold(const void *scores, int dtype, int64_t n, int64_t rank, int rule, void *tau, int num_threads);
+
+/* mask[i] (a byte, 0 or 1) and its packed form, from scores and tau. Either output may be NULL. */
+WSN_API int wsn_keep(const void *scores, int dtype, const void *tau, int rule, uint8_t *mask, uint8_t *packed,
+                     int64_t n, int num_threads);
+
+/* out = keep ? weight : +0.0 in out_dtype; packed, which may be NULL, receives the mask. */
+WSN_API int wsn_gate(const void *weight, int weight_dtype, const void *scores, int scores_dtype, const void *tau,
+                     int rule, void *out, int out_dtype, uint8_t *packed, int64_t n, int num_threads);
+
+/* out = bit ? weight : +0.0 in out_dtype. */
+WSN_API int wsn_gate_packed(const void *weight, int weight_dtype, const uint8_t *packed, void *out, int out_dtype,
+                            int64_t n, int num_threads);
+
+/* From grad, the gradient of the masked weight, rounded first to the dtype of the weight:
+ *   dweight (dtype of the weight) = keep and not union ? grad : +0.0, and
+ *   dscores (dtype of the scores) = grad * weight rounded to the dtype of the weight, times sign(scores) for
+ *   WSN_MAGNITUDE (sign of a zero or a NaN: 0), as a product.
+ * union_mask is packed; NULL means that no bit is set. A gradient that is not wanted is NULL; tau may be NULL without
+ * dweight. */
+WSN_API int wsn_gate_backward(const void *grad, int grad_dtype, const void *weight, int weight_dtype,
+                              const void *scores, int scores_dtype, const void *tau, int rule,
+                              const uint8_t *union_mask, void *dweight, void *dscores, int64_t n, int num_threads);
+
+/* param = bit of union_mask ? saved : param, bit for bit, over n elements of itemsize 1, 2, 4 or 8 bytes. */
+WSN_API int wsn_restore_frozen(void *param, const void *saved, const uint8_t *union_mask, int itemsize, int64_t n,
+                               int num_threads);
+
+/* --- optimizer steps: gate_backward and the update in one pass ---------------------------------------------------- */
+
+/* A tensor with what the steps below change of it. Everything is in one dtype, float32 or float64, and has n elements.
+ * grad, scores, tau, rule and union_mask are as for wsn_gate_backward; the mask must be that of the forward pass. */
+typedef struct wsn_gated {
+  const void *grad;
+  void *weight;
+  void *scores;
+  const void *tau;
+  const uint8_t *union_mask; /* may be NULL; a weight with its bit set is not changed, in any bit */
+  int64_t n;
+  int32_t dtype;
+  int32_t rule;
+} wsn_gated;
+
+/* torch.optim.Adam (decoupled = 0: weight decay is added to the gradient) and AdamW (decoupled = 1). */
+typedef struct wsn_adamw {
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step; /* that of this update: 1 at first */
+  int32_t decoupled;
+} wsn_adamw;
+
+/* torch.optim.SGD. first = 1: the momentum buffer is set to the gradient, as at an optimizer's first step. */
+typedef struct wsn_sgd {
+  double lr, momentum, dampening, weight_decay;
+  int32_t nesterov;
+  int32_t first;
+} wsn_sgd;
+
+/* One step on the weight and the scores. The moments of frozen weights decay with a gradient of zero. */
+WSN_API int wsn_adamw_step(const wsn_gated *tensor, void *weight_avg, void *weight_avg_sq, void *scores_avg,
+                           void *scores_avg_sq, const wsn_adamw *for_weight, const wsn_adamw *for_scores,
+                           int num_threads);
+
+/* As wsn_adamw_step. A momentum buffer may be NULL where its momentum is 0. */
+WSN_API int wsn_sgd_step(const wsn_gated *tensor, void *weight_momentum, void *scores_momentum,
+                         const wsn_sgd *for_weight, const wsn_sgd *for_scores, int num_threads);
+
+/* --- packed masks ------------------------------------------------------------------------------------------------- */
+
+/* Pack n mask bytes into (n + 7) / 8 bytes. Any mask byte other than 0 counts as 1. */
 WSN_API int wsn_pack_bits(const uint8_t *mask, int64_t n, uint8_t *packed, int num_threads);
 
-/* Unpack (n + 7) / 8 bytes into n mask bytes, each 0 or 1. Padding bits are ignored. The buffers must not overlap. */
+/* Unpack (n + 7) / 8 bytes into n mask bytes, each 0 or 1. Padding bits are ignored. */
 WSN_API int wsn_unpack_bits(const uint8_t *packed, int64_t n, uint8_t *mask, int num_threads);
 
-/* dst |= src over nbytes bytes. dst and src may be the same buffer, but must not overlap otherwise. */
+/* dst |= src over nbytes bytes. dst and src may be the same buffer. */
 WSN_API int wsn_or_bits(uint8_t *dst, const uint8_t *src, int64_t nbytes, int num_threads);
+
+/* out = the OR of rows >= 1 rows of nbytes bytes, one after the other. */
+WSN_API int wsn_union_bits(const uint8_t *packed, int64_t rows, int64_t nbytes, uint8_t *out, int num_threads);
 
 /* Write to *out how many of the 8 * nbytes bits are set. out is never NULL, even where nbytes is 0. */
 WSN_API int wsn_popcount_bits(const uint8_t *packed, int64_t nbytes, int64_t *out, int num_threads);

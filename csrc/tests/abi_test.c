@@ -1,30 +1,30 @@
-/* The header is usable from C and the library keeps its contracts. Exits 0, or names the check that failed. */
+/* The header is usable from C, and every function refuses what it must without writing anything. */
 #include "wsn_fast.h"
 
-#include <stdio.h>
 #include <string.h>
 
-static int failures = 0;
-
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                     \
-    }                                                                 \
-  } while (0)
+#include "check.h"
 
 static void check_version_and_messages(void) {
+  int code, other;
   CHECK(wsn_abi_version() == WSN_ABI_VERSION);
   CHECK(strcmp(wsn_error_message(WSN_OK), "no error") == 0);
-  CHECK(strcmp(wsn_error_message(WSN_ERROR_NULL), wsn_error_message(WSN_ERROR_SIZE)) != 0);
-  CHECK(strcmp(wsn_error_message(WSN_ERROR_THREADS), wsn_error_message(-1)) != 0);
   CHECK(strcmp(wsn_error_message(12345), wsn_error_message(-1)) == 0);
+  for (code = -1; code <= WSN_ERROR_MEMORY; ++code)
+    for (other = -1; other < code; ++other) CHECK(strcmp(wsn_error_message(code), wsn_error_message(other)) != 0);
+}
+
+static void check_levels(void) {
+  const int best = wsn_limit_instructions(-1);
+  CHECK(best >= 0 && best <= 2);
+  CHECK(wsn_limit_instructions(0) == 0);
+  CHECK(wsn_limit_instructions(99) == best);
 }
 
 static void check_layout(void) {
   const uint8_t mask[11] = {1, 0, 0, 1, 0, 0, 0, 255, 0, 2, 1};
   const uint8_t other[2] = {0x02, 0x01};
+  const uint8_t rows[6] = {0x01, 0x80, 0x02, 0x80, 0x04, 0x00};
   uint8_t packed[3] = {0, 0, 0xAA};
   uint8_t back[12];
   int64_t count = -1;
@@ -38,9 +38,10 @@ static void check_layout(void) {
   for (i = 0; i < 11; ++i) CHECK(back[i] == (mask[i] != 0));
   CHECK(back[11] == 0xAA);
   CHECK(wsn_or_bits(packed, other, 2, 1) == WSN_OK && packed[0] == 0x8B && packed[1] == 0x07);
+  CHECK(wsn_union_bits(rows, 3, 2, packed, 1) == WSN_OK && packed[0] == 0x07 && packed[1] == 0x80);
 }
 
-static void check_errors(void) {
+static void check_errors_of_bits(void) {
   uint8_t a[1] = {0}, b[1] = {0};
   int64_t count = 7;
   CHECK(wsn_pack_bits(NULL, 1, b, 1) == WSN_ERROR_NULL);
@@ -51,24 +52,82 @@ static void check_errors(void) {
   CHECK(wsn_unpack_bits(a, -1, b, 1) == WSN_ERROR_SIZE);
   CHECK(wsn_or_bits(a, NULL, 1, 1) == WSN_ERROR_NULL);
   CHECK(wsn_or_bits(a, b, 1, -3) == WSN_ERROR_THREADS);
+  CHECK(wsn_union_bits(a, 0, 1, b, 1) == WSN_ERROR_SIZE);
+  CHECK(wsn_union_bits(a, 1, 1, NULL, 1) == WSN_ERROR_NULL);
   CHECK(wsn_popcount_bits(NULL, 1, &count, 1) == WSN_ERROR_NULL);
   CHECK(wsn_popcount_bits(a, 1, NULL, 1) == WSN_ERROR_NULL);
   CHECK(wsn_popcount_bits(a, -1, &count, 1) == WSN_ERROR_SIZE);
   CHECK(count == 7);
 }
 
+static void check_errors_of_gate(void) {
+  float x[1] = {1}, tau = 7, out[1] = {7};
+  uint8_t bits[1] = {0};
+  CHECK(wsn_threshold(x, WSN_FLOAT32, 0, 0, 0, &tau, 1) == WSN_ERROR_SIZE);
+  CHECK(wsn_threshold(x, WSN_FLOAT32, 1, 1, 0, &tau, 1) == WSN_ERROR_RANK);
+  CHECK(wsn_threshold(x, WSN_FLOAT32, 1, -1, 0, &tau, 1) == WSN_ERROR_RANK);
+  CHECK(wsn_threshold(x, 4, 1, 0, 0, &tau, 1) == WSN_ERROR_DTYPE);
+  CHECK(wsn_threshold(x, -1, 1, 0, 0, &tau, 1) == WSN_ERROR_DTYPE);
+  CHECK(wsn_threshold(x, WSN_FLOAT32, 1, 0, 2, &tau, 1) == WSN_ERROR_RULE);
+  CHECK(wsn_threshold(x, WSN_FLOAT32, 1, 0, 0, &tau, 0) == WSN_ERROR_THREADS);
+  CHECK(wsn_threshold(NULL, WSN_FLOAT32, 1, 0, 0, &tau, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_threshold(x, WSN_FLOAT32, 1, 0, 0, NULL, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_keep(x, WSN_FLOAT32, NULL, 0, bits, NULL, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_keep(x, 9, x, 0, bits, NULL, 1, 1) == WSN_ERROR_DTYPE);
+  CHECK(wsn_gate(x, 0, x, 0, x, 0, NULL, 0, NULL, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_gate(x, 0, x, 0, x, 5, out, 0, NULL, 1, 1) == WSN_ERROR_RULE);
+  CHECK(wsn_gate(x, 0, x, 0, x, 0, out, 4, NULL, 1, 1) == WSN_ERROR_DTYPE);
+  CHECK(wsn_gate_packed(x, 0, NULL, out, 0, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_gate_packed(x, 0, bits, out, 0, -1, 1) == WSN_ERROR_SIZE);
+  CHECK(wsn_gate_backward(x, 0, x, 0, x, 0, NULL, 0, NULL, out, NULL, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_gate_backward(x, 0, x, 0, x, 0, NULL, 0, NULL, NULL, out, 1, 0) == WSN_ERROR_THREADS);
+  CHECK(wsn_restore_frozen(out, x, bits, 3, 1, 1) == WSN_ERROR_DTYPE);
+  CHECK(wsn_restore_frozen(out, NULL, bits, 4, 1, 1) == WSN_ERROR_NULL);
+  CHECK(tau == 7 && out[0] == 7);
+}
+
+static void check_errors_of_steps(void) {
+  float x[1] = {1}, w[1] = {7}, state[1] = {0};
+  const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 0, 1, 1};
+  const wsn_sgd sgd = {0.1, 0.9, 0, 0, 0, 1};
+  wsn_gated t = {x, w, w, x, NULL, 1, WSN_FLOAT32, WSN_VALUE};
+  CHECK(wsn_adamw_step(NULL, state, state, state, state, &adamw, &adamw, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_adamw_step(&t, state, NULL, state, state, &adamw, &adamw, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_adamw_step(&t, state, state, state, state, &adamw, NULL, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_sgd_step(&t, NULL, state, &sgd, &sgd, 1) == WSN_ERROR_NULL);
+  t.dtype = WSN_BFLOAT16;
+  CHECK(wsn_adamw_step(&t, state, state, state, state, &adamw, &adamw, 1) == WSN_ERROR_DTYPE);
+  t.dtype = WSN_FLOAT32, t.tau = NULL;
+  CHECK(wsn_sgd_step(&t, state, state, &sgd, &sgd, 1) == WSN_ERROR_NULL);
+  t.tau = x, t.n = -1;
+  CHECK(wsn_sgd_step(&t, state, state, &sgd, &sgd, 1) == WSN_ERROR_SIZE);
+  CHECK(w[0] == 7 && state[0] == 0);
+}
+
 static void check_empty(void) {
+  const wsn_gated none = {NULL, NULL, NULL, NULL, NULL, 0, WSN_FLOAT32, WSN_VALUE};
+  const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 0, 1, 1};
   int64_t count = -1;
   CHECK(wsn_pack_bits(NULL, 0, NULL, 1) == WSN_OK);
   CHECK(wsn_unpack_bits(NULL, 0, NULL, 1) == WSN_OK);
   CHECK(wsn_or_bits(NULL, NULL, 0, 1) == WSN_OK);
+  CHECK(wsn_union_bits(NULL, 2, 0, NULL, 1) == WSN_OK);
   CHECK(wsn_popcount_bits(NULL, 0, &count, 1) == WSN_OK && count == 0);
+  CHECK(wsn_keep(NULL, 0, NULL, 0, NULL, NULL, 0, 1) == WSN_OK);
+  CHECK(wsn_gate(NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0, 1) == WSN_OK);
+  CHECK(wsn_gate_packed(NULL, 0, NULL, NULL, 0, 0, 1) == WSN_OK);
+  CHECK(wsn_gate_backward(NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, NULL, NULL, 0, 1) == WSN_OK);
+  CHECK(wsn_restore_frozen(NULL, NULL, NULL, 4, 0, 1) == WSN_OK);
+  CHECK(wsn_adamw_step(&none, NULL, NULL, NULL, NULL, &adamw, &adamw, 1) == WSN_OK);
 }
 
 int main(void) {
   check_version_and_messages();
+  check_levels();
   check_layout();
-  check_errors();
+  check_errors_of_bits();
+  check_errors_of_gate();
+  check_errors_of_steps();
   check_empty();
-  return failures != 0;
+  return report();
 }

@@ -25,7 +25,7 @@ ENVIRONMENT_VARIABLE = "WSN_FAST_BACKEND"
 at the first choice."""
 
 NAMES = ("torch", "triton", "native")
-FUSED = frozenset({"masked_linear", "masked_linear_tasks", "masked_conv"})
+FUSED = frozenset({"masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv"})
 """Operations whose portable form is a masked weight in memory and then a product, which often is the faster one."""
 
 
@@ -121,12 +121,10 @@ def _offers(
     """The backend of this name if it can run the operation, and the reason why or why not."""
     if name == "triton":
         return _availability.triton(operation, device, dtype, forced=forced)
-    if operation not in native.OPERATIONS:
-        return None, f"the native library has no {operation}"
     if device.type != "cpu":
         return None, f"the native library runs on the CPU, not on {device.type}"
-    library = native.load()
-    return (None if library.lib is None else native), library.reason
+    obstacle = native.supports(operation, dtype)
+    return (native, native.load().reason) if obstacle is None else (None, obstacle)
 
 
 def run(operation: str, device: Device, dtype: Dtype | None = None, backend: str | None = None) -> ModuleType:

@@ -18,6 +18,7 @@ DTYPES = {
     "gate_backward": WIDE,
     "restore_frozen": WIDE,
     "masked_linear": FLOATS,
+    "masked_linear_grad": FLOATS,
     "masked_linear_tasks": FLOATS,
     "masked_conv": FLOATS,
 }

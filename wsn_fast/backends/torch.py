@@ -46,13 +46,14 @@ def keep_mask(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
 
 def gate(weight: Tensor, scores: Tensor, tau: Tensor, rule: str, dtype: torch.dtype) -> Tensor:
     """``m ? W : +0.0`` in ``dtype``."""
-    return weight.to(dtype).masked_fill(gate_key(scores, rule) < tau, 0.0)
+    # In place on a copy, which has the strides of the weight; masked_fill's own result need not have them.
+    return weight.to(dtype, copy=True).masked_fill_(gate_key(scores, rule) < tau, 0.0)
 
 
 def gate_packed(weight: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
     """As :func:`gate`, with the mask read from its packed form."""
     keep = unpack(packed, weight.numel()).view(weight.shape)
-    return weight.to(dtype).masked_fill(~keep, 0.0)
+    return weight.to(dtype, copy=True).masked_fill_(~keep, 0.0)
 
 
 def gate_backward(
@@ -74,11 +75,11 @@ def gate_backward(
         drop = gate_key(scores, rule) < tau
         if union is not None:
             drop |= unpack(union, weight.numel()).view(weight.shape)
-        dw = grad.masked_fill(drop, 0.0)
+        dw = grad.clone().masked_fill_(drop, 0.0)
     if need_scores:
-        ds = grad * weight
+        ds = torch.mul(grad, weight, out=torch.empty_like(grad))
         if rule == "magnitude":
-            ds = ds * scores.sign()
+            ds *= scores.sign()
         ds = ds.to(scores.dtype)
     return dw, ds
 
@@ -232,6 +233,21 @@ def masked_linear(
     """
     masked = _masked(weight, packed, scores, tau, rule, x.dtype)
     return F.linear(x, masked.t() if backward else masked, bias)
+
+
+def masked_linear_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    need_weight: bool,
+    need_scores: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`gate_backward` of ``G = grad^T x``, with ``grad`` [M, N] and ``x`` [M, K] in the compute dtype."""
+    return gate_backward(grad.t() @ x, weight, scores, tau, union, rule, need_weight, need_scores)
 
 
 def masked_linear_tasks(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ..kernels import conv, grad, mask, matmul, matmul_tasks
+from ..kernels import conv, grad, mask, matmul, matmul_grad, matmul_tasks
 from ..kernels import threshold as select
 from . import tuning
 from .shapes import Geometry, result_shape, tuning_key
@@ -187,7 +187,8 @@ def fused_rows(
 ) -> tuple[int, str]:
     """Up to how many rows the fused product was measured to be faster, and how that is known. Where the mask comes from
     the scores, backward repeats the choice, so both directions have to win."""
-    directions = (False,) if source == "packed" or operation == "masked_linear_tasks" else (False, True)
+    both = source == "scores" and operation == "masked_linear"
+    directions = (False, True) if both else (False,)
     answers = [
         _table(device).fused_rows(linear_product(operation, dtype, source, backward), n, k) for backward in directions
     ]
@@ -239,6 +240,44 @@ def masked_linear(
             precision=product.precision,
         )
     return y
+
+
+def masked_linear_grad(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    tau: Tensor,
+    union: Tensor | None,
+    rule: str,
+    need_weight: bool,
+    need_scores: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and scores out of the product itself: G is never written, nor rounded."""
+    if not (need_weight or need_scores):
+        return None, None
+    n, k = weight.shape
+    dw = torch.empty(n, k, dtype=weight.dtype, device=x.device) if need_weight else None
+    ds = torch.empty(n, k, dtype=scores.dtype, device=x.device) if need_scores else None
+    product = linear_product("masked_linear_grad", x.dtype, "scores")
+    with _on_device_of(x):
+        config, splits = _table(x.device).tile(product, x.shape[0], n, k, _processors(x.device))
+        matmul_grad.masked_matmul_grad(
+            _rows(grad_output),
+            _rows(x),
+            weight.detach().contiguous(),
+            dw,
+            ds,
+            scores=scores.detach().contiguous(),
+            tau=tau,
+            union=union,
+            rule=rule,
+            config=config,
+            splits=splits,
+            workspace=_workspace(x, n, k, splits),
+            precision=product.precision,
+        )
+    return dw, ds
 
 
 def masked_linear_tasks(

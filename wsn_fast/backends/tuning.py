@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import conv, grad, mask, matmul, matmul_tasks, threshold
+from ..kernels import conv, grad, mask, matmul, matmul_grad, matmul_tasks, threshold
 from ..kernels._elementwise import Config
-from ..kernels.matmul import MatmulConfig
 
 FOLDER = Path(__file__).parents[1] / "kernels" / "tuning"
 NEAR = 1.0
@@ -29,7 +28,7 @@ NEAR = 1.0
 class Tile(NamedTuple):
     """How a masked product is cut: the tile of a program, and the parts that its sum is split into."""
 
-    config: MatmulConfig
+    config: Any
     splits: int
 
 
@@ -37,7 +36,7 @@ class Product(NamedTuple):
     """A kind of masked product, as the tables are keyed.
 
     Attributes:
-        operation: "masked_linear", "masked_linear_tasks" or "masked_conv".
+        operation: "masked_linear", "masked_linear_grad", "masked_linear_tasks" or "masked_conv".
         dtype: the compute dtype.
         precision: how float32 is multiplied, "ieee" or "tf32".
         source: where the mask comes from: "packed" or "scores".
@@ -51,19 +50,24 @@ class Product(NamedTuple):
     backward: bool = False
 
     @property
-    def configs(self) -> tuple[MatmulConfig, ...]:
+    def configs(self) -> tuple[Any, ...]:
         """The tiles to choose from."""
         tables = {
             "masked_linear": (matmul.CONFIGS, matmul.TF32_CONFIGS, matmul.IEEE_CONFIGS),
             "masked_linear_tasks": (
                 matmul_tasks.TASKS_CONFIGS, matmul_tasks.TASKS_TF32_CONFIGS, matmul_tasks.TASKS_IEEE_CONFIGS,
             ),
+            "masked_linear_grad": (matmul_grad.CONFIGS, matmul_grad.TF32_CONFIGS, matmul_grad.IEEE_CONFIGS),
             "masked_conv": ((conv.DX_CONFIGS if self.backward else conv.CONFIGS,) * 2 + (conv.IEEE_CONFIGS,)),
         }  # fmt: skip
         half, tf32, ieee = tables[self.operation]
         if self.dtype is not torch.float32:
             return half
         return tf32 if self.precision == "tf32" else ieee
+
+    def config_of(self, numbers: list[int]) -> Any:
+        """The tile that a table has written as ``numbers``, or None if there is no such tile any more."""
+        return next((config for config in self.configs if list(astuple(config)) == numbers), None)
 
 
 def file_name(device_name: str) -> str:
@@ -114,9 +118,11 @@ class Table:
         """The tile for a product of ``rows`` rows with a weight [n, k]."""
         entry = self._nearest(product, n, k)
         for measured in entry["tiles"] if entry else ():
-            config = MatmulConfig(*measured["config"])
-            if rows <= measured["rows"] and config in product.configs:
+            config = product.config_of(measured["config"])
+            if rows <= measured["rows"] and config is not None:
                 return Tile(config, measured["splits"])
+        if product.operation == "masked_linear_grad":
+            return default_grad_tile(product, rows, n, k, processors)
         outputs, terms = (k, n) if product.backward else (n, k)
         return default_tile(product, rows, outputs, terms, processors)
 
@@ -137,13 +143,11 @@ class Table:
         verdict = "faster" if entry["wins"] else "slower"
         return entry["wins"], f"the implicit convolution is {verdict} at this shape on {self.device_name}"
 
-    def conv_config(self, product: Product, shape: dict[str, int] | None, positions: int) -> MatmulConfig:
+    def conv_config(self, product: Product, shape: dict[str, int] | None, positions: int) -> Any:
         """The tile of the implicit convolution of this shape, with that many positions in all its images."""
         entry = self._conv(product, shape)
-        measured = MatmulConfig(*entry["config"]) if entry else None
-        if measured in product.configs:
-            return measured
-        return default_tile(product, positions, 1, 1, 1).config
+        measured = product.config_of(entry["config"]) if entry else None
+        return default_tile(product, positions, 1, 1, 1).config if measured is None else measured
 
     def _conv(self, product: Product, shape: dict[str, int] | None) -> dict[str, Any] | None:
         rows = self.data.get("conv", ())
@@ -175,3 +179,17 @@ def default_tile(product: Product, rows: int, outputs: int, terms: int, processo
     steps = math.ceil(terms / config.block_r)
     # At least four steps to a part: below that its start and its way through memory cost more than it saves.
     return Tile(config, max(1, min(processors // programs, steps // 4)))
+
+
+def default_grad_tile(product: Product, rows: int, n: int, k: int, processors: int) -> Tile:
+    """A tile that nobody has measured for the gradient of a weight [n, k]: the largest that gives every processor work,
+    else the smallest, with the batch split."""
+
+    def programs(config: Any) -> int:
+        return math.ceil(n / config.block_n) * math.ceil(k / config.block_k)
+
+    enough = [config for config in product.configs if programs(config) >= processors]
+    if enough:
+        return Tile(max(enough, key=lambda c: c.block_n * c.block_k), 1)
+    config = max(product.configs, key=programs)
+    return Tile(config, max(1, min(processors // programs(config), rows // (4 * config.block_m))))

@@ -1,0 +1,100 @@
+// The four dtypes as bits and as numbers. In an unnamed namespace, so that each instruction set gets its own copy.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "wsn_fast.h"
+
+namespace {
+
+template <class T>
+inline T at(const void *data, int64_t i) {
+  T value;
+  std::memcpy(&value, static_cast<const char *>(data) + i * int64_t(sizeof(T)), sizeof(T));
+  return value;
+}
+
+template <class T>
+inline void put(void *data, int64_t i, T value) {
+  std::memcpy(static_cast<char *>(data) + i * int64_t(sizeof(T)), &value, sizeof(T));
+}
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Bits: the unsigned integer of its size. Real: the type that its arithmetic is done in. decode is exact, encode rounds
+// to nearest even.
+template <int kDtype>
+struct Number;
+
+template <>
+struct Number<WSN_FLOAT32> {
+  using Bits = uint32_t;
+  using Real = float;
+  static float decode(uint32_t bits) { return bits_as<float>(bits); }
+  static uint32_t encode(float x) { return bits_as<uint32_t>(x); }
+};
+
+template <>
+struct Number<WSN_FLOAT64> {
+  using Bits = uint64_t;
+  using Real = double;
+  static double decode(uint64_t bits) { return bits_as<double>(bits); }
+  static uint64_t encode(double x) { return bits_as<uint64_t>(x); }
+};
+
+template <>
+struct Number<WSN_BFLOAT16> {
+  using Bits = uint16_t;
+  using Real = float;
+  static float decode(uint16_t bits) { return bits_as<float>(uint32_t(bits) << 16); }
+  static uint16_t encode(float x) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+};
+
+template <>
+struct Number<WSN_FLOAT16> {
+  using Bits = uint16_t;
+  using Real = float;
+  static float decode(uint16_t bits) {
+    const uint32_t magnitude = bits & 0x7fff, sign = uint32_t(bits & 0x8000) << 16;
+    const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00 ? 224u << 23 : 112u << 23);
+    const uint32_t denormal = bits_as<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);
+    return bits_as<float>((magnitude < 0x400 ? denormal : normal) | sign);
+  }
+  static uint16_t encode(float x) {
+    const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7fffffff;
+    const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    // 0.5 has the spacing of float16's denormals, so that the addition rounds to them.
+    const uint32_t denormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    const uint32_t small = magnitude < 0x38800000 ? denormal : normal;
+    return uint16_t((magnitude >= 0x477ff000 ? special : small) | (bits >> 16 & 0x8000));
+  }
+};
+
+// a * b + c, fused as in PyTorch's vector code. Without such instructions the product of two
+// floats is exact as a double.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+#else
+inline float multiply_add(float a, float b, float c) { return float(double(a) * b + c); }
+inline double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
+
+inline float root(float x) { return sqrtf(x); }
+inline double root(double x) { return sqrt(x); }
+
+}  // namespace

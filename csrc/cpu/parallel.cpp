@@ -1,0 +1,109 @@
+// The threads: a pool of our own that sleeps between calls.
+//
+// Helpers are welcome, not needed: parts are claimed one by one, the caller claims them too, and it waits only for
+// helpers that have begun one. So a call on a busy machine, where a helper gets no core, takes the time of one thread
+// and not that of the scheduler's next slice, as it does with an OpenMP team that meets at a barrier. And sleeping
+// helpers take no core away from the pool of PyTorch, whose threads spin for a while after each operation.
+#include "parallel.hpp"
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#ifdef _WIN32
+#include <process.h>
+#define getpid _getpid
+#else
+#include <unistd.h>
+#endif
+
+namespace {
+
+struct Job {
+  void (*part)(void *, int64_t);
+  void *context;
+  int64_t parts;
+  int wanted;    // helpers that may still join; guarded by the pool's mutex, like busy
+  int busy = 0;  // helpers at work
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < parts;) part(context, i);
+  }
+};
+
+class Pool {
+ public:
+  const long process = long(getpid());
+
+  void run(Job &job) {
+    const int helpers = job.wanted;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      start_threads(helpers);
+      jobs_.push_back(&job);
+    }
+    if (helpers == 1)
+      work_.notify_one();
+    else
+      work_.notify_all();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    remove(&job);
+    done_.wait(lock, [&] { return job.busy == 0; });
+  }
+
+ private:
+  void start_threads(int count) {
+    try {
+      for (; threads_ < count; ++threads_) std::thread(&Pool::help, this).detach();
+    } catch (const std::exception &) {  // no thread to be had: the caller does the work
+    }
+  }
+
+  void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      work_.wait(lock, [&] { return !jobs_.empty(); });
+      Job *const job = jobs_.front();
+      ++job->busy;
+      if (--job->wanted == 0) remove(job);
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--job->busy == 0) done_.notify_all();
+    }
+  }
+
+  void remove(Job *job) { jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), job), jobs_.end()); }
+
+  std::mutex mutex_;
+  std::condition_variable work_, done_;
+  std::vector<Job *> jobs_;
+  int threads_ = 0;
+};
+
+constexpr int kMaxThreads = 64;
+
+// Never destroyed, since its threads live as long as the process. A child of fork() has the memory of the pool but not
+// its threads, and needs another.
+Pool &pool() {
+  static std::mutex mutex;
+  static std::atomic<Pool *> current{nullptr};
+  Pool *found = current.load(std::memory_order_acquire);
+  if (found && found->process == long(getpid())) return *found;
+  const std::lock_guard<std::mutex> lock(mutex);
+  found = current.load(std::memory_order_acquire);
+  if (!found || found->process != long(getpid())) current.store(found = new Pool, std::memory_order_release);
+  return *found;
+}
+
+}  // namespace
+
+void wsn::run_parts(void (*part)(void *, int64_t), void *context, int64_t parts, int num_threads) {
+  Job job{part, context, parts, int(std::min<int64_t>(std::min(num_threads, kMaxThreads), parts)) - 1};
+  pool().run(job);
+}

@@ -1,0 +1,127 @@
+// Threads: the same results for every number of them, from several callers at once and in a child of fork(); and the
+// selection's slow path, which only a test takes.
+#ifndef _WIN32
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../cpu/kernels.hpp"
+#include "check.h"
+#include "wsn_fast.h"
+
+namespace {
+
+constexpr int64_t kSize = 400'003;  // enough for several threads
+const int64_t kSampled = wsn::sample_size(kSize);
+
+std::vector<float> random_scores(int64_t n) {
+  std::mt19937 generator(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> scores(static_cast<size_t>(n));
+  for (float &score : scores) score = normal(generator);
+  return scores;
+}
+
+float threshold(const std::vector<float> &scores, int64_t rank, int threads) {
+  float tau = NAN;
+  CHECK(wsn_threshold(scores.data(), WSN_FLOAT32, int64_t(scores.size()), rank, WSN_VALUE, &tau, threads) == WSN_OK);
+  return tau;
+}
+
+void check_thread_counts() {
+  const std::vector<float> scores = random_scores(kSize);
+  std::vector<float> sorted = scores;
+  std::sort(sorted.begin(), sorted.end());
+  for (const int64_t rank : {int64_t(0), int64_t(1), kSize / 3, kSize - 2, kSize - 1})
+    for (const int threads : {1, 2, 3, 8, 1000}) CHECK(threshold(scores, rank, threads) == sorted[size_t(rank)]);
+}
+
+// All keys but the sampled ones are small, so that every window misses.
+void check_window_that_misses() {
+  std::vector<float> scores = random_scores(kSize);
+  for (float &score : scores) score = std::fabs(score) + 1;
+  std::vector<float> sorted = scores;
+  for (int64_t i = 0; i < kSampled; ++i) scores[size_t(wsn::sample_position(i, kSize, kSampled))] = -1e6f - float(i);
+  for (const float sign : {1.0f, -1.0f}) {
+    for (float &score : scores) score *= sign;
+    sorted = scores;
+    std::sort(sorted.begin(), sorted.end());
+    for (const int threads : {1, 4}) CHECK(threshold(scores, kSize / 2, threads) == sorted[size_t(kSize / 2)]);
+  }
+}
+
+// Half of the window's keys were not seen by the sample, so that the list overflows.
+void check_list_that_overflows() {
+  std::vector<float> scores = random_scores(kSize);
+  std::vector<float> middle = random_scores(kSize);
+  for (int64_t i = 0; i < kSize; ++i) middle[size_t(i)] = middle[size_t(i)] * 1e-6f;
+  for (int64_t i = 0; i < kSampled; ++i) {
+    const auto position = size_t(wsn::sample_position(i, kSize, kSampled));
+    middle[position] = scores[position];
+  }
+  std::vector<float> sorted = middle;
+  std::sort(sorted.begin(), sorted.end());
+  for (const int threads : {1, 4}) CHECK(threshold(middle, kSize / 2, threads) == sorted[size_t(kSize / 2)]);
+}
+
+std::vector<uint8_t> gate_and_step(int threads) {
+  std::vector<float> weight = random_scores(kSize), scores(weight.rbegin(), weight.rend()), grad = weight;
+  std::vector<float> out(weight.size()), states[4];
+  std::vector<uint8_t> packed(size_t(kSize + 7) / 8), result;
+  for (auto &state : states) state.resize(weight.size());
+  const float tau = 0.7f;
+  const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 1e-2, 1, 1};
+  CHECK(wsn_gate(weight.data(), 0, scores.data(), 0, &tau, 0, out.data(), 0, packed.data(), kSize, threads) == WSN_OK);
+  const wsn_gated t = {grad.data(), weight.data(), scores.data(), &tau, packed.data(), kSize, WSN_FLOAT32, 0};
+  CHECK(wsn_adamw_step(&t, states[0].data(), states[1].data(), states[2].data(), states[3].data(), &adamw, &adamw,
+                       threads) == WSN_OK);
+  for (const std::vector<float> &part : {out, weight, scores, states[0], states[3]}) {
+    const auto *const bytes = reinterpret_cast<const uint8_t *>(part.data());
+    result.insert(result.end(), bytes, bytes + part.size() * sizeof(float));
+  }
+  return result;
+}
+
+void check_callers_at_once() {
+  const std::vector<uint8_t> expected = gate_and_step(1);
+  std::vector<std::thread> callers;
+  std::vector<int> same(4);
+  for (size_t i = 0; i < same.size(); ++i)
+    callers.emplace_back([&, i] { same[i] = gate_and_step(1 + int(i)) == expected; });
+  for (std::thread &caller : callers) caller.join();
+  for (const int equal : same) CHECK(equal);
+}
+
+// The pool of the parent is in use before; a child that waits for its threads would wait for ever.
+void check_fork() {
+#ifndef _WIN32
+  const std::vector<float> scores = random_scores(kSize);
+  const float expected = threshold(scores, kSize / 2, 4);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    _exit(threshold(scores, kSize / 2, 4) == expected ? 0 : 1);
+  }
+  int status = -1;
+  CHECK(child > 0 && waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+#endif
+}
+
+}  // namespace
+
+int main() {
+  check_thread_counts();
+  check_window_that_misses();
+  check_list_that_overflows();
+  check_callers_at_once();
+  check_fork();
+  return report();
+}

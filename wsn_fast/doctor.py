@@ -1,0 +1,109 @@
+"""``python -m wsn_fast.doctor``: versions, what was built, what runs each operation on this machine and why, and what
+one could do to get more."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import torch
+
+from . import __version__
+from .backends import ENVIRONMENT_VARIABLE, FUSED, choose, native, native_cuda
+
+OPERATIONS = (
+    "threshold", "keep_mask", "gate", "gate_packed", "gate_backward", "restore_frozen", "pack", "unpack", "union",
+    "popcount", *sorted(FUSED),
+)  # fmt: skip
+ON_MASKS = ("pack", "unpack", "union", "popcount")
+PACKAGES = ("torch", "numpy", "triton")
+
+
+class Finding(NamedTuple):
+    """A line of the report: what it is about, what was found, and the reason where there is one."""
+
+    subject: str
+    found: str
+    reason: str = ""
+
+
+def installation() -> Iterator[Finding]:
+    """Versions, and what of the native code is there."""
+    yield Finding("wsn_fast", __version__)
+    yield Finding("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        try:
+            yield Finding(package, version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "not installed")
+    for name, library in (("native CPU library", native.load()), ("native CUDA library", native_cuda.load())):
+        yield Finding(name, "missing" if library.lib is None else "loaded", library.reason)
+    if native_cuda.load().lib is not None:
+        yield Finding("", "", "the Triton select goes before it until its tests have been recorded on a GPU")
+    override = os.environ.get(ENVIRONMENT_VARIABLE)
+    yield Finding(ENVIRONMENT_VARIABLE, override or "not set", "overrides the choices below" if override else "")
+
+
+def devices() -> list[tuple[torch.device, str]]:
+    """The devices of this machine that tensors may be on, with their names."""
+    found = [(torch.device("cpu"), f"{torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found.append((torch.device("cuda", index), torch.cuda.get_device_name(index)))
+    return found
+
+
+def routes(device: torch.device) -> Iterator[Finding]:
+    """Which backend runs each operation on float32 tensors of ``device``. A fused product runs where its shape pays."""
+    for operation in OPERATIONS:
+        choice = choose(operation, device, None if operation in ON_MASKS else torch.float32)
+        yield Finding(operation, choice.name, choice.reason)
+
+
+def advice() -> Iterator[str]:
+    """What one could do here to get more."""
+    if native.load().lib is None:
+        tools = {"a C++ compiler": _compiler(), "CMake": shutil.which("cmake")}
+        missing = [name for name, found in tools.items() if not found]
+        first = f"install {' and '.join(missing)}, then " if missing else ""
+        yield f"for a faster CPU path: {first}reinstall wsn_fast without WSN_FAST_NATIVE=0, read the build's log"
+    if not torch.cuda.is_available():
+        yield "for the Triton and CUDA kernels: an NVIDIA GPU and a CUDA build of torch"
+        return
+    choice = choose("gate", "cuda", torch.float32)
+    if choice.name == "torch":
+        yield f"for the Triton kernels: {choice.reason}"
+    if native_cuda.load().lib is None:
+        yield "for the CUDA select: put nvcc on PATH and reinstall wsn_fast"
+
+
+def _compiler() -> str | None:
+    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def report() -> str:
+    """The whole report."""
+    sections = [("installation", list(installation()))]
+    sections += [(f"{device}: {name}", list(routes(device))) for device, name in devices()]
+    width = max(len(finding.subject) for _, findings in sections for finding in findings)
+    lines = []
+    for title, findings in sections:
+        lines += [title, *(f"  {f.subject:{width}}  {f.found:12}  {f.reason}".rstrip() for f in findings), ""]
+    lines += ["to get more", *(f"  {line}" for line in advice() or ())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    """Print the report."""
+    sys.stdout.write(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
