@@ -84,6 +84,7 @@ BAD = [
     ("weight_decay", -0.1),
     ("checkpoint_seconds", -1),
     ("reinit_scores", 1),
+    ("one_pass", "yes"),
     ("out", ""),
     ("data_dir", 3),
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wsn_fast import ForgottenError
+from wsn_fast.optim import SubnetAdamW, SubnetSGD
 from wsn_fast.train import checkpoint, loop, run
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.data import DataError
@@ -124,6 +125,19 @@ def test_the_optimizer_is_the_one_asked_for(
     assert type(optimizer) is kind
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.01, decay)
     assert optimizer.param_groups[0].get("momentum", 0.9) == 0.9
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", SubnetAdamW), ("adamw", SubnetAdamW), ("sgd", SubnetSGD)])
+def test_a_one_pass_run_learns_the_same_and_forgets_nothing(
+    settings: Callable[..., TrainConfig], name: str, kind: type[torch.optim.Optimizer]
+) -> None:
+    s = settings(tasks=2, optimizer=name, weight_decay=0.01, one_pass=True)
+    one_pass = start(s)
+    assert type(loop.make_optimizer(one_pass.wsn, s)) is kind
+    torchs = start(settings(tasks=2, optimizer=name, weight_decay=0.01, out=s.out + "2")).finish()
+    found = one_pass.finish()
+    assert found["bwt"] == 0.0
+    assert found["acc"] == pytest.approx(torchs["acc"], abs=10)
 
 
 def test_lr_is_halved_after_the_patience_and_ends_the_task(

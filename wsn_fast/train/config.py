@@ -52,6 +52,7 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "optimizer": "adam",
         "lr": 1e-3,
         "weight_decay": 0.0,
+        "one_pass": False,
         "lr_patience": 6,
         "lr_factor": 2.0,
         "lr_min": 1e-6,
@@ -118,7 +119,8 @@ class TrainConfig:
         net: name of the network.
         optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9); a fresh one per task.
         lr: learning rate at the start of each task.
-        weight_decay: as the optimizer understands it.
+        weight_decay: as the optimizer understands it, of weights and scores.
+        one_pass: the library's optimizers (:mod:`wsn_fast.optim`) instead of torch's: faster, and rounded differently.
         lr_patience: epochs without a better validation loss before lr is divided.
         lr_factor: what it is divided by.
         lr_min: a task's training stops when lr falls below.
@@ -148,6 +150,7 @@ class TrainConfig:
     optimizer: str
     lr: float
     weight_decay: float
+    one_pass: bool
     lr_patience: int
     lr_factor: float
     lr_min: float
@@ -170,8 +173,9 @@ class TrainConfig:
                 raise self._error(name, expected)
         if self.lr < self.lr_min:
             raise self._error("lr_min", f"at most lr, {self.lr!r}")
-        if not isinstance(self.reinit_scores, bool):
-            raise self._error("reinit_scores", "True or False")
+        for name in ("reinit_scores", "one_pass"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._error(name, "True or False")
         if not isinstance(self.out, str) or not self.out:
             raise self._error("out", "the name of a folder")
         if self.data_dir is not None and not isinstance(self.data_dir, str):
@@ -211,6 +215,7 @@ def resolve(
 
 def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     """The inverse of ``dataclasses.asdict``. Raises ``ValueError`` for missing, unknown or wrong settings."""
+    settings = {"one_pass": False, **settings}  # which the first runs did not have
     names = {field.name for field in fields(TrainConfig)}
     for problem, wrong in (("missing", names - settings.keys()), ("unknown", settings.keys() - names)):
         if wrong:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsn_fast import WSN
+from wsn_fast.optim import SubnetAdamW, SubnetSGD
 from wsn_fast.train.config import TrainConfig
 
 # Part of what is computed: kernels may round differently for another batch size.
@@ -21,6 +22,11 @@ def make_optimizer(wsn: WSN, settings: TrainConfig) -> torch.optim.Optimizer:
     """The guarded optimizer of a task that has begun."""
     parameters = [parameter for parameter in wsn.parameters() if parameter.requires_grad]
     lr, decay = settings.lr, settings.weight_decay
+    if settings.one_pass:  # which guards itself
+        if settings.optimizer == "sgd":
+            return SubnetSGD(wsn, lr, SGD_MOMENTUM, weight_decay=decay, score_weight_decay=decay)
+        decoupled = settings.optimizer == "adamw"
+        return SubnetAdamW(wsn, lr, weight_decay=decay, decoupled=decoupled, score_weight_decay=decay)
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr, momentum=SGD_MOMENTUM, weight_decay=decay, fused=True)
