@@ -185,13 +185,14 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
         yield settings, folder
 
 
+@pytest.mark.parametrize("one_pass", [False, True], ids=["torch", "one-pass"])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["saved-every-epoch", "saved-every-task"])
 def test_stops_at_seeded_steps(
-    stateful: tuple[dict[str, Any], Path], tmp_path: Path, optimizer: str, seconds: float
+    stateful: tuple[dict[str, Any], Path], tmp_path: Path, optimizer: str, seconds: float, one_pass: bool
 ) -> None:
     moments = random.Random(f"{optimizer} {seconds}")
-    settings = {**stateful[0], "optimizer": optimizer, "checkpoint_seconds": seconds}
+    settings = {**stateful[0], "optimizer": optimizer, "checkpoint_seconds": seconds, "one_pass": one_pass}
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     Run.start(resolve(**settings, out=str(straight)), Console(quiet=True)).finish()
     with pytest.raises(Stop):
