@@ -1,9 +1,33 @@
-"""How a kernel module tells a test which of its kernels to compile, and in which forms."""
+"""Compiling kernels without a GPU: which forms a kernel module has to offer, and what a compiled form takes.
+
+Machine code says what a source cannot: whether the registers sufficed, and whether a product uses tensor cores.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import re
+import subprocess
+import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# An instruction as nvdisasm prints it: its address in a comment, perhaps a predicate, its name up to the first dot.
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)")
+# By the first digits of the capability, as machine code spells them and as PTX does. On sm_100 Triton takes the
+# instruction of sm_80 for tiles that do not suit the newer one.
+TENSOR_CORE = {
+    8: (("HMMA",), ("mma.sync",)),
+    9: (("HGMMA",), ("wgmma.mma_async",)),
+    10: (("UTCHMMA", "UTCQMMA", "HMMA"), ("tcgen05.mma", "mma.sync")),
+    12: (("HMMA",), ("mma.sync",)),
+}
 
 
 class CompileCase(NamedTuple):
@@ -28,3 +52,84 @@ class CompileCase(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     needs_tensor_core: bool = False
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: 32-bit registers per thread.
+        stack: bytes of local memory per thread in its stack frame, where ptxas spills registers to.
+        local: bytes of local memory per thread besides.
+        shared: bytes of shared memory per program.
+        tensor_core: tensor-core instructions in the machine code; 0 where none are needed.
+        note: how these were counted, if not in the machine code.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    tensor_core: int
+    note: str = ""
+
+
+def all_cases() -> dict[str, list[CompileCase]]:
+    """The cases of every kernel module beside this one that has ``compile_cases``, by the module's name."""
+    package = importlib.import_module(__package__)
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+    modules = {name: importlib.import_module(f".{name}", __package__) for name in names}
+    return {name: module.compile_cases() for name, module in modules.items() if hasattr(module, "compile_cases")}
+
+
+def compile_case(case: CompileCase, capability: int, *, disassemble: bool = True) -> Resources:
+    """Compile for a GPU that need not be there. Not in Triton's interpreter, where kernels are plain Python.
+
+    Args:
+        case: what to compile.
+        capability: of the GPU, 90 for sm_90.
+        disassemble: whether to count tensor-core instructions in the machine code, where there is a disassembler, and
+            not in the PTX. Each of the PTX becomes one of the machine code.
+
+    Returns:
+        What the kernel takes.
+    """
+    names = case.fn.arg_names
+    source = ASTSource(
+        fn=case.fn,
+        signature={name: "constexpr" if name in case.constexprs else case.signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
+        attrs={(names.index(name),): [["tt.divisibility", divisor]] for name, divisor in case.attrs.items()},
+    )
+    # Fusion of multiplication and addition is what a launch has too. Unsaid, Triton 3.9 warns that 3.10 will differ.
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        registers, stack, local = map(int, found.groups())
+        disassembler = find_disassembler() if disassemble else None
+        tensor_core, note = 0, ""
+        if case.needs_tensor_core:  # else not worth the time
+            in_machine_code, in_ptx = TENSOR_CORE[capability // 10]
+            if disassembler:
+                instructions = INSTRUCTION.findall(_run(disassembler, "-c", "-ndf", cubin.name))
+                tensor_core = sum(map(instructions.count, in_machine_code))
+            else:
+                tensor_core, note = sum(map(kernel.asm["ptx"].count, in_ptx)), "counted in the PTX"
+    return Resources(registers, stack, local, kernel.metadata.shared, tensor_core, note)
+
+
+def find_disassembler() -> str | None:
+    """Where nvdisasm is. Triton comes with it, but need not."""
+    try:
+        return knobs.nvidia.nvdisasm.path
+    except RuntimeError:
+        return None
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -29,14 +29,16 @@ IEEE_CONFIGS = (MatmulConfig(32, 32, 32, 4, 3),)  # see matmul.IEEE_CONFIGS
 
 
 @triton.jit
-def load_masked_elements(w_ptr, mask_ptr, s_ptr, tau, at, inside, RULE: tl.constexpr):
-    """``m ? W : +0.0`` at the elements ``at`` of the flattened weight, for tiles that do not run along its rows."""
-    w = tl.load(w_ptr + at, mask=inside, other=0.0)
+def load_masked_elements(w_ptr, mask_ptr, s_ptr, tau, first, within, inside, RULE: tl.constexpr):
+    """``m ? W : +0.0`` at the elements ``first + within`` of the flattened weight, for tiles that do not run along its
+    rows. ``first`` alone is an int64: a tile of those takes twice the registers."""
+    w = tl.load(w_ptr + first + within, mask=inside, other=0.0)
     if mask_ptr is not None:
-        byte = tl.load(mask_ptr + (at >> 3), mask=inside, other=0).to(tl.int32)
-        return tl.where(((byte >> (at & 7).to(tl.int32)) & 1) != 0, w, 0.0)
+        bit = (first & 7).to(tl.int32) + within
+        byte = tl.load(mask_ptr + (first >> 3) + (bit >> 3), mask=inside, other=0).to(tl.int32)
+        return tl.where(((byte >> (bit & 7)) & 1) != 0, w, 0.0)
     else:
-        key = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        key = tl.load(s_ptr + first + within, mask=inside, other=0.0).to(tl.float32)
         if RULE == "magnitude":
             key = tl.abs(key)
         return tl.where(key < tau, 0.0, w)
@@ -162,22 +164,25 @@ def conv2d_dx_kernel(
     if tau_ptr is not None:
         tau = tl.load(tau_ptr).to(tl.float32)
     dy_image = dy_ptr + b * stride_yb + group * O_PER_GROUP * stride_yc
-    w_column = group * O_PER_GROUP * C_PER_GROUP + c[:, None]
+    filter_numel = C_PER_GROUP * (KH * KW)
+    lane = tl.arange(0, BLOCK_R)
+    within = c[:, None] * (KH * KW) + lane[None, :] * filter_numel
     acc = tl.zeros([BLOCK_O, BLOCK_M], tl.float32)
     o_steps = tl.cdiv(O_PER_GROUP, BLOCK_R)
     for step in range(KH * KW * o_steps):  # one loop, for of two the outer one would keep the inner one's addresses
-        tap, o = step // o_steps, step % o_steps * BLOCK_R + tl.arange(0, BLOCK_R)
+        tap, first_o = step // o_steps, step % o_steps * BLOCK_R
         # The output that reads this input through this tap, where there is one.
         far_h, far_w = h + pad_h - tap // KW * dilation_h, w + pad_w - tap % KW * dilation_w
         oh, ow = far_h // step_h, far_w // step_w
-        exact = (far_h >= 0) & (far_w >= 0) & (far_h % step_h == 0) & (far_w % step_w == 0)
+        exact = (far_h >= 0) & (far_w >= 0) & (oh * step_h == far_h) & (ow * step_w == far_w)
         reads = exact & (oh < OH) & (ow < OW) & (m < positions)
         dy_at = dy_image + oh.to(tl.int64) * stride_yh + ow.to(tl.int64) * stride_yw
-        inside = (o < O_PER_GROUP)[:, None] & reads[None, :]
-        dy = tl.load(dy_at[None, :] + o.to(tl.int64)[:, None] * stride_yc, mask=inside, other=0.0)
-        w_at = (w_column + o.to(tl.int64)[None, :] * C_PER_GROUP) * (KH * KW) + tap
-        w_inside = (c < C_PER_GROUP)[:, None] & (o < O_PER_GROUP)[None, :]
-        weight = load_masked_elements(w_ptr, mask_ptr, s_ptr, tau, w_at, w_inside, RULE)
+        is_o = first_o + lane < O_PER_GROUP
+        o = (first_o + lane).to(tl.int64)
+        dy = tl.load(dy_at[None, :] + (o * stride_yc)[:, None], mask=is_o[:, None] & reads[None, :], other=0.0)
+        first = (group * O_PER_GROUP + first_o) * filter_numel + tap
+        w_inside = (c < C_PER_GROUP)[:, None] & is_o[None, :]
+        weight = load_masked_elements(w_ptr, mask_ptr, s_ptr, tau, first, within, w_inside, RULE)
         acc = dot(weight.to(dy.dtype), dy, acc, PRECISION)
     dx_at = b * stride_xb + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
     dx = dx_ptr + (group * C_PER_GROUP + c)[:, None] * stride_xc + dx_at[None, :]
@@ -207,7 +212,8 @@ def masked_conv(
     Args:
         x: [B, C, H, W] or [B, C, L], B >= 1, any strides, in the compute dtype (bf16, fp16, fp32);
             backward: the gradient [B, OC, OH, OW] or [B, OC, OL].
-        w: [OC, C / groups, KH, KW] or [OC, C / groups, KL], fp32, bf16 or fp16, contiguous.
+        w: [OC, C / groups, KH, KW] or [OC, C / groups, KL], fp32, bf16 or fp16, contiguous. Backward: at most 2^25
+            elements per output channel.
         y: the result, [B, OC, OH, OW] or [B, OC, OL] (backward: the shape of the convolution's input), any strides,
             any floating dtype. At most 2^31 - 1 positions in all its images.
         packed: the packed mask, [ceil(w.numel() / 8)] uint8; or else ``scores`` and ``tau``.
@@ -225,6 +231,7 @@ def masked_conv(
     """
     assert w.is_contiguous() and (packed is None) != (scores is None) and not (backward and bias is not None)
     assert scores is None or scores.is_contiguous()
+    assert not backward or w[0].numel() <= 2**25  # a tile's elements are an int32 apart
     if x.dim() == 3:
         x, w, y = x.unsqueeze(2), w.unsqueeze(2), y.unsqueeze(2)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)

@@ -11,7 +11,8 @@ tensor-core instruction, and A may come from the registers in which the mask was
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from triton import knobs
 
 from ._bits import unpack_bits
 from ._compile import CompileCase
+from ._elementwise import ALIGNMENT
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 REDUCE_BLOCK = 1024
@@ -40,6 +42,11 @@ class MatmulConfig:
     num_stages: int
     slots: int = 1
 
+    def __str__(self) -> str:
+        tile = f"{self.block_m}x{self.block_o}x{self.block_r}"
+        slots = f" slots={self.slots}" if self.slots > 1 else ""
+        return f"{tile} warps={self.num_warps} stages={self.num_stages}{slots}"
+
 
 CONFIGS = (  # bf16 and fp16
     MatmulConfig(16, 64, 64, 4, 4),
@@ -53,9 +60,9 @@ TF32_CONFIGS = (
     MatmulConfig(32, 64, 64, 8, 3),
     MatmulConfig(64, 64, 64, 8, 3),
 )
-# Full precision has no tensor-core instruction. From 64 outputs on, Triton 3.6 multiplies "ieee" operands that it can
-# trace to fewer than 32 bits, a mask's bytes among them, as tf32 on sm_100.
-IEEE_CONFIGS = (MatmulConfig(16, 32, 32, 4, 3), MatmulConfig(32, 32, 32, 4, 3))
+# Full precision has no tensor-core instruction. From 64 outputs on, Triton 3.6 multiplies as tf32 on sm_100 all the
+# same where narrower types took part in an operand: the bytes of a mask, a bf16 weight.
+IEEE_CONFIGS = (MatmulConfig(16, 32, 32, 4, 3), MatmulConfig(32, 32, 32, 8, 3))
 
 
 @triton.jit
@@ -266,7 +273,8 @@ def masked_matmul(
     assert x.stride(1) == 1 and y.stride(1) == 1 and w.is_contiguous()
     assert (packed is None) != (scores is None) and (scores is None or scores.is_contiguous())
     target = y if splits == 1 else partial_products(workspace, rows, outputs, splits)
-    unit = common_unit(k, x.stride(0))
+    unit = load_unit((x, w, scores), k, x.stride(0))
+    config = fitted(config, unit)
     matmul_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_o), splits)](
         x_ptr=x,
         w_ptr=w,
@@ -291,7 +299,7 @@ def masked_matmul(
         BLOCK_O=config.block_o,
         BLOCK_R=config.block_r,
         num_warps=config.num_warps,
-        num_stages=pipeline_stages(config, unit),
+        num_stages=config.num_stages,
     )
     if splits > 1:
         reduce_partials(target, y, bias, None, None)
@@ -302,9 +310,15 @@ def common_unit(*strides: int) -> int:
     return math.gcd(8, *strides)
 
 
-def pipeline_stages(config: MatmulConfig, unit: int) -> int:
-    """Loads of few elements each do not go through a pipeline: all that it would do is to spill."""
-    return config.num_stages if unit >= 4 else 1
+def load_unit(tensors: Iterable[Tensor | None], *strides: int) -> int:
+    """How many elements one load may take, at most 8: one if a tensor does not begin where a wide load may."""
+    return 1 if any(t is not None and t.data_ptr() % ALIGNMENT for t in tensors) else common_unit(*strides)
+
+
+def fitted(config: MatmulConfig, unit: int) -> MatmulConfig:
+    """The tile with shorter steps where a load takes one or two elements. Such loads do not go through a pipeline, and
+    each has registers of its own: the longer steps leave none over, or spill."""
+    return config if unit >= 4 else replace(config, block_r=min(config.block_r, 32), num_stages=1)
 
 
 def partial_products(workspace: Tensor | None, rows: int, outputs: int, splits: int) -> Tensor:
@@ -337,7 +351,8 @@ def reduce_partials(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tile with each source of the mask, forward and backward, and with rows that begin inside a byte."""
+    """Every tile with each source of the mask, forward and backward, and loads of 8, 4 and 1 elements: what takes the
+    most shared memory, the most registers, and the ways between."""
     cases = []
     for compute, precision, configs in (
         ("bf16", "tf32", CONFIGS),
@@ -347,9 +362,10 @@ def compile_cases() -> list[CompileCase]:
         for config in configs:
             cases += [
                 _case(config, compute, precision, w="fp32"),
-                _case(config, compute, precision, w=compute, backward=True),
+                _case(config, compute, precision, w="fp32", unit=4),
+                _case(config, compute, precision, w=compute, unit=1),
                 _case(config, compute, precision, w="fp32", from_scores=True),
-                _case(config, compute, precision, w=compute, aligned=False),
+                _case(config, compute, precision, w=compute, backward=True),
             ]
     types = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "bias_masks_ptr": "*u8", "tasks_ptr": "*i32"}
     sizes = ("O", "splits", "stride_pm", "stride_ps", "stride_ym", "stride_bias_masks")
@@ -366,8 +382,9 @@ def _case(
     w: str,
     from_scores: bool = False,
     backward: bool = False,
-    aligned: bool = True,
+    unit: int = 8,
 ) -> CompileCase:
+    aligned, tile = unit == 8, fitted(config, unit)
     types = {"x_ptr": f"*{compute}", "w_ptr": f"*{w}", "bias_ptr": f"*{compute}", "y_ptr": f"*{compute}"}
     types |= {"s_ptr": f"*{w}", "tau_ptr": f"*{w}"} if from_scores else {"mask_ptr": "*u8"}
     sizes = ["N", "K", "stride_xm", "stride_ym", "stride_ys", "stride_mask"]
@@ -376,20 +393,20 @@ def _case(
         "BACKWARD": backward,
         "RULE": "magnitude",
         "ALIGNED": aligned,
-        "UNIT": 8 if aligned else 1,
+        "UNIT": unit,
         "PRECISION": precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_O": config.block_o,
-        "BLOCK_R": config.block_r,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_O": tile.block_o,
+        "BLOCK_R": tile.block_r,
     }
-    kind = ("scores" if from_scores else "packed") + ("-dx" if backward else "") + ("" if aligned else "-odd")
+    kind = ("scores" if from_scores else "packed") + ("-dx" if backward else "")
     return CompileCase(
-        name=f"matmul {kind} {compute}/{w} {precision} {config}",
+        name=f"{kind} {compute}/{w} {precision} unit={unit} {config}",
         fn=matmul_kernel,
         signature=types | dict.fromkeys([*sizes, "M"], "i32"),
         constexprs=constexprs,
         attrs=dict.fromkeys([*types, *sizes] if aligned else types, 16),
-        num_warps=config.num_warps,
-        num_stages=pipeline_stages(config, constexprs["UNIT"]),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         needs_tensor_core=precision != "ieee" or compute != "fp32",
     )

@@ -14,12 +14,12 @@ from torch import Tensor
 from ._compile import CompileCase
 from .matmul import (
     MatmulConfig,
-    common_unit,
     dot,
+    fitted,
     load_mask,
     load_task_bias,
+    load_unit,
     partial_products,
-    pipeline_stages,
     reduce_partials,
 )
 
@@ -27,13 +27,13 @@ TASKS_CONFIGS = (
     MatmulConfig(16, 64, 64, 4, 4, slots=1),
     MatmulConfig(16, 64, 64, 8, 4, slots=2),
     MatmulConfig(16, 64, 64, 8, 4, slots=4),
-    MatmulConfig(16, 64, 32, 8, 4, slots=8),
+    MatmulConfig(16, 32, 64, 8, 4, slots=8),
     MatmulConfig(32, 64, 64, 8, 3, slots=4),
 )
 TASKS_TF32_CONFIGS = (
     MatmulConfig(16, 64, 64, 4, 4, slots=1),
-    MatmulConfig(16, 64, 32, 8, 4, slots=2),
-    MatmulConfig(16, 64, 32, 8, 4, slots=4),
+    MatmulConfig(16, 64, 64, 8, 3, slots=2),
+    MatmulConfig(16, 32, 32, 4, 4, slots=4),
 )
 TASKS_IEEE_CONFIGS = (MatmulConfig(16, 32, 32, 4, 3, slots=1),)
 
@@ -153,7 +153,8 @@ def masked_matmul_tasks(
     rows, (n, k) = x.shape[0], w.shape
     assert x.stride(1) == 1 and y.stride(1) == 1 and w.is_contiguous() and packed.is_contiguous()
     target = y if splits == 1 else partial_products(workspace, rows, n, splits)
-    unit = common_unit(k, x.stride(0))
+    unit = load_unit((x, w), k, x.stride(0))
+    config = fitted(config, unit)
     passes = triton.cdiv(min(config.block_m, rows, packed.shape[0]), config.slots)  # of the tile of most tasks
     programs = passes * triton.cdiv(rows, config.block_m) * triton.cdiv(n, config.block_o)
     matmul_tasks_kernel[(programs, splits)](
@@ -183,14 +184,14 @@ def masked_matmul_tasks(
         BLOCK_R=config.block_r,
         SLOTS=config.slots,
         num_warps=config.num_warps,
-        num_stages=pipeline_stages(config, unit),
+        num_stages=config.num_stages,
     )
     if splits > 1:
         reduce_partials(target, y, bias, packed_bias, tasks)
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tile, with rows of the masks that begin a byte and that do not."""
+    """Every tile, with loads of 8, 4 and 1 elements; with 8, every row of a mask begins a byte."""
     cases = []
     for compute, precision, configs in (
         ("bf16", "tf32", TASKS_CONFIGS),
@@ -199,31 +200,33 @@ def compile_cases() -> list[CompileCase]:
     ):
         for config in configs:
             cases += [
-                _case(config, compute, precision, "fp32", True),
-                _case(config, compute, precision, compute, False),
+                _case(config, compute, precision, "fp32", unit=8),
+                _case(config, compute, precision, "fp32", unit=4),
+                _case(config, compute, precision, compute, unit=1),
             ]
     return cases
 
 
-def _case(config: MatmulConfig, compute: str, precision: str, w: str, aligned: bool) -> CompileCase:
+def _case(config: MatmulConfig, compute: str, precision: str, w: str, unit: int) -> CompileCase:
+    aligned, tile = unit == 8, fitted(config, unit)
     types = {"x_ptr": f"*{compute}", "w_ptr": f"*{w}", "masks_ptr": "*u8", "bias_ptr": f"*{compute}"}
     types |= {"bias_masks_ptr": "*u8", "tasks_ptr": "*i32", "order_ptr": "*i32", "y_ptr": f"*{compute}"}
     rows = ["N", "K", "stride_xm", "stride_ym", "stride_ys", "stride_mask", "stride_masks"]
     return CompileCase(
-        name=f"matmul_tasks {'packed' if aligned else 'packed-odd'} {compute}/{w} {precision} {config}",
+        name=f"{compute}/{w} {precision} unit={unit} {config}",
         fn=matmul_tasks_kernel,
         signature=types | dict.fromkeys([*rows, "M", "stride_bias_masks", "passes"], "i32"),
         constexprs={
             "ALIGNED": aligned,
-            "UNIT": 8 if aligned else 1,
+            "UNIT": unit,
             "PRECISION": precision,
-            "BLOCK_M": config.block_m,
-            "BLOCK_O": config.block_o,
-            "BLOCK_R": config.block_r,
-            "SLOTS": config.slots,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_O": tile.block_o,
+            "BLOCK_R": tile.block_r,
+            "SLOTS": tile.slots,
         },
         attrs=dict.fromkeys([*types, *rows] if aligned else types, 16),
-        num_warps=config.num_warps,
-        num_stages=pipeline_stages(config, 8 if aligned else 1),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         needs_tensor_core=precision != "ieee" or compute != "fp32",
     )

@@ -139,6 +139,12 @@ def test_every_tile(config: kernels.MatmulConfig, device: torch.device) -> None:
     check(70, 131, 77, device, compute=torch.float16, config=config)
 
 
+def test_loads_are_as_wide_as_strides_and_addresses_allow(device: torch.device) -> None:
+    x = torch.empty(64, device=device)
+    assert [kernels.load_unit((x, None), *strides) for strides in ((8, 32), (12, 16), (8, 6), (8, 7))] == [8, 4, 2, 1]
+    assert kernels.load_unit((x, x[1:]), 8, 32) == 1
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("splits", [2, 3, 7])  # seven: more than there are steps
 def test_split_sums(splits: int, backward: bool, device: torch.device) -> None:
