@@ -54,6 +54,7 @@ class Shapes:
         tasks: rows of packed masks in a union, and tasks in a mixed batch.
         products: [outputs, inputs] of masked products without a training step.
         product_rows: batch sizes of these.
+        grad_rows: batch sizes of the gradients of weight and scores; the first of ``products`` alone.
         task_rows: batch sizes of products whose rows belong to different tasks.
         convs: convolutions without a training step.
         steps: linear layers for the training step, the most telling first.
@@ -68,6 +69,7 @@ class Shapes:
     tasks: int
     products: tuple[tuple[int, int], ...]
     product_rows: tuple[int, ...]
+    grad_rows: tuple[int, ...]
     task_rows: tuple[int, ...]
     convs: tuple[ConvShape, ...]
     steps: tuple[LinearShape, ...]
@@ -85,6 +87,7 @@ TINY = Shapes(  # code paths, not times: the report's dry run, in Triton's inter
     tasks=3,
     products=((24, 40),),
     product_rows=(5,),
+    grad_rows=(5,),
     task_rows=(5,),
     convs=(ConvShape(2, 3, 6, 4, 3, padding=1),),
     steps=(LinearShape(24, 40, 5),),
@@ -99,6 +102,7 @@ SMALL = Shapes(  # a CPU, in a minute
     tasks=5,
     products=((512, 512),),
     product_rows=(16,),
+    grad_rows=(16,),
     task_rows=(16,),
     convs=(ConvShape(8, 32, 16, 64, 3, padding=1),),
     steps=(LinearShape(100, 784, 10), LinearShape(512, 512, 64)),  # the first is the paper's on Permuted MNIST
@@ -113,6 +117,7 @@ LARGE_CPU = Shapes(  # the published numbers of a CPU
     tasks=10,
     products=((2048, 2048),),
     product_rows=(1, 16, 64),
+    grad_rows=(64,),
     task_rows=(64,),
     convs=(ConvShape(64, 64, 32, 128, 3, padding=1),),
     steps=(LinearShape(1024, 1024, 64), LinearShape(2048, 2048, 64), LinearShape(100, 784, 10)),
@@ -127,6 +132,7 @@ GPU = Shapes(  # the published numbers of a GPU
     tasks=16,
     products=((4096, 4096), (4096, 16384)),
     product_rows=(1, 16, 32, 64, 128, 256),
+    grad_rows=(32, 256, 4096, 16384),
     task_rows=(16, 64, 256),
     convs=(ConvShape(64, 64, 32, 128, 3, padding=1), ConvShape(64, 256, 16, 256, 3, padding=1)),
     steps=(

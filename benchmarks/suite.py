@@ -9,6 +9,7 @@ import torch
 
 from .cases import Case
 from .elementwise import elementwise_cases
+from .gradients import gradient_cases
 from .products import conv_cases, linear_cases, task_cases
 from .selection import many_cases, threshold_cases, worst_cases
 from .shapes import Shapes
@@ -31,6 +32,7 @@ SECTIONS = (
     Section("Elementwise operations", 35, elementwise_cases),
     Section("Selection, awkward distributions", 20, worst_cases),
     Section("Selection, many tensors", 15, many_cases),
+    Section("Gradients out of the product", 15, gradient_cases),
     Section("Several tasks in one batch", 20, task_cases),
     Section("Convolutions", 25, conv_cases),
     Section("Training steps of convolutions", 15, lambda shapes, device: step_cases(shapes.conv_steps, device, False)),

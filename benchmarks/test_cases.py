@@ -19,7 +19,8 @@ def test_case(case: Case, device: torch.device, benchmark: Any) -> None:
         pytest.skip(str(reason))
     benchmark.group = case.group
     benchmark.name = case.contender
-    benchmark.extra_info["check"] = verdict
+    names = ("operation", "shape", "dtype", "contender")
+    benchmark.extra_info.update({name: getattr(case, name) for name in names}, check=verdict)
     call = prepared.calls[0]
 
     def wait() -> None:  # by the host's clock; the device report leaves out what the host adds

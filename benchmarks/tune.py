@@ -19,7 +19,8 @@ import torch
 from .provenance import ROOT, provenance
 from .shapes import GPU, LAYER, TINY, ConvShape
 from .timing import Call, time_calls
-from .tuner import BF16, FP16, IEEE, TF32, Clock, Sweep, Tuner
+from .trials import BF16, FP16, IEEE, TF32, Clock, Sweep, Trials
+from .tuner import tables
 
 FACTS = ("device", "capability", "driver", "cuda", "torch", "triton", "commit", "dirty", "date")
 FULL = Sweep(
@@ -27,12 +28,14 @@ FULL = Sweep(
     precisions=(BF16, TF32, FP16, IEEE),
     sizes=((4096, 4096), (1024, 1024), (4096, 16384), (16384, 4096), (512, 512)),
     rows=(1, 8, 16, 32, 64, 128, 256),
+    grad_sizes=((4096, 4096), (1024, 1024)),
+    grad_rows=(32, 64, 128, 256, 1024, 4096, 16384),
     tasks=8,
     task_sizes=((4096, 4096), (1024, 1024)),
     task_rows=(8, 16, 32, 64, 128, 256),
     convs=(*GPU.convs, ConvShape(64, 64, 56, 64, 3, padding=1), ConvShape(64, 512, 7, 512, 3, padding=1)),
 )
-DRY = Sweep(1000, (IEEE,), ((24, 40),), (1, 5), 2, ((24, 40),), (5,), TINY.convs)
+DRY = Sweep(1000, (IEEE,), ((24, 40),), (1, 5), ((24, 40),), (70,), 2, ((24, 40),), (5,), TINY.convs)
 
 
 def tune(device: torch.device, sweep: Sweep, clock: Clock, minutes: float) -> dict[str, Any]:
@@ -45,9 +48,9 @@ def tune(device: torch.device, sweep: Sweep, clock: Clock, minutes: float) -> di
         minutes: after which nothing new is begun.
     """
     facts = provenance(device)
-    tuner = Tuner(device, clock, time.monotonic() + 60 * minutes)
-    tables = tuner.run(sweep)
-    return {name: facts.get(name) for name in FACTS} | tables | {"not_measured": tuner.not_measured}
+    trials = Trials(device, clock, time.monotonic() + 60 * minutes)
+    measured = tables(trials, sweep)
+    return {name: facts.get(name) for name in FACTS} | measured | {"not_measured": trials.not_measured}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{'-'.join(str(data['device']).lower().split())}.json"
     path.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-    print(f"{path.name}: {', '.join(f'{len(data[name])} {name}' for name in ('linear', 'linear_tasks', 'conv'))}")
+    names = ("linear", "linear_grad", "linear_tasks", "conv")
+    print(f"{path.name}: {', '.join(f'{len(data[name])} {name}' for name in names)}")
     for line in data["not_measured"]:
         print(f"not measured: {line}")
     return 0

@@ -25,6 +25,8 @@ CONFIGS = (  # bf16, fp16, and fp32 as tf32
     MatmulConfig(128, 64, 32, 8, 3),
 )
 DX_CONFIGS = (CONFIGS[0], CONFIGS[2])  # the others spill
+MOST_PER_CHANNEL = 2**25
+"""Elements of the weight per output channel, backward: a tile's elements are an int32 apart."""
 IEEE_CONFIGS = (MatmulConfig(32, 32, 32, 4, 3),)  # see matmul.IEEE_CONFIGS
 
 
@@ -231,7 +233,7 @@ def masked_conv(
     """
     assert w.is_contiguous() and (packed is None) != (scores is None) and not (backward and bias is not None)
     assert scores is None or scores.is_contiguous()
-    assert not backward or w[0].numel() <= 2**25  # a tile's elements are an int32 apart
+    assert not backward or w[0].numel() <= MOST_PER_CHANNEL
     if x.dim() == 3:
         x, w, y = x.unsqueeze(2), w.unsqueeze(2), y.unsqueeze(2)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)

@@ -185,26 +185,31 @@ def test_a_measured_shape_answers_for_its_neighbours_only(tmp_path: Path) -> Non
 
 @needs_triton
 def test_a_tile_is_that_of_the_next_measured_number_of_rows(tmp_path: Path) -> None:
-    from wsn_fast.backends.tuning import Product, default_tile
+    from wsn_fast.backends.tuning import Gpu, Product, default_tile
 
     measured = table(tmp_path, linear=[linear()])
     product = Product("masked_linear", torch.bfloat16, "tf32", "packed")
-    assert measured.tile(product, 3, 1024, 2048, 100) == (product.configs[-1], 3)
-    assert measured.tile(product, 9, 1024, 2048, 100) == (product.configs[0], 2)
-    assert measured.tile(product, 17, 1024, 2048, 100) == default_tile(product, 17, 1024, 2048, 100)
+    assert measured.tile(product, 3, 1024, 2048, Gpu(100, 232448)) == (product.configs[-1], 3)
+    assert measured.tile(product, 9, 1024, 2048, Gpu(100, 232448)) == (product.configs[0], 2)
+    assert measured.tile(product, 17, 1024, 2048, Gpu(100, 232448)) == default_tile(
+        product, 17, 1024, 2048, Gpu(100, 232448)
+    )
 
 
 @needs_triton
+@pytest.mark.parametrize("shared", [101376, 232448], ids=["Ada", "Hopper"])
 @pytest.mark.parametrize("operation", ["masked_linear", "masked_linear_tasks", "masked_conv"])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_product_has_a_tile_that_nobody_measured(dtype: torch.dtype, precision: str, operation: str) -> None:
-    from wsn_fast.backends.tuning import Product, default_tile
+def test_every_product_has_a_tile_that_nobody_measured(
+    dtype: torch.dtype, precision: str, operation: str, shared: int
+) -> None:
+    from wsn_fast.backends.tuning import Gpu, Product, default_tile
 
     for backward in (False, True):
         product = Product(operation, dtype, precision, "packed", backward)
         for rows in (1, 16, 17, 1000):
-            config, splits = default_tile(product, rows, 4096, 4096, 132)
+            config, splits = default_tile(product, rows, 4096, 4096, Gpu(132, shared))
             assert config in product.configs and splits >= 1
 
 

@@ -8,6 +8,7 @@ Triton's interpreter, which is how it is tested without a GPU.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from triton import knobs
 
 from ..kernels import conv, grad, mask, matmul, matmul_grad, matmul_tasks
 from ..kernels import threshold as select
+from . import torch as portable
 from . import tuning
 from .shapes import Geometry, result_shape, tuning_key
 
@@ -38,8 +40,11 @@ def _table(device: torch.device) -> tuning.Table:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+def _gpu(device: torch.device) -> tuning.Gpu:
+    if device.type == "cpu":
+        return tuning.Gpu(processors=1, shared=sys.maxsize)
+    found = torch.cuda.get_device_properties(device)
+    return tuning.Gpu(found.multi_processor_count, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _flat_like(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -223,7 +228,7 @@ def masked_linear(
     if rows == 0:
         return y
     with _on_device_of(x):
-        config, splits = _table(x.device).tile(product, rows, n, k, _processors(x.device))
+        config, splits = _table(x.device).tile(product, rows, n, k, _gpu(x.device))
         matmul.masked_matmul(
             _rows(x),
             weight.detach().contiguous(),
@@ -261,7 +266,7 @@ def masked_linear_grad(
     ds = torch.empty(n, k, dtype=scores.dtype, device=x.device) if need_scores else None
     product = linear_product("masked_linear_grad", x.dtype, "scores")
     with _on_device_of(x):
-        config, splits = _table(x.device).tile(product, x.shape[0], n, k, _processors(x.device))
+        config, splits = _table(x.device).tile(product, x.shape[0], n, k, _gpu(x.device))
         matmul_grad.masked_matmul_grad(
             _rows(grad_output),
             _rows(x),
@@ -290,7 +295,7 @@ def masked_linear_tasks(
     if rows == 0:
         return y
     with _on_device_of(x):
-        config, splits = _table(x.device).tile(product, rows, n, k, _processors(x.device))
+        config, splits = _table(x.device).tile(product, rows, n, k, _gpu(x.device))
         matmul_tasks.masked_matmul_tasks(
             _rows(x),
             weight.detach().contiguous(),
@@ -339,6 +344,8 @@ def masked_conv(
     product = tuning.Product("masked_conv", x.dtype, precision, "scores" if packed is None else "packed", backward)
     if y.numel() == 0 or x.numel() == 0:
         return y.zero_()
+    if backward and weight[0].numel() > conv.MOST_PER_CHANNEL:
+        return portable.masked_conv(x, weight, packed, scores, tau, rule, bias, geometry, groups, input_shape)
     positions = y.numel() // y.shape[1]
     key = tuning_key(shape if backward else x.shape, weight.shape, geometry, groups)
     with _on_device_of(x):
@@ -356,7 +363,7 @@ def masked_conv(
             dilation=dilation,
             groups=groups,
             backward=backward,
-            config=_table(x.device).conv_config(product, key, positions),
+            config=_table(x.device).conv_config(product, key, positions, _gpu(x.device)),
             precision=product.precision,
         )
     return y

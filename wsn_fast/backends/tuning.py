@@ -32,6 +32,13 @@ class Tile(NamedTuple):
     splits: int
 
 
+class Gpu(NamedTuple):
+    """What a GPU has: multiprocessors, and bytes of shared memory that one block may use."""
+
+    processors: int
+    shared: int
+
+
 class Product(NamedTuple):
     """A kind of masked product, as the tables are keyed.
 
@@ -114,7 +121,7 @@ class Table:
         verdict = f"faster up to {rows} rows" if rows else "slower at every number of rows"
         return rows, f"fused is {verdict}, as measured at {entry['n']} x {entry['k']} on {self.device_name}"
 
-    def tile(self, product: Product, rows: int, n: int, k: int, processors: int) -> Tile:
+    def tile(self, product: Product, rows: int, n: int, k: int, gpu: Gpu) -> Tile:
         """The tile for a product of ``rows`` rows with a weight [n, k]."""
         entry = self._nearest(product, n, k)
         for measured in entry["tiles"] if entry else ():
@@ -122,9 +129,9 @@ class Table:
             if rows <= measured["rows"] and config is not None:
                 return Tile(config, measured["splits"])
         if product.operation == "masked_linear_grad":
-            return default_grad_tile(product, rows, n, k, processors)
+            return default_grad_tile(product, rows, n, k, gpu)
         outputs, terms = (k, n) if product.backward else (n, k)
-        return default_tile(product, rows, outputs, terms, processors)
+        return default_tile(product, rows, outputs, terms, gpu)
 
     def _nearest(self, product: Product, n: int, k: int) -> dict[str, Any] | None:
         def distance(entry: dict[str, Any]) -> float:
@@ -143,11 +150,11 @@ class Table:
         verdict = "faster" if entry["wins"] else "slower"
         return entry["wins"], f"the implicit convolution is {verdict} at this shape on {self.device_name}"
 
-    def conv_config(self, product: Product, shape: dict[str, int] | None, positions: int) -> Any:
+    def conv_config(self, product: Product, shape: dict[str, int] | None, positions: int, gpu: Gpu) -> Any:
         """The tile of the implicit convolution of this shape, with that many positions in all its images."""
         entry = self._conv(product, shape)
         measured = product.config_of(entry["config"]) if entry else None
-        return default_tile(product, positions, 1, 1, 1).config if measured is None else measured
+        return default_tile(product, positions, 1, 1, gpu).config if measured is None else measured
 
     def _conv(self, product: Product, shape: dict[str, int] | None) -> dict[str, Any] | None:
         rows = self.data.get("conv", ())
@@ -170,26 +177,41 @@ def table(device_name: str) -> Table:
     return Table(device_name)
 
 
-def default_tile(product: Product, rows: int, outputs: int, terms: int, processors: int) -> Tile:
+def _fitting(product: Product, gpu: Gpu) -> list[Any]:
+    """The tiles whose pipeline surely has room in shared memory, or the one that needs the least."""
+
+    def needed(config: Any) -> int:
+        size = 4 if product.dtype is torch.float32 else 2
+        if product.operation == "masked_linear_grad":
+            return config.num_stages * size * config.block_m * (config.block_n + config.block_k)
+        # The weight is read as it is stored, and the scores with it: four bytes each at most.
+        return config.num_stages * config.block_r * (size * config.block_m + (4 + 4) * config.block_o)
+
+    fitting = [config for config in product.configs if needed(config) <= gpu.shared]
+    return fitting or [min(product.configs, key=needed)]
+
+
+def default_tile(product: Product, rows: int, outputs: int, terms: int, gpu: Gpu) -> Tile:
     """A tile that nobody has measured: the rows just fit, and the sum is split until every processor has work."""
-    configs = product.configs
+    configs = _fitting(product, gpu)
     fitting = [c for c in configs if c.block_m >= rows]
     config = min(fitting, key=lambda c: (c.block_m, c.slots)) if fitting else max(configs, key=lambda c: c.block_m)
     programs = math.ceil(rows / config.block_m) * math.ceil(outputs / config.block_o)
     steps = math.ceil(terms / config.block_r)
     # At least four steps to a part: below that its start and its way through memory cost more than it saves.
-    return Tile(config, max(1, min(processors // programs, steps // 4)))
+    return Tile(config, max(1, min(gpu.processors // programs, steps // 4)))
 
 
-def default_grad_tile(product: Product, rows: int, n: int, k: int, processors: int) -> Tile:
+def default_grad_tile(product: Product, rows: int, n: int, k: int, gpu: Gpu) -> Tile:
     """A tile that nobody has measured for the gradient of a weight [n, k]: the largest that gives every processor work,
     else the smallest, with the batch split."""
 
     def programs(config: Any) -> int:
         return math.ceil(n / config.block_n) * math.ceil(k / config.block_k)
 
-    enough = [config for config in product.configs if programs(config) >= processors]
+    configs = _fitting(product, gpu)
+    enough = [config for config in configs if programs(config) >= gpu.processors]
     if enough:
         return Tile(max(enough, key=lambda c: c.block_n * c.block_k), 1)
-    config = max(product.configs, key=programs)
-    return Tile(config, max(1, min(processors // programs(config), rows // (4 * config.block_m))))
+    config = max(configs, key=programs)
+    return Tile(config, max(1, min(gpu.processors // programs(config), rows // (4 * config.block_m))))
