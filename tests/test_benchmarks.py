@@ -89,7 +89,7 @@ def test_dry_tuning_file_is_read_back_as_written(tmp_path: Path) -> None:
     assert {"elementwise", "linear", "linear_grad", "linear_tasks", "conv"} <= data.keys()
     script = f"""
 import json, pathlib, torch
-from wsn_fast.backends.tuning import Product, Table
+from wsn_fast.backends.tuning import Gpu, Product, Table
 data = json.loads(pathlib.Path({str(path)!r}).read_text())
 table = Table(data["device"], pathlib.Path({str(tmp_path)!r}))
 assert list(vars(table.gate()).values()) == data["elementwise"]["gate"]
@@ -99,7 +99,7 @@ for operation, entry in [(name, entry) for name in ("linear", "linear_grad") for
     rows, reason = table.fused_rows(product, entry["n"], entry["k"])
     assert rows == entry["max_rows"] and "as measured" in reason, reason
     tile = entry["tiles"][0]
-    config, splits = table.tile(product, tile["rows"], entry["n"], entry["k"], tuning.Gpu(1, 232448))
+    config, splits = table.tile(product, tile["rows"], entry["n"], entry["k"], Gpu(1, 232448))
     assert list(vars(config).values()) == tile["config"] and splits == tile["splits"]
 for entry in data["conv"]:
     product = Product("masked_conv", torch.float32, entry["precision"], entry["source"], entry["backward"])
