@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from wsn_fast import FastSubnetConv2d, FastSubnetLinear, backends, convert, explain, topc_mask, topc_threshold
+from wsn_fast import FastSubnetConv2d, FastSubnetLinear, backends, convert, explain, ops, topc_mask, topc_threshold
 from wsn_fast.backends import _availability, choose, native, parse_override
 from wsn_fast.backends import torch as portable
 
@@ -40,7 +42,8 @@ def test_an_override_names_a_backend_for_all_or_for_some_operations() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["cuda", "threshold=", "sort=torch", "=torch=torch", "torch,,native", "threshold torch"]
+    "text",
+    ["cuda", "threshold=", "sort=torch", "=torch", "torch,,native", "threshold torch", "np=torch", "torch,triton"],
 )
 def test_a_wrong_override_is_refused_by_its_value(text: str) -> None:
     with pytest.raises(ValueError, match="must be"):
@@ -233,3 +236,46 @@ def test_the_committed_tables_can_be_read() -> None:
         assert {"capability", "torch", "triton", "commit", "date"} <= data.keys(), (
             "a measurement names its circumstances"
         )
+
+
+@needs_triton
+def test_every_choice_has_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(_availability, "_obstacle", functools.cache(lambda index: ""))
+    for operation in backends.PRIMITIVES:
+        assert hasattr(portable, operation)
+        for device in ("cpu", "cuda"):
+            for backend in (None, *backends.NAMES):
+                for dtype in (torch.float32, torch.float64):
+                    assert hasattr(choose(operation, device, dtype, backend).backend, operation), operation
+
+
+def test_what_records_pytorchs_operations_sees_them() -> None:
+    weight, packed = torch.randn(4, 6), torch.randint(0, 256, (3,), dtype=torch.uint8)
+    traced = make_fx(lambda w: ops.gate_packed(w, packed, torch.float32))(weight)
+    other = torch.randn(4, 6)
+    torch.testing.assert_close(traced(other), ops.gate_packed(other, packed, torch.float32))
+
+
+def test_doctor_reports_a_wrong_override() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "wsn_fast.doctor"],
+        env={**os.environ, "WSN_FAST_BACKEND": "foo", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "backend must be of" in done.stdout and "torch" in done.stdout
+    assert done.stderr == ""
+
+
+def test_doctor_names_every_operation_and_says_why() -> None:
+    from wsn_fast import doctor
+
+    found = list(doctor.routes(torch.device("cpu")))
+    assert [finding.subject for finding in found] == [*backends.PRIMITIVES]
+    assert all(finding.reason for finding in found)
+    assert "native CPU library" in doctor.report()

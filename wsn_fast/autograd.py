@@ -187,7 +187,8 @@ class RawGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
-        return grads[0].to(ctx.dtype), None, None, None, None, None
+        (raw,) = _first_order((grads[0].to(ctx.dtype),), *grads[:1], *grads[:1])
+        return raw, None, None, None, None, None
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):

@@ -14,12 +14,8 @@ from typing import NamedTuple
 import torch
 
 from . import __version__
-from .backends import ENVIRONMENT_VARIABLE, FUSED, choose, native, native_cuda
+from .backends import ENVIRONMENT_VARIABLE, PRIMITIVES, choose, native, native_cuda
 
-OPERATIONS = (
-    "threshold", "keep_mask", "gate", "gate_packed", "gate_backward", "restore_frozen", "pack", "unpack", "union",
-    "popcount", *sorted(FUSED),
-)  # fmt: skip
 ON_MASKS = ("pack", "unpack", "union", "popcount")
 PACKAGES = ("torch", "numpy", "triton")
 
@@ -44,7 +40,7 @@ def installation() -> Iterator[Finding]:
     for name, library in (("native CPU library", native.load()), ("native CUDA library", native_cuda.load())):
         yield Finding(name, "missing" if library.lib is None else "loaded", library.reason)
     if native_cuda.load().lib is not None:
-        yield Finding("", "", "the Triton select goes before it until its tests have been recorded on a GPU")
+        yield Finding("", "", "not used: layers take the Triton select until the CUDA one has been tested on a GPU")
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     yield Finding(ENVIRONMENT_VARIABLE, override or "not set", "overrides the choices below" if override else "")
 
@@ -60,7 +56,7 @@ def devices() -> list[tuple[torch.device, str]]:
 
 def routes(device: torch.device) -> Iterator[Finding]:
     """Which backend runs each operation on float32 tensors of ``device``. A fused product runs where its shape pays."""
-    for operation in OPERATIONS:
+    for operation in PRIMITIVES:
         choice = choose(operation, device, None if operation in ON_MASKS else torch.float32)
         yield Finding(operation, choice.name, choice.reason)
 
@@ -101,7 +97,11 @@ def report() -> str:
 
 def main() -> int:
     """Print the report."""
-    sys.stdout.write(report())
+    try:
+        sys.stdout.write(report())
+    except ValueError as error:  # a wrong override
+        sys.stdout.write("".join(f"{f.subject}  {f.found}  {f.reason}\n" for f in installation()) + f"\n{error}\n")
+        return 1
     return 0
 
 

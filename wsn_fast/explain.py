@@ -65,8 +65,12 @@ def explain(model: nn.Module, *, dtype: torch.dtype | None = None) -> Explanatio
     for name, layer in layers:
         weight, backend = layer.weight, layer.backend
         for operation in STEP:
-            chosen = choose(operation, weight.device, weight.dtype, backend)
+            dtype_of = layer.weight_score.dtype if operation == "threshold" else weight.dtype
+            chosen = choose(operation, weight.device, dtype_of, backend)
             routes.append(Route(name, operation, chosen.name, chosen.reason))
+        if layer.one_pass:
+            chosen = choose("adamw_step", weight.device, weight.dtype, backend)
+            routes.append(Route(name, "one-pass step", chosen.name, chosen.reason))
         for source, when in (("scores", "training"), ("packed", "finished task")):
             fusion = _fusion(layer, dtype or weight.dtype, source)
             routes.append(Route(name, f"product ({when})", *_product(fusion)))
@@ -75,12 +79,17 @@ def explain(model: nn.Module, *, dtype: torch.dtype | None = None) -> Explanatio
 
 def _fusion(layer: SubnetLayer, dtype: torch.dtype, source: str) -> products.Fusion:
     weight, backend = layer.weight, layer.backend
+    if layer.one_pass and source == "scores":
+        return products.Fusion(0, "a one-pass optimizer takes the gradient of the masked weight")
     if isinstance(layer, (nn.Linear, FastSubnetTransposedLinear)):
         n, k = weight.shape
         return products.linear_fusion("masked_linear", weight.device, dtype, source, n, k, backend)
     if weight.ndim > 4:
         return products.Fusion(0, "there is no fused convolution in 3-d")
-    return products.conv_fusion(weight.device, dtype, source, None, backend)
+    fusion = products.conv_fusion(weight.device, dtype, source, None, backend)
+    if fusion.rows or choose("masked_conv", weight.device, dtype, backend).name != "triton":
+        return fusion
+    return products.Fusion(0, "but for input shapes at which the implicit convolution was measured to be faster")
 
 
 def _product(fusion: products.Fusion) -> tuple[str, str]:

@@ -7,8 +7,8 @@ The guard copies what is frozen before ``step`` and puts it back after, whatever
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,22 +40,39 @@ class Guarded(Protocol):
         """Raise ``RuntimeError`` if a step of ``optimizer`` now would be a mistake."""
 
 
+@runtime_checkable
+class OnePass(Protocol):
+    """An optimizer that takes raw gradients, and does not store to frozen weights."""
+
+    def claim(self, layers: Sequence[SubnetLayer]) -> Sequence[SubnetLayer]:
+        """Those of the layers that it will update itself from now on."""
+
+
 class OptimizerGuard:
     """Step hooks of one optimizer that keep what ``wsn`` says is frozen."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, wsn: Guarded) -> None:
         self._wsn = wsn
         self._optimizer = weakref.ref(optimizer)
-        # Whether it takes raw gradients and predicates its own stores (wsn_fast.optim): the layers follow the optimizer
-        # that was guarded last.
-        self._one_pass = bool(getattr(optimizer, "one_pass", False))
-        own = _params_of(optimizer)
-        for layer in wsn.subnet_layers().values():
-            if id(layer.weight) in own:
-                layer.one_pass = self._one_pass
         self._saved: list[tuple[Frozen, Tensor]] = []
+        self.claim()
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+
+    def is_of(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it guards this optimizer."""
+        return self._optimizer() is optimizer
+
+    def claim(self) -> None:
+        """The layers that the optimizer holds follow it: they hand raw gradients to a one-pass optimizer
+        (:mod:`wsn_fast.optim`) that can take them, and finished ones to any other. Gradients of the other kind go."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        own, layers = _params_of(optimizer), list(self._wsn.subnet_layers().values())
+        taken = optimizer.claim(layers) if isinstance(optimizer, OnePass) else []
+        for layer in layers:
+            if id(layer.weight) in own:
+                layer.raw_owner = optimizer if any(layer is other for other in taken) else None
 
     def holds(self, params: Iterable[Tensor]) -> bool:
         """Whether the optimizer is alive and has one of ``params``."""
@@ -80,22 +97,26 @@ class OptimizerGuard:
         # Without a gradient torch's optimizers leave a parameter alone; a closure may still give it one.
         closure = next((a for a in (*args[1:], kwargs.get("closure")) if callable(a)), None)
         frozen = [Frozen(p, None) for p in self._wsn.fixed() if id(p) in own and (p.grad is not None or closure)]
-        self._check_mode(own)
-        for name, gate in () if self._one_pass else self._wsn.gated():
-            if id(gate.param) in own:
+        raw = self._raw(optimizer, own)
+        for name, gate in self._wsn.gated():
+            if id(gate.param) in own and id(gate.param) not in raw:
                 _check_not_bypassed(name, gate, own)
                 if gate.union is not None:
                     frozen.append(Frozen(gate.param, gate.union))
         self._saved = [(f, f.param.detach().clone()) for f in frozen]
 
-    def _check_mode(self, own: set[int]) -> None:
+    def _raw(self, optimizer: torch.optim.Optimizer, own: set[int]) -> set[int]:
+        """The gated tensors whose raw gradients this optimizer takes."""
+        raw: set[int] = set()
         for name, layer in self._wsn.subnet_layers().items():
-            if id(layer.weight) in own and layer.weight.grad is not None and layer.one_pass is not self._one_pass:
+            if layer.raw_owner is optimizer:
+                raw |= {id(gate.param) for gate in layer.gated()} if layer.one_pass else set()
+            elif layer.one_pass and id(layer.weight) in own and layer.weight.grad is not None:
                 raise RuntimeError(
-                    f"the gradient of {name}.weight is meant for an optimizer that was guarded after this one: a "
-                    "one-pass optimizer and another cannot take turns at a layer. Guard this one again, before the "
-                    "forward"
+                    f"the gradient of {name}.weight is meant for the optimizer that was guarded last: a one-pass "
+                    "optimizer and another cannot take turns at a layer. Guard this one again, before the forward"
                 )
+        return raw
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.settle()

@@ -9,6 +9,7 @@ task (its row). The masks, the ids of their tasks and the scores are in ``state_
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -63,8 +64,7 @@ class SubnetLayer(nn.Module):
         tasks: the ids of the rows; in ``state_dict`` as part of the layer's extra state, like density and rule.
         weight_view, bias_view: the packed mask in use, or None for the mask of the current scores (see
             :attr:`active_row`).
-        one_pass: whether backward hands the raw gradient of the masked weight to a one-pass optimizer
-            (:mod:`wsn_fast.optim`), which sets it; ``last_tau`` has the thresholds of the last forward for it.
+        last_tau: the thresholds of the forward passes since the last step, for the optimizer in :attr:`raw_owner`.
         row_tasks: int32 [B], the row of the masks that each row of a batch uses, while several tasks share a pass; None
             otherwise (see :mod:`wsn_fast.rows`).
         task_density: the density of the task in training if it has one of its own; None means :attr:`density`.
@@ -94,7 +94,7 @@ class SubnetLayer(nn.Module):
         self._active_row: int | None = None
         self._backend: str | None = None
         self.row_tasks: Tensor | None = None
-        self.one_pass = False
+        self._raw_owner: weakref.ref[object] | None = None
         self.last_tau: dict[str, Tensor] = {}
         for name in self.GATED:
             param = getattr(self, name)
@@ -133,6 +133,32 @@ class SubnetLayer(nn.Module):
     @backend.setter
     def backend(self, backend: str | None) -> None:
         self._backend = ops.check_backend(backend)
+
+    @property
+    def raw_owner(self) -> object | None:
+        """The one-pass optimizer (:mod:`wsn_fast.optim`) that takes the raw gradient of the masked weight, while it is
+        alive; None for gradients as Eq. 4 and 5 have them."""
+        return None if self._raw_owner is None else self._raw_owner()
+
+    @raw_owner.setter
+    def raw_owner(self, optimizer: object | None) -> None:
+        if optimizer is not self.raw_owner:
+            for gate in self.gated():  # a gradient of the one kind is nothing for the other
+                gate.param.grad = gate.score.grad = None
+            self.last_tau.clear()
+        self._raw_owner = None if optimizer is None else weakref.ref(optimizer)
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether backward hands over raw gradients: there is a :attr:`raw_owner`, and nothing here is frozen by
+        hand."""
+        return self.raw_owner is not None and all(
+            gate.param.requires_grad and gate.score.requires_grad for gate in self.gated()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no optimizer.
+        return {**self.__dict__, "_raw_owner": None, "last_tau": {}}
 
     @property
     def active_row(self) -> int | None:
@@ -182,7 +208,10 @@ class SubnetLayer(nn.Module):
     @torch.no_grad()
     def masks_of_scores(self) -> dict[str, Tensor]:
         """The boolean mask of the current scores for each gated tensor, by its name."""
-        return {g.name: ops.topc_mask(g.score, self.gate_density, rule=self.rule) for g in self.gated()}
+        return {
+            g.name: ops.topc_mask(g.score, self.gate_density, rule=self.rule, backend=self._backend)
+            for g in self.gated()
+        }
 
     def mask(self, name: str, row: int) -> Tensor:
         """The boolean mask of a finished task (``row`` among :attr:`tasks`) for the gated tensor ``name``, in its
@@ -221,7 +250,9 @@ class SubnetLayer(nn.Module):
             return ops.gate_packed(param.detach(), packed, dtype, self._backend)
         score, union = getattr(self, f"{name}_score"), getattr(self, f"{name}_union")
         if self.one_pass:
-            raw, self.last_tau[name] = RawGate.apply(param, score, self.gate_density, self.rule, dtype, self._backend)
+            raw, tau = RawGate.apply(param, score, self.gate_density, self.rule, dtype, self._backend)
+            if torch.is_grad_enabled():
+                self.last_tau[name] = tau
             return raw
         masked: Tensor = SubnetGate.apply(param, score, self.gate_density, self.rule, union, dtype, self._backend)
         return masked
@@ -253,6 +284,8 @@ class SubnetLayer(nn.Module):
     def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether a fused product may have ``x``; what else there is to say about it, torch's own product says."""
         if self.one_pass and self.weight_view is None:
+            return False
+        if self.weight.dtype not in ops.FUSED_DTYPES or self.weight_score.dtype not in ops.FUSED_DTYPES:
             return False
         return x.device == self.weight.device and (x.dtype is dtype or torch.is_autocast_enabled(x.device.type))
 
@@ -295,6 +328,8 @@ class _SubnetLinear(SubnetLayer):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype(x)
         if self.row_tasks is not None:
+            if x.dtype is not dtype and not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"x must be {dtype}, as the weight is, got {x.dtype}")
             return self._forward_rows(x.to(dtype), self.row_tasks)
         bias = self.masked("bias", dtype)
         if self._fuses(x, dtype):
@@ -314,7 +349,7 @@ class _SubnetLinear(SubnetLayer):
         return 0 < x.numel() // self.in_features <= limit
 
     def _forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
-        if self.TRANSPOSED or x.shape[0] != len(tasks) or x.shape[-1] != self.in_features:
+        if self.TRANSPOSED or x.ndim < 2 or x.shape[0] != len(tasks) or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x must be [{len(tasks)}, ..., {self.in_features}] for {len(tasks)} rows, got {tuple(x.shape)}"
             )

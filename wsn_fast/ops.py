@@ -14,12 +14,15 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .backends import parse_override, run
 from .backends.torch import SGD, AdamW, Moments
 
 RULES = ("magnitude", "value")
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of weights and scores that the fused products read."""
 
 
 # --- arguments
@@ -315,6 +318,7 @@ def _check_packed(packed: object) -> None:
 def restore_frozen_(param: Tensor, saved: Tensor, union: Tensor) -> None:
     """In place: ``param = union ? saved : param``, bit for bit; ``union`` is packed. Unchecked."""
     run("restore_frozen", param.device, param.dtype).restore_frozen(param, saved, union)
+    increment_version(param)
 
 
 # --- the one-pass optimizers: unchecked
@@ -335,6 +339,7 @@ def adamw_step(
     """One AdamW update of a gated tensor and its scores, in place; see :func:`wsn_fast.backends.torch.adamw_step`."""
     chosen = run("adamw_step", weight.device, weight.dtype, backend)
     chosen.adamw_step(grad, weight, scores, tau, union, rule, weight_state, scores_state, for_weight, for_scores)
+    increment_version((weight, scores, *weight_state, *scores_state))
 
 
 def sgd_step(
@@ -353,3 +358,5 @@ def sgd_step(
     """One SGD update of a gated tensor and its scores, in place; see :func:`wsn_fast.backends.torch.sgd_step`."""
     chosen = run("sgd_step", weight.device, weight.dtype, backend)
     chosen.sgd_step(grad, weight, scores, tau, union, rule, weight_momentum, scores_momentum, for_weight, for_scores)
+    buffers = (weight_momentum, scores_momentum)
+    increment_version((weight, scores, *(buffer for buffer in buffers if buffer is not None)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -92,6 +92,18 @@ class ModelParts:
             own.update(dict.fromkeys(hits, ops.check_density(value, f"density[{pattern!r}]")))
         return own
 
+    def check_tied(self, densities: Mapping[str, float | None]) -> None:
+        """Raise ``ValueError`` unless layers that share a weight and its scores share the density too: each would have
+        a mask of its own otherwise, and only one of them would be kept."""
+        first: dict[tuple[int, int], str] = {}
+        for name, layer in self.layers.items():
+            other = first.setdefault((id(layer.weight), id(layer.weight_score)), name)
+            own, others = (densities[n] or self.layers[n].density for n in (name, other))
+            if own != others:
+                raise ValueError(
+                    f"density of {name} is {own}, and that of {other}, tied to it, {others}: they share a mask"
+                )
+
     @torch.no_grad()
     def check_finite(self) -> None:
         """Raise ``FloatingPointError`` naming the first gated tensor whose values or scores are not all finite."""
@@ -137,6 +149,22 @@ class ModelParts:
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if id(tensor) not in stored:
                 yield name, live.get(id(tensor), tensor)
+
+    def moved(self, own: Mapping[str, Tensor], state: Mapping[str, Tensor], fixed: Iterable[Tensor]) -> list[str]:
+        """The names in ``state`` with other values than ``own`` has where finished tasks use them."""
+        unions = {id(gate.param): gate.union for _, gate in self.gated()} | dict.fromkeys(map(id, fixed))
+        found = []
+        for name, tensor in own.items():
+            if id(tensor) not in unions:
+                continue
+            union, then = unions[id(tensor)], state[name].to(tensor.device)
+            if union is not None:
+                tensor, then = (ops.gate_packed(t.detach(), union, t.dtype) for t in (tensor, then))
+            elif any(tensor is gate.param for _, gate in self.gated()):
+                continue  # no task has ended
+            if not torch.equal(tensor, then):
+                found.append(name)
+        return found
 
     @torch.no_grad()
     def append_task(self, task: TaskId, packed: Mapping[str, Mapping[str, Tensor]], then: Callable[[], T]) -> T:

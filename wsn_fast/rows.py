@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from . import products
 from .heads import TaskHeads
@@ -49,8 +50,12 @@ def obstacle(parts: ModelParts, ids: Sequence[TaskId]) -> str:
         inside_heads = any(name.startswith(f"{heads}.heads") for heads in parts.heads)
         if not known and not inside_heads:
             return f"{name or 'the model'} is a {type(module).__name__}, not known to treat every row for itself"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} has forward hooks"
+        if isinstance(module, nn.Flatten) and module.start_dim < 1:
+            return f"{name} flattens the rows themselves"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{name or 'the model'} has forward hooks, or a forward of its own"
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return "there are global forward hooks"
     per_task = [item.name for item in parts.owned if item.kind == "per_task"]
     return f"{per_task[0]} has values of its own for each task" if per_task else ""
 

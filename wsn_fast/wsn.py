@@ -150,6 +150,7 @@ class WSN(nn.Module):
         ownership.check_owned(self._parts.owned)
         self._parts.check_rows(len(self._records))
         densities = self._parts.task_densities(density)
+        self._parts.check_tied(densities)
         for heads in self._parts.heads.values():
             heads.width(task, out_features)
         self._show(_View(None, None))
@@ -302,7 +303,12 @@ class WSN(nn.Module):
             TypeError: not a torch optimizer, or LBFGS, with the reason.
             ValueError: it holds no parameter of this model.
         """
-        self._guards.add(OptimizerGuard(check_guardable(optimizer, self.model.parameters()), self))
+        check_guardable(optimizer, self.model.parameters())
+        known = next((guard for guard in self._guards if guard.is_of(optimizer)), None)
+        if known is None:
+            self._guards.add(OptimizerGuard(optimizer, self))
+        else:
+            known.claim()
         return optimizer
 
     def check_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -406,7 +412,8 @@ class WSN(nn.Module):
         """Put a :meth:`trainable_state` back, in place.
 
         Raises:
-            ValueError: the names or shapes are not those of this model's state; nothing has been changed then.
+            ValueError: the names or shapes are not those of this model's state, or it would change what finished tasks
+                use; nothing has been changed then.
         """
         self._settle()
         own = dict(self._parts.trainable())
@@ -415,6 +422,9 @@ class WSN(nn.Module):
         wrong = [name for name, tensor in own.items() if tensor.shape != state[name].shape]
         if wrong:
             raise ValueError(f"state is of another model: {wrong} have other shapes")
+        moved = self._parts.moved(own, state, self._fixed)
+        if moved:
+            raise ValueError(f"state is of an earlier task: it would change what finished tasks use of {moved}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
 

@@ -242,6 +242,29 @@ def test_rows_of_several_tasks_in_one_pass(device: torch.device) -> None:
     assert hidden.row_tasks is None
 
 
+def test_rows_need_a_batch_and_modules_that_keep_rows_apart(device: torch.device) -> None:
+    layer = FastSubnetLinear(8, 8, device=device)
+    wsn = WSN(nn.Sequential(nn.Flatten(0, -1), layer))
+    wsn.begin_task(0)
+    wsn.end_task()
+    with pytest.raises(ValueError, match="0 flattens the rows themselves"):
+        wsn.forward_tasks(torch.randn(8, 1, device=device), [0] * 8, one_pass=True)
+    layer.row_tasks = torch.zeros(8, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="x must be"):
+        layer(torch.randn(8, device=device))
+    with pytest.raises(TypeError, match=r"x must be torch\.float32"):
+        layer(torch.randn(8, 8, device=device, dtype=torch.float64))
+
+
+def test_scores_in_double_precision_are_not_rounded(device: torch.device) -> None:
+    layer = FastSubnetLinear(16, 8, density=0.5, device=device)
+    layer.weight_score = nn.Parameter(1 + 1e-10 * torch.randn(8, 16, dtype=torch.float64, device=device))
+    x = torch.randn(4, 16, device=device)
+    expected = layer(x)
+    layer.backend = "triton"
+    assert_same_bits(layer(x), expected, "output")
+
+
 def test_the_choice_names_what_runs_it(device: torch.device) -> None:
     assert choose("threshold", device, torch.float32, "triton").name == "triton"
     assert choose("threshold", device, torch.float64, "triton")[1:] == (

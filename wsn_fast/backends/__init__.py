@@ -16,6 +16,8 @@ from typing import NamedTuple
 # Not `import torch`: inside this package that name is the backend of the same name.
 from torch import device as Device
 from torch import dtype as Dtype
+from torch._C import _get_tracing_state as _tracing
+from torch._C import _len_torch_dispatch_stack as _modes
 
 from . import _availability, native
 from . import torch as portable
@@ -25,6 +27,11 @@ ENVIRONMENT_VARIABLE = "WSN_FAST_BACKEND"
 at the first choice."""
 
 NAMES = ("torch", "triton", "native")
+PRIMITIVES = (
+    "threshold", "keep_mask", "gate", "gate_packed", "gate_backward", "restore_frozen", "pack", "unpack", "union",
+    "popcount", "adamw_step", "sgd_step", "masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv",
+)  # fmt: skip
+"""The operations, all of them in :mod:`wsn_fast.backends.torch`."""
 FUSED = frozenset({"masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv"})
 """Operations whose portable form is a masked weight in memory and then a product, which often is the faster one."""
 
@@ -49,8 +56,8 @@ def parse_override(text: str) -> Mapping[str, str]:
     """
     wanted: dict[str, str] = {}
     for part in text.split(","):
-        operation, _, name = part.strip().rpartition("=")
-        if name not in NAMES:
+        operation, separator, name = part.strip().rpartition("=")
+        if name not in NAMES or bool(separator) != bool(operation) or operation in wanted:
             raise ValueError(f"backend must be of {NAMES}, or operation=backend, got {part.strip()!r} in {text!r}")
         if operation:
             _check_operation(operation)
@@ -59,8 +66,8 @@ def parse_override(text: str) -> Mapping[str, str]:
 
 
 def _check_operation(operation: str) -> None:
-    if not hasattr(portable, operation):
-        raise ValueError(f"operation must be a primitive of the torch backend, got {operation!r}")
+    if operation not in PRIMITIVES:
+        raise ValueError(f"operation must be a primitive of the torch backend, {PRIMITIVES}, got {operation!r}")
 
 
 @functools.cache
@@ -128,5 +135,8 @@ def _offers(
 
 
 def run(operation: str, device: Device, dtype: Dtype | None = None, backend: str | None = None) -> ModuleType:
-    """The backend module of :func:`choose`, for ``choose(...).backend.<operation>(...)`` in one word."""
+    """The backend module of :func:`choose`, for ``choose(...).backend.<operation>(...)`` in one word; the torch backend
+    while something records PyTorch's operations, which would not see those of another."""
+    if _tracing() is not None or _modes() > 0:
+        return portable
     return choose(operation, device, dtype, backend).backend

@@ -43,6 +43,8 @@ def triton(
     module, reason = _module()
     if module is None:
         return None, reason
+    if not hasattr(module, operation):
+        return None, f"the Triton backend has no {operation}"
     if device.type == "cpu" and forced and module.INTERPRETED:
         return module, "Triton's interpreter"
     if device.type != "cuda":

@@ -132,8 +132,8 @@ def open_library(path: Path) -> NativeLibrary:
         instructions = _INSTRUCTIONS[lib.wsn_limit_instructions(-1)]
     except OSError as error:
         return NativeLibrary(None, f"{path} cannot be loaded: {error}")
-    except AttributeError as error:
-        return NativeLibrary(None, f"{path} lacks a function: {error}")
+    except (AttributeError, IndexError) as error:
+        return NativeLibrary(None, f"{path} lacks a function, or is another library: {error}")
     return NativeLibrary(lib, f"loaded from {path}, using {instructions}")
 
 

@@ -111,6 +111,11 @@ class SGD(NamedTuple):
 Moments = tuple[Tensor, Tensor]
 
 
+def _flat(*tensors: Tensor) -> bool:
+    """Whether all lie in memory alike: torch's fused optimizers on the CPU go through memory whatever the strides."""
+    return len({tensor.stride() for tensor in tensors}) == 1
+
+
 def adamw_step(
     grad: Tensor,
     weight: Tensor,
@@ -132,7 +137,8 @@ def adamw_step(
     for param, g, (mean, square), s in zip((weight, scores), (dw, ds), states, (for_weight, for_scores), strict=True):
         adam(
             [param], [g], [mean], [square], [], [s.step - 1],  # which it counts up itself
-            fused=True, amsgrad=False, beta1=s.beta1, beta2=s.beta2, lr=s.lr, weight_decay=s.weight_decay, eps=s.eps,
+            fused=_flat(param, g, mean, square), foreach=False, amsgrad=False,
+            beta1=s.beta1, beta2=s.beta2, lr=s.lr, weight_decay=s.weight_decay, eps=s.eps,
             maximize=False, decoupled_weight_decay=s.decoupled,
         )  # fmt: skip
     if saved is not None and union is not None:
@@ -159,7 +165,8 @@ def sgd_step(
     for param, g, buffer, s in zip((weight, scores), (dw, ds), buffers, (for_weight, for_scores), strict=True):
         kept: list[Tensor | None] = [None if s.first else buffer]
         sgd(
-            [param], [g], kept, fused=True, weight_decay=s.weight_decay, momentum=s.momentum, lr=float(s.lr),
+            [param], [g], kept, fused=_flat(param, g, *([] if buffer is None else [buffer])), foreach=False,
+            weight_decay=s.weight_decay, momentum=s.momentum, lr=float(s.lr),
             dampening=s.dampening, nesterov=s.nesterov, maximize=False,
         )  # fmt: skip
         if s.first and buffer is not None and kept[0] is not None:

@@ -339,6 +339,8 @@ def masked_conv(
     stride, padding, dilation = geometry
     backward = input_shape is not None
     shape = list(input_shape) if input_shape is not None else result_shape(x.shape, weight.shape, geometry)
+    if min(shape) < 0 or 0 in shape[2:]:
+        raise RuntimeError(f"the kernel {tuple(weight.shape[2:])} is larger than the padded input {tuple(x.shape[2:])}")
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     precision = precision_of(x.dtype, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     product = tuning.Product("masked_conv", x.dtype, precision, "scores" if packed is None else "packed", backward)
