@@ -93,7 +93,7 @@ def _strip(layer: nn.Module) -> None:
         for derived in (f"{name}_union", f"{name}_view"):
             del layer._buffers[derived]
             layer._non_persistent_buffers_set.discard(derived)
-    ours = ["rule", "tasks", "_active_row", "_density", "task_density"]
+    ours = [*SubnetLayer.OWN]
     parent: type = next(c for c in type(layer).__mro__ if not issubclass(c, SubnetLayer))
     if isinstance(layer, FastSubnetTransposedLinear):
         parent, ours = nn.Linear, [*ours, "nx", "nf"]

@@ -72,6 +72,10 @@ class SubnetLayer(nn.Module):
     """
 
     GATED = ("weight", "bias")
+    OWN = (
+        "rule", "tasks", "_active_row", "_density", "task_density", "_backend", "row_tasks", "_raw_owner", "last_tau",
+    )  # fmt: skip
+    """The attributes that the dense parent does not have."""
 
     weight: Tensor
     bias: Tensor | None
