@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsn_fast.convert import convert
-from wsn_fast.layers import SubnetLayer
+from wsn_fast.subnet import SubnetLayer
 
 
 class ResNet(nn.Module):

@@ -21,9 +21,9 @@ from wsn_fast.layers import (
     FastSubnetConv3d,
     FastSubnetLinear,
     FastSubnetTransposedLinear,
-    SubnetLayer,
 )
 from wsn_fast.ops import topc_mask
+from wsn_fast.subnet import SubnetLayer
 
 
 # --- what a conversion keeps ---

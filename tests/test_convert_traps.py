@@ -11,8 +11,9 @@ from lookalikes import GPT, Tied, Twice, converted, net, refused, tokens
 from torch import nn
 
 from wsn_fast.convert import convert
-from wsn_fast.layers import FastSubnetLinear, SubnetLayer
+from wsn_fast.layers import FastSubnetLinear
 from wsn_fast.ops import topc_mask
+from wsn_fast.subnet import SubnetLayer
 
 
 # --- shared modules and tied parameters ---

@@ -16,7 +16,7 @@ from wsn_fast import WSN
 from wsn_fast.convert import convert
 from wsn_fast.dense import to_dense
 from wsn_fast.heads import TaskHeads
-from wsn_fast.layers import SubnetLayer
+from wsn_fast.subnet import SubnetLayer
 
 TASKS = ("a", 1)
 

@@ -13,7 +13,7 @@ from small_models import batches, convnet
 from torch import nn
 
 from wsn_fast import WSN, FastSubnetConv2d, FastSubnetLinear, TaskHeads, explain, reference, topc_mask
-from wsn_fast.layers import SubnetLayer
+from wsn_fast.subnet import SubnetLayer
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsn_fast import FastSubnetConv1d, FastSubnetConv2d, FastSubnetConv3d, FastSubnetLinear, ops, reference
-from wsn_fast.layers import FastSubnetTransposedLinear, SubnetLayer
+from wsn_fast.layers import FastSubnetTransposedLinear
+from wsn_fast.subnet import SubnetLayer
 
 CASES: dict[str, tuple[Callable[..., SubnetLayer], type[nn.Module], tuple[int, ...]]] = {
     "linear": (lambda **k: FastSubnetLinear(6, 8, **k), nn.Linear, (5, 6)),

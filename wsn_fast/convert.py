@@ -18,16 +18,9 @@ from torch.nn.utils import parametrize
 
 from . import ops, per_task
 from .heads import TaskHeads
-from .layers import (
-    FastSubnetConv1d,
-    FastSubnetConv2d,
-    FastSubnetConv3d,
-    FastSubnetLinear,
-    FastSubnetTransposedLinear,
-    SubnetLayer,
-    check_score_init,
-)
+from .layers import FastSubnetConv1d, FastSubnetConv2d, FastSubnetConv3d, FastSubnetLinear, FastSubnetTransposedLinear
 from .patterns import Patterns, as_patterns, matches
+from .subnet import SubnetLayer, check_score_init
 from .tasks import TaskId
 
 FilterFn = Callable[[nn.Module, str], bool]

@@ -10,7 +10,8 @@ from torch import nn
 
 from . import ops, per_task
 from .heads import TaskHeads
-from .layers import FastSubnetTransposedLinear, SubnetLayer
+from .layers import FastSubnetTransposedLinear
+from .subnet import SubnetLayer
 from .tasks import TaskId, check_task
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from . import products
 from .backends import choose
-from .layers import FastSubnetTransposedLinear, SubnetLayer
+from .layers import FastSubnetTransposedLinear
+from .subnet import SubnetLayer
 
 STEP = ("threshold", "gate", "gate_packed", "gate_backward")
 """The primitives that a layer calls in training and in evaluation."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layers import Gated, SubnetLayer
+from .subnet import Gated, SubnetLayer
 
 
 class Frozen(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .backends.torch import SGD, AdamW
-from .layers import Gated, SubnetLayer
+from .subnet import Gated, SubnetLayer
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str]
 

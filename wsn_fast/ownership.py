@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from . import per_task
 from .heads import TaskHeads
-from .layers import SubnetLayer
 from .patterns import matches
+from .subnet import SubnetLayer
 
 KINDS = ("per_task", "frozen", "shared")
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

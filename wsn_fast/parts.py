@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from . import ops, ownership, per_task
 from .heads import TaskHeads
-from .layers import Gated, SubnetLayer
 from .patterns import matches
+from .subnet import Gated, SubnetLayer
 from .tasks import TaskId
 
 T = TypeVar("T")

@@ -15,10 +15,10 @@ from . import masks as mask_statistics
 from . import ops, ownership, promise, rows
 from .guard import OptimizerGuard, check_guardable
 from .heads import stack_rows
-from .layers import Gated, SubnetLayer, check_score_init
 from .masks import Capacity, TaskStats
 from .parts import Density, ModelParts
 from .patterns import Patterns, as_patterns
+from .subnet import Gated, SubnetLayer, check_score_init
 from .tasks import TaskId, check_task, decode_json, encode_json
 
 _STATE_VERSION = 1

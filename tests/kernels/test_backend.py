@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from wsn_fast import WSN, FastSubnetConv1d, FastSubnetConv2d, FastSubnetLinear, TaskHeads, ops, reference, topc_mask
 from wsn_fast.backends import choose, triton
 from wsn_fast.backends import torch as portable
-from wsn_fast.layers import FastSubnetTransposedLinear, SubnetLayer
+from wsn_fast.layers import FastSubnetTransposedLinear
+from wsn_fast.subnet import SubnetLayer
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")

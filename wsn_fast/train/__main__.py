@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wsn_fast import ForgottenError, __version__
-from wsn_fast.layers import SCORE_INITS
 from wsn_fast.ops import RULES
+from wsn_fast.subnet import SCORE_INITS
 from wsn_fast.train import config
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.data import DATASETS

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from wsn_fast.layers import SCORE_INITS
 from wsn_fast.ops import RULES
+from wsn_fast.subnet import SCORE_INITS
 from wsn_fast.train.data import DATASETS
 from wsn_fast.train.nets import NETS, default_net
 from wsn_fast.train.streams import KINDS
