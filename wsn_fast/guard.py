@@ -98,8 +98,9 @@ class OptimizerGuard:
         closure = next((a for a in (*args[1:], kwargs.get("closure")) if callable(a)), None)
         frozen = [Frozen(p, None) for p in self._wsn.fixed() if id(p) in own and (p.grad is not None or closure)]
         raw = self._raw(optimizer, own)
-        for name, gate in self._wsn.gated():
-            if id(gate.param) in own and id(gate.param) not in raw:
+        rest = own - raw
+        for name, gate in self._wsn.gated() if rest else ():
+            if id(gate.param) in rest:
                 _check_not_bypassed(name, gate, own)
                 if gate.union is not None:
                     frozen.append(Frozen(gate.param, gate.union))
@@ -110,7 +111,7 @@ class OptimizerGuard:
         raw: set[int] = set()
         for name, layer in self._wsn.subnet_layers().items():
             if layer.raw_owner is optimizer:
-                raw |= {id(gate.param) for gate in layer.gated()} if layer.one_pass else set()
+                raw |= set(map(id, layer._parameters.values())) if layer.one_pass else set()
             elif layer.one_pass and id(layer.weight) in own and layer.weight.grad is not None:
                 raise RuntimeError(
                     f"the gradient of {name}.weight is meant for the optimizer that was guarded last: a one-pass "

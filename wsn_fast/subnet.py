@@ -153,9 +153,8 @@ class SubnetLayer(nn.Module):
     def one_pass(self) -> bool:
         """Whether backward hands over raw gradients: there is a :attr:`raw_owner`, and nothing here is frozen by
         hand."""
-        return self.raw_owner is not None and all(
-            gate.param.requires_grad and gate.score.requires_grad for gate in self.gated()
-        )
+        # All parameters of a subnet layer are gated tensors and their scores.
+        return self.raw_owner is not None and all(p is None or p.requires_grad for p in self._parameters.values())
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no optimizer.
