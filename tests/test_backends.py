@@ -252,9 +252,11 @@ def test_every_choice_has_the_operation(monkeypatch: pytest.MonkeyPatch) -> None
                     assert hasattr(choose(operation, device, dtype, backend).backend, operation), operation
 
 
-def test_what_records_pytorchs_operations_sees_them() -> None:
+def test_what_records_pytorchs_operations_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "choose", lambda *_: pytest.fail("another backend would not be seen"))
     weight, packed = torch.randn(4, 6), torch.randint(0, 256, (3,), dtype=torch.uint8)
     traced = make_fx(lambda w: ops.gate_packed(w, packed, torch.float32))(weight)
+    monkeypatch.undo()
     other = torch.randn(4, 6)
     torch.testing.assert_close(traced(other), ops.gate_packed(other, packed, torch.float32))
 

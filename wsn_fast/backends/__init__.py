@@ -32,8 +32,6 @@ PRIMITIVES = (
     "popcount", "adamw_step", "sgd_step", "masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv",
 )  # fmt: skip
 """The operations, all of them in :mod:`wsn_fast.backends.torch`."""
-FUSED = frozenset({"masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv"})
-"""Operations whose portable form is a masked weight in memory and then a product, which often is the faster one."""
 
 
 class Choice(NamedTuple):
