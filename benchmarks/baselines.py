@@ -1,31 +1,32 @@
-"""The competitors: one layer's training step (forward, backward, gradient masking, optimizer) in several programs.
+"""The competitors: one training step (zero_grad, forward, loss, backward, gradient masking, optimizer) in several
+programs.
 
-All start from the same :class:`Problem`, and their inputs require gradients. Weight decay is zero: the published
-programs let it move frozen weights, and with it they would not compute the same. Written from the algorithms; nothing
-is copied.
+All start from the same :class:`Problem`. Weight decay is zero: the published programs let it move frozen weights, and
+with it they would not compute the same.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from wsn_fast import WSN, FastSubnetConv2d, FastSubnetLinear, ops, reference, topc_mask
+from wsn_fast import WSN, TaskHeads, convert, reference, topc_mask
 from wsn_fast.optim import SubnetAdamW
 
-from . import published
-from .cases import WrongResultError, check_same
+from .cases import UnavailableError, WrongResultError, check_same
 from .data import DENSITY, FROZEN
-from .problem import Gradients, Problem
-from .shapes import ConvShape
+from .problem import HEAD, Problem, Results
+from .programs import ClarenaLayer, CompetentLayer, PaperLayer, ProgramLayer, with_layers
 
 LEARNING_RATE = 1e-6
 """Small, so that hundreds of timed steps on one batch stay near the start."""
 EPSILON = 1e-8
 
 MASTER, BIT = 4, 1 / 8  # bytes of an fp32 value and of a mask bit
+_CAPTURE_TRIES = 8  # steps after which what can be captured has been
 
 
 def step_bytes(updated: int, itemsize: int, masked: bool) -> float:
@@ -42,105 +43,119 @@ def step_bytes(updated: int, itemsize: int, masked: bool) -> float:
 
 
 class Competitor:
-    """A training step. Subclasses say how the masked weight is made and how gradients are masked.
+    """A training step. Subclasses say what becomes of the dense net, and what updates it.
 
     Attributes:
         name: in tables.
-        rule: how it ranks scores; None for a dense layer.
+        rule: how it ranks scores; None for a dense net.
         waits: whether its step waits for the device or copies from the host, so that no CUDA graph can hold it.
+        captures: whether it makes a CUDA graph of its step by itself.
         compiled: whether it goes through ``torch.compile``.
+        linear_only: whether it has no convolutions.
         mask_tolerance: the share of mask bits that may differ from the specification.
+        model: what computes the result.
+        parameters: what the optimizer moves, by the names of :attr:`Problem.start`.
     """
 
     name: ClassVar[str]
     rule: ClassVar[str | None] = "magnitude"
     waits: ClassVar[bool] = False
+    captures: ClassVar[bool] = False
     compiled: ClassVar[bool] = False
+    linear_only: ClassVar[bool] = False
     mask_tolerance: ClassVar[float] = 0.0
+    parameters: dict[str, nn.Parameter]
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.weight = nn.Parameter(problem.weight.clone())
-        self.scores = nn.Parameter(problem.scores.clone())
-        self.x = problem.x.clone().requires_grad_()
+        self.x = problem.x.clone().requires_grad_(not problem.is_net)
         self.y = torch.empty(0)
-        self.build()
-        self.optimizer = self.make_optimizer(self.parameters())
+        self.build(copy.deepcopy(problem.net))
+        self.optimizer = self.make_optimizer()
 
     # --- what makes a competitor
-    def build(self) -> None:
-        """Whatever it keeps between steps."""
+    def build(self, net: nn.Module) -> None:
+        """Make :attr:`model` and :attr:`parameters` of a copy of the dense net."""
+        self.model: Any = net
+        self.parameters = dict(net.named_parameters())
 
-    def mask(self, scores: Tensor) -> Tensor:
-        """Its mask of these scores, boolean: for the check."""
-        raise NotImplementedError
-
-    def forward(self) -> Tensor:
-        """The layer's result."""
+    def mask(self, name: str, scores: Tensor) -> Tensor:
+        """A layer's mask of these scores, boolean: for the check."""
         raise NotImplementedError
 
     def protect(self) -> None:
         """Mask the gradients, where backward has not done it."""
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer moves."""
-        return [self.weight, self.scores]
-
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         """Fused AdamW, its step count on the device where it can be captured."""
         capturable = self.problem.device.type == "cuda"
+        parameters = self.parameters.values()
         return torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.0, fused=True, capturable=capturable)
 
+    def settle(self) -> None:
+        """Be ready for the first step that counts.
+
+        Raises:
+            UnavailableError: it does not exist on this machine, with the reason.
+        """
+
     # --- the same for all
+    def loss(self, y: Tensor, target: Tensor) -> Tensor:
+        """The problem's, keeping the result for the check."""
+        self.y = y.detach()
+        return self.problem.loss(y, target)
+
     def step(self) -> None:
         """One training step."""
         self.optimizer.zero_grad()
         self.x.grad = None
         with self.problem.autocast():
-            y = self.forward()
-        y.backward(self.problem.dy)
+            loss = self.loss(self.model(self.x), self.problem.target)
+        loss.backward()
         self.protect()
         self.optimizer.step()
-        self.y = y.detach()
 
-    def gradients(self) -> Gradients:
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """That of the first step, after it."""
+        assert parameter.grad is not None
+        return parameter.grad
+
+    def results(self) -> Results:
         """Of the first step, after it."""
-        assert self.x.grad is not None and self.weight.grad is not None
-        return Gradients(self.y, self.x.grad, self.weight.grad, self.scores.grad)
+        found = {"y": self.y} | ({} if self.x.grad is None else {"dx": self.x.grad})
+        return found | {name: self.gradient(parameter) for name, parameter in self.parameters.items()}
 
     def check(self) -> str:
-        """After the first step: mask, result, gradients, and what the optimizer made of them.
+        """After the first step: masks, result, gradients, and what the optimizer made of them.
 
         Raises:
             WrongResultError: with what is wrong.
         """
-        problem = self.problem
-        mask, union = torch.ones_like(problem.union), None
-        verdict = "dense fp64"
-        if self.rule is not None:
-            mask, union = self.mask(problem.scores), problem.union
-            wrong = int((mask != reference.topc_mask(problem.scores, DENSITY, rule=self.rule)).sum())
-            if wrong > self.mask_tolerance * mask.numel():
-                raise WrongResultError(f"mask: {wrong} of {mask.numel()} bits are not as specified")
-            verdict = f"reference: mask {f'but {wrong} bits' if wrong else 'bitwise'}, y dx dW dS against fp64"
-        gradients = self.gradients()
-        problem.check(gradients, mask, self.rule or "value", union)
-        self.check_update(gradients)
+        problem, wrong = self.problem, 0
+        masks = {name: torch.ones_like(union) for name, union in problem.unions.items()}
+        for name in problem.gated if self.rule is not None else ():
+            scores = problem.start[f"{name}.scores"]
+            masks[name] = self.mask(name, scores)
+            bits = int((masks[name] != reference.topc_mask(scores, DENSITY, rule=self.rule or "")).sum())
+            if bits > self.mask_tolerance * scores.numel():
+                raise WrongResultError(f"mask of {name}: {bits} of {scores.numel()} bits are not as specified")
+            wrong += bits
+        results = self.results()
+        problem.check(results, masks, self.rule)
+        self.check_update(results)
         self.check_later()
-        return verdict
+        if self.rule is None:
+            return "dense fp64"
+        return f"reference: masks {f'but {wrong} bits' if wrong else 'bitwise'}, result and gradients against fp64"
 
-    def check_update(self, gradients: Gradients) -> None:
+    def check_update(self, results: Results) -> None:
         """Adam's first step is ``lr * g / (|g| + eps)``: every parameter has moved by as much."""
-        for name, start, now, gradient in (
-            ("weight", self.problem.weight, self.weight, gradients.dw),
-            ("scores", self.problem.scores, self.scores, gradients.ds),
-        ):
-            if gradient is not None:
-                g = gradient.double()
-                expected = start.double() - LEARNING_RATE * g / (g.abs() + EPSILON)
-                excess = ((now.detach().double() - expected).abs() - 2**-23 * expected.abs()).max()
-                if not excess <= LEARNING_RATE * 1e-3:
-                    raise WrongResultError(f"{name}: the optimizer is {float(excess):.3g} off its first step")
+        for name, parameter in self.parameters.items():
+            start, g = self.problem.start[name].double(), results[name].double()
+            expected = start - LEARNING_RATE * g / (g.abs() + EPSILON)
+            excess = ((parameter.detach().double() - expected).abs() - 2**-23 * expected.abs()).max()
+            if not excess <= LEARNING_RATE * 1e-3:
+                raise WrongResultError(f"{name}: the optimizer is {float(excess):.3g} off its first step")
 
     def check_later(self) -> str:
         """After any number of steps: the weights of finished tasks as they were, to the bit, and all values finite.
@@ -148,197 +163,192 @@ class Competitor:
         Raises:
             WrongResultError: with what is wrong.
         """
-        if not all(bool(p.isfinite().all()) for p in self.parameters()):
+        if not all(bool(p.isfinite().all()) for p in self.parameters.values()):
             raise WrongResultError("a parameter is not finite")
-        if self.rule is not None:
-            frozen = self.problem.union
-            check_same(self.weight.detach()[frozen], self.problem.weight[frozen], "frozen weights")
-        return "finite" if self.rule is None else "frozen weights bitwise"
+        if self.rule is None:
+            return "finite"
+        for name, frozen in self.problem.unions.items():
+            now, start = self.parameters[f"{name}.weight"].detach(), self.problem.start[f"{name}.weight"]
+            check_same(now[frozen], start[frozen], f"frozen weights of {name}")
+        return "frozen weights bitwise"
 
 
 class Dense(Competitor):
-    """``nn.Linear`` or ``nn.Conv2d`` with fused AdamW: no subnet at all, what everything else is measured against."""
+    """The plain net with fused AdamW: no subnet at all, what everything else is measured against."""
 
     name, rule = "dense", None
 
-    def forward(self) -> Tensor:
-        return self.problem.apply(self.x, self.weight)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.weight]
+class _Program(Competitor):
+    """A net of layers as a program has them."""
 
+    layer: ClassVar[type[ProgramLayer]]
 
-class Paper(Competitor):
-    """The paper's program: ``kthvalue`` and ``.item()``, constants on the CPU, int64 masks, masked fill, plain Adam."""
+    def build(self, net: nn.Module) -> None:
+        self.layers = with_layers(net, self.problem, self.layer)
+        super().build(net)
 
-    name, waits = "paper", True
-
-    def build(self) -> None:
-        self.zeros, self.ones = torch.zeros(self.weight.shape), torch.ones(self.weight.shape)
-        self.used = self.problem.union.long()
-
-    def mask(self, scores: Tensor) -> Tensor:
-        return ~(scores.abs() < published.paper_threshold(scores, DENSITY))
-
-    def forward(self) -> Tensor:
-        tau = published.paper_threshold(self.scores, DENSITY)
-        return self.problem.apply(self.x, self.weight * published.paper_gate(self.scores, tau, self.zeros, self.ones))
+    def mask(self, name: str, scores: Tensor) -> Tensor:
+        return self.layers[name].mask(scores)
 
     def protect(self) -> None:
-        assert self.weight.grad is not None
-        published.paper_protect(self.weight.grad, self.used)
-
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, LEARNING_RATE)
+        for layer in self.layers.values():
+            layer.protect()
 
 
-class Clarena(Competitor):
-    """CLArena's program, its gate mended: quantile by a sort, constants made on the CPU, float masks, plain Adam."""
+class Competent(_Program):
+    """What a careful user would write in PyTorch, with fused AdamW."""
 
-    name, rule, waits = "CLArena", "value", True
-    mask_tolerance = 2**-20  # an interpolated fp32 quantile of many scores is off by a few of them
-
-    def build(self) -> None:
-        self.used = self.problem.union.float()
-
-    def mask(self, scores: Tensor) -> Tensor:
-        return ~(scores < published.clarena_threshold(scores, DENSITY))
-
-    def forward(self) -> Tensor:
-        tau = published.clarena_threshold(self.scores, DENSITY)
-        return self.problem.apply(self.x, self.weight * published.clarena_gate(self.scores, tau))
-
-    def protect(self) -> None:
-        assert self.weight.grad is not None
-        published.clarena_protect(self.weight.grad, self.used)
-
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, LEARNING_RATE)
+    name, layer = "competent", CompetentLayer
 
 
-class _CompetentGate(torch.autograd.Function):
-    """Eq. 3 to 5 in as few passes as PyTorch's own operations allow; nothing but tau is kept for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, tau: Tensor, free: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(weight, scores, tau, free)
-        return weight.to(dtype).masked_fill(scores.abs() < tau, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scores, tau, free = ctx.saved_tensors
-        grad, keep = grads[0].to(weight.dtype), (scores.abs() >= tau) & free
-        return grad * keep, grad * weight * scores.sign(), None, None, None
-
-
-class Competent(Competitor):
-    """What a careful user would write in PyTorch: no host wait, nothing on the CPU, the union in backward, fused AdamW.
-
-    The threshold is a sort on a GPU, where ``kthvalue`` runs in one block, and ``kthvalue`` on a CPU.
-    """
-
-    name = "competent"
-
-    def build(self) -> None:
-        self.rank = ops.threshold_rank(self.weight.numel(), DENSITY, "magnitude")
-        self.free = ~self.problem.union
-
-    def threshold(self, scores: Tensor) -> Tensor:
-        """The exact threshold, left on the device."""
-        keys = scores.detach().abs().flatten()
-        return keys.sort().values[self.rank] if keys.is_cuda else keys.kthvalue(self.rank + 1).values
-
-    def masked_weight(self) -> Tensor:
-        """``W*m`` in the compute dtype."""
-        tau, dtype = self.threshold(self.scores), self.problem.dtype
-        masked: Tensor = _CompetentGate.apply(self.weight, self.scores, tau, self.free, dtype)
-        return masked
-
-    def mask(self, scores: Tensor) -> Tensor:
-        return ~(scores.abs() < self.threshold(scores))
-
-    def forward(self) -> Tensor:
-        return self.problem.apply(self.x, self.masked_weight())
-
-
-class Compiled(Competent):
-    """The same through ``torch.compile``, layer and gate together."""
+class CompetentCompiled(Competent):
+    """The same through ``torch.compile``, net and gates together."""
 
     name, compiled = "competent, compiled", True
 
-    def build(self) -> None:
-        super().build()
-        self.run = torch.compile(super().forward, dynamic=False, fullgraph=True)
+    def build(self, net: nn.Module) -> None:
+        super().build(net)
+        self.model = torch.compile(net, dynamic=False, fullgraph=True)
 
-    def forward(self) -> Tensor:
-        y: Tensor = self.run()
-        return y
+
+class Paper(_Program):
+    """The paper's program, with plain Adam."""
+
+    name, waits = "paper", True
+    layer: ClassVar[type[ProgramLayer]] = PaperLayer
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters.values(), LEARNING_RATE)
+
+
+class Clarena(Paper):
+    """CLArena's program."""
+
+    name, layer, linear_only = "CLArena", ClarenaLayer, True
+    rule, mask_tolerance = ClarenaLayer.rule, ClarenaLayer.mask_tolerance
 
 
 class Ours(Competitor):
-    """This library as a user has it: the layer in a :class:`WSN`, fused AdamW, and the guard around its step."""
+    """This library as a user has it: a converted net in a :class:`WSN`, and :class:`SubnetAdamW`."""
 
-    name, guarded = "ours, guarded", True
+    name = "ours"
+    one_pass: ClassVar[bool] = False
 
-    def build(self) -> None:
-        layer = _layer(self.problem)
-        self.layer = layer
-        self.weight, self.scores = layer.get_parameter("weight"), layer.get_parameter("weight_score")
-        self.wsn = WSN(nn.Sequential(layer))
+    def build(self, net: nn.Module) -> None:
+        problem = self.problem
+        self.wsn = WSN(convert(net, DENSITY, heads=HEAD if problem.is_net else None))
+        self.layers = dict(zip(problem.gated, self.wsn.subnet_layers().values(), strict=True))
         self.wsn.begin_task("first", density=FROZEN)
-        layer.load_state_dict({"weight": self.problem.weight, "weight_score": self.problem.old_scores}, strict=False)
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.weight_score.copy_(problem.old_scores[name])
         self.wsn.end_task()
         self.wsn.begin_task("second")
-        with torch.no_grad():
-            self.scores.copy_(self.problem.scores)
+        self.model, self.parameters = self.wsn, {}
+        for name, layer in self.layers.items():
+            self.parameters[f"{name}.weight"] = layer.get_parameter("weight")
+            self.parameters[f"{name}.scores"] = layer.get_parameter("weight_score")
+        if problem.is_net:
+            heads = self.wsn.model.get_submodule(HEAD)
+            assert isinstance(heads, TaskHeads)
+            self.parameters[f"{HEAD}.weight"] = heads.head("second").get_parameter("weight")
+        self.restart()
 
-    def mask(self, scores: Tensor) -> Tensor:
-        return topc_mask(scores, DENSITY)
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Put all parameters back to where every competitor starts."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.problem.start[name])
 
-    def forward(self) -> Tensor:
-        y: Tensor = self.wsn(self.x)
-        return y
+    def mask(self, name: str, scores: Tensor) -> Tensor:
+        return topc_mask(scores, DENSITY, rule=self.layers[name].rule, backend=self.layers[name].backend)
 
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = super().make_optimizer(parameters)
-        return self.wsn.guard(optimizer) if self.guarded else optimizer
-
-
-class OursUnguarded(Ours):
-    """Without the guard: as safe as the other competitors, since neither weight decay nor old momentum is at work."""
-
-    name, guarded = "ours", False
-
-
-class OursOnePass(Ours):
-    """With the library's own optimizer: gradient masking, both updates and the protection in one pass."""
-
-    name = "ours, one pass"
-
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = SubnetAdamW(self.wsn, LEARNING_RATE)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = SubnetAdamW(self.wsn, LEARNING_RATE, one_pass=self.one_pass)
         for group in optimizer.param_groups:
             group["capturable"] = self.problem.device.type == "cuda"  # its step count is on the device anyway
         return optimizer
 
-    def gradients(self) -> Gradients:
-        """As the optimizer has formed them from G, which is all that backward gives it: its first running mean of a
-        gradient g is ``(1 - beta1) * g``."""
-        assert self.x.grad is not None
-        share = 1 - self.optimizer.param_groups[0]["betas"][0]
-        dw, ds = (self.optimizer.state[p]["exp_avg"].double() / share for p in (self.weight, self.scores))
-        return Gradients(self.y, self.x.grad, dw, ds)
+    def mean_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient as the optimizer had it: its first running mean of g is ``(1 - beta1) * g``."""
+        mean: Tensor = self.optimizer.state[parameter]["exp_avg"]
+        return mean.double() / (1 - self.optimizer.param_groups[0]["betas"][0])
 
 
-def _layer(problem: Problem) -> FastSubnetLinear | FastSubnetConv2d:
-    s = problem.shape
-    if isinstance(s, ConvShape):
-        sizes = (s.channels, s.outputs, s.kernel, s.stride, s.padding, 1, s.groups)
-        return FastSubnetConv2d(*sizes, bias=False, device=problem.device, density=DENSITY)
-    return FastSubnetLinear(s.inputs, s.outputs, bias=False, device=problem.device, density=DENSITY)
+class OursGuarded(Ours):
+    """The same net with torch's fused AdamW inside :meth:`WSN.guard`, as any optimizer can be used."""
+
+    name = "ours, guarded"
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return self.wsn.guard(Competitor.make_optimizer(self))
+
+
+class OursOnePass(Ours):
+    """Gradient masking, both updates and the gate of the next step in one pass; backward gives no dW and dS."""
+
+    name, one_pass = "ours, one pass", True
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        return self.mean_gradient(parameter)
+
+
+class OursCompiled(Ours):
+    """The converted net through ``torch.compile``; the optimizer stays as it is."""
+
+    name, compiled = "ours, compiled", True
+
+    def build(self, net: nn.Module) -> None:
+        super().build(net)
+        self.model = torch.compile(self.wsn, dynamic=False, fullgraph=True)
+
+
+class OursCaptured(Ours):
+    """The whole step as one CUDA graph by :func:`wsn_fast.capture.capture_step`; runs eagerly on a CPU."""
+
+    name, captures = "ours, captured", True
+
+    def __init__(self, problem: Problem) -> None:
+        from wsn_fast.capture import capture_step
+
+        super().__init__(problem)
+        if not problem.is_net:
+            self.wsn.model.register_forward_pre_hook(self._want_gradient)
+        self.run = capture_step(self.wsn, self.optimizer, self.loss)
+
+    def _want_gradient(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Inside of a graph the batch is a copy, which requires no gradient by itself."""
+        self.x = inputs[0].detach().requires_grad_()
+        return (self.x,)
+
+    def step(self) -> None:
+        with self.problem.autocast():
+            self.run(self.problem.x, self.problem.target)
+
+    def settle(self) -> None:
+        for _ in range(_CAPTURE_TRIES):
+            if not self.run.captured:
+                self.step()
+        if not self.run.captured:
+            raise UnavailableError(f"not captured: {self.run.reason}")
+        self.restart()
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        return self.mean_gradient(parameter)  # what a graph leaves in .grad is its own
+
+
+class OursOnePassCaptured(OursCaptured):
+    """The one-pass step as one CUDA graph."""
+
+    name, one_pass = "ours, one pass, captured", True
 
 
 COMPETITORS: tuple[type[Competitor], ...] = (
-    Dense, OursUnguarded, Ours, OursOnePass, Competent, Paper, Clarena, Compiled,
+    Dense, Ours, OursGuarded, OursOnePass, OursCaptured, OursOnePassCaptured, Competent, Paper, Clarena, OursCompiled,
+    CompetentCompiled,
 )  # fmt: skip
 """In the order of rows."""

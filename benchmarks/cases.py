@@ -42,6 +42,26 @@ class Rates(NamedTuple):
     flops: dict[str, float]
 
 
+class Kernel(NamedTuple):
+    """A kernel in the profile of a call.
+
+    Attributes:
+        name: as the profiler has it, shortened.
+        calls: per call of the benchmark.
+        us: device time of these together.
+        share: of the device time of the call.
+        role: what it does, "" if nobody knows.
+        bytes: the least that it has to move, all its calls together; None if nobody knows.
+    """
+
+    name: str
+    calls: float
+    us: float
+    share: float
+    role: str
+    bytes: float | None
+
+
 @dataclass
 class Prepared:
     """A case with its data in place.
@@ -54,9 +74,11 @@ class Prepared:
             poisoned by torch itself.
         recheck: asked after the timing; None runs the first call and ``check`` once more.
         capture: whether the calls can be captured in a CUDA graph.
+        loop: whether they are to be timed as a loop of eager calls (see :func:`benchmarks.timing.time_calls`).
         poison: whether torch may poison what the checked call allocates: not under ``torch.compile``, whose guards
             would see it.
         notes: further numbers, read after the timing.
+        kernels: lists what one call runs on the device; None for rows that do not want to know.
     """
 
     calls: Sequence[Call]
@@ -65,8 +87,10 @@ class Prepared:
     outputs: Sequence[Tensor] = ()
     recheck: Callable[[], str] | None = None
     capture: bool = True
+    loop: bool = False
     poison: bool = True
     notes: Callable[[], dict[str, float]] = field(default=dict)
+    kernels: Callable[[], list[Kernel]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The report of one device: ``python -m benchmarks.device_report``; under eight minutes on a GPU, from a bare checkout.
+"""The report of one device: ``python -m benchmarks.device_report``, from a bare checkout; on a GPU in two parts, each
+in under ten minutes.
 
 The rows are run by a worker, a process of its own: a fault on a GPU ends whatever uses it, and then the row in progress
 gets the blame and a new worker goes on behind it. The worker writes each row to a journal at once; the report is
@@ -24,7 +25,7 @@ from .markdown import markdown
 from .provenance import ROOT, gpu_state, provenance, slug
 from .rows import Row, release, run_case
 from .shapes import PROFILES, TINY
-from .suite import SECTIONS
+from .suite import PARTS, SECTIONS
 
 ROW_SECONDS = 120.0  # a row that takes longer hangs
 _POLL_SECONDS = 0.1
@@ -39,11 +40,11 @@ class Planned(NamedTuple):
     case: Case
 
 
-def plan(shapes_name: str, device: torch.device, compiled: bool) -> list[Planned]:
-    """Every row, in order. Makes no data and does not touch the device."""
+def plan(shapes_name: str, device: torch.device, compiled: bool, part: str = "all") -> list[Planned]:
+    """Every row of a part, in order. Makes no data and does not touch the device."""
     shapes = PROFILES[shapes_name]
     first = [Planned(ceilings.SECTION, 60.0, case) for case in ceilings.ceiling_cases(device, shapes is TINY)]
-    sections = [section for section in SECTIONS if compiled or not section.compiled]
+    sections = [s for s in SECTIONS if (compiled or not s.compiled) and part in ("all", s.part)]
     return first + [Planned(s.name, s.seconds, case) for s in sections for case in s.cases(shapes, device)]
 
 
@@ -87,7 +88,7 @@ class Journal:
 def work(options: argparse.Namespace, journal: Journal) -> int:
     """Run the plan from row ``options.first`` on; the exit status."""
     device = torch.device(options.device)
-    planned = plan(options.shapes, device, options.compiled)
+    planned = plan(options.shapes, device, options.compiled, options.part)
     if options.first == 0:
         journal.note(facts={"dry run, times mean nothing": options.shapes == "tiny", **provenance(device)})
     section, deadline, rates = "", 0.0, None
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(options.threads)
         return work(options, journal)
     journal.path.unlink(missing_ok=True)
-    planned = plan(options.shapes, torch.device(options.device), options.compiled)
+    planned = plan(options.shapes, torch.device(options.device), options.compiled, options.part)
     command = [
         sys.executable,
         "-m",
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--until",
         str(options.until),
     ]
-    for name in ("device", "shapes", "seconds", "threads"):
+    for name in ("device", "shapes", "part", "seconds", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
     command += [] if options.compiled else ["--no-compiled"]
 
@@ -226,6 +227,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--shapes", choices=sorted(PROFILES), help="default: gpu on a GPU, large on a CPU")
+    parser.add_argument("--part", choices=("all", *PARTS), default="all", help="whole training steps, or the rest")
     parser.add_argument("--minutes", type=float, default=7.2, help="all in all")
     parser.add_argument("--seconds", type=float, default=0.12, help="of measuring, for a row")
     parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave torch.compile out")
@@ -241,7 +243,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         name = str(provenance(torch.device("cpu"))["cpu"])
         if options.device.startswith("cuda"):
             name = torch.cuda.get_device_name(options.device)
-        options.out = ROOT / "benchmarks" / "results" / f"{time.strftime('%Y-%m-%d')}-{slug(name)}"
+        ending = "" if options.part == "all" else f"-{options.part}"
+        options.out = ROOT / "benchmarks" / "results" / f"{time.strftime('%Y-%m-%d')}-{slug(name)}{ending}"
     options.out = options.out.resolve()
     return options
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case, Prepared, Rates, UnavailableError, WrongResultError, floor_us, verify
+from .cases import Case, Kernel, Prepared, Rates, UnavailableError, WrongResultError, floor_us, verify
 from .timing import MIN_REPEATS, time_calls
 
 _LONG_FIRST_CALL = 1.0  # seconds: it may have been a compiler's
@@ -27,6 +27,7 @@ class Row:
         median_us, p20_us, p80_us, repeats, how: see :class:`benchmarks.timing.Timing`; None unless "ok".
         floor_us: from the bytes and operations that the case must do and the rates of this device, this run.
         notes: further numbers.
+        kernels: the profile of a call, for rows that have one.
         error: why there is no time.
     """
 
@@ -44,6 +45,7 @@ class Row:
     how: str = ""
     floor_us: float | None = None
     notes: dict[str, float] = field(default_factory=dict)
+    kernels: list[Kernel] = field(default_factory=list)
     error: str = ""
 
     @classmethod
@@ -54,7 +56,8 @@ class Row:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Row:
         """The inverse of :meth:`as_dict`."""
-        return cls(**{name: value for name, value in data.items() if name != "ratio"})
+        fields = {name: value for name, value in data.items() if name != "ratio"}
+        return cls(**fields | {"kernels": [Kernel(*kernel) for kernel in fields.get("kernels", ())]})
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -121,11 +124,12 @@ def _run(row: Row, case: Case, device: torch.device, rates: Rates | None, second
     if once * (MIN_REPEATS + 1) > remaining - (time.perf_counter() - begin):
         row.status, row.error = "skipped", f"one call took {once:.1f} s, and {remaining:.0f} s of the section were left"
         return
-    timing = time_calls(prepared.calls, device, seconds=seconds, capture=prepared.capture)
+    timing = time_calls(prepared.calls, device, seconds=seconds, capture=prepared.capture, loop=prepared.loop)
     row.median_us, row.p20_us, row.p80_us, row.repeats, row.how = timing
     again = prepared.recheck() if prepared.recheck is not None else verify(prepared)
     row.check += "" if again == row.check else f"; after timing {again}"
     row.notes = prepared.notes()
+    row.kernels = [] if prepared.kernels is None else prepared.kernels()
     row.floor_us = None if rates is None else floor_us(prepared.work, rates, case.dtype)
     row.status = "ok"
 

@@ -42,6 +42,24 @@ class ConvShape:
 
 
 @dataclass(frozen=True)
+class NetShape:
+    """A batch of ``rows`` inputs through one of the paper's nets, by its name in :mod:`wsn_fast.train.nets`."""
+
+    net: str
+    inputs: tuple[int, ...]
+    classes: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.net} {'x'.join(map(str, self.inputs))} b{self.rows}"
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether it has convolutions."""
+        return self.net != "mlp"
+
+
+@dataclass(frozen=True)
 class Shapes:
     """One choice of shapes.
 
@@ -58,7 +76,9 @@ class Shapes:
         task_rows: batch sizes of products whose rows belong to different tasks.
         convs: convolutions without a training step.
         steps: linear layers for the training step, the most telling first.
+        more_steps: further ones.
         conv_steps: convolutions for the training step.
+        nets: whole nets for the training step.
     """
 
     thresholds: tuple[int, ...]
@@ -73,8 +93,18 @@ class Shapes:
     task_rows: tuple[int, ...]
     convs: tuple[ConvShape, ...]
     steps: tuple[LinearShape, ...]
+    more_steps: tuple[LinearShape, ...]
     conv_steps: tuple[ConvShape, ...]
+    nets: tuple[NetShape, ...]
 
+
+# The paper's data: Permuted MNIST, and the same with a larger batch; CIFAR-100 Superclass; 5-Datasets; CIFAR-100 Split;
+# Omniglot Rotation.
+MLP, MLP_64 = (NetShape("mlp", (1, 28, 28), 10, rows) for rows in (10, 64))
+LENET = NetShape("lenet", (3, 32, 32), 5, 64)
+RESNET = NetShape("resnet18_stateless", (3, 32, 32), 10, 64)
+ALEXNET = NetShape("alexnet", (3, 32, 32), 10, 64)
+LENET_LARGE = NetShape("lenet_large", (1, 32, 32), 12, 64)
 
 MILLION, LAYER, LARGE, HUGE = 1 << 20, 1 << 24, 1 << 26, 1 << 30  # 1.05 M, 16.8 M, 67 M and 1.07 G scores
 
@@ -91,7 +121,9 @@ TINY = Shapes(  # code paths, not times: the report's dry run, in Triton's inter
     task_rows=(5,),
     convs=(ConvShape(2, 3, 6, 4, 3, padding=1),),
     steps=(LinearShape(24, 40, 5),),
+    more_steps=(LinearShape(16, 24, 3),),
     conv_steps=(ConvShape(2, 3, 6, 4, 3, padding=1),),
+    nets=(NetShape("mlp", (1, 4, 4), 3, 5), NetShape("lenet", (1, 4, 4), 3, 5)),
 )
 SMALL = Shapes(  # a CPU, in a minute
     thresholds=(100_000, MILLION),
@@ -106,7 +138,9 @@ SMALL = Shapes(  # a CPU, in a minute
     task_rows=(16,),
     convs=(ConvShape(8, 32, 16, 64, 3, padding=1),),
     steps=(LinearShape(100, 784, 10), LinearShape(512, 512, 64)),  # the first is the paper's on Permuted MNIST
+    more_steps=(),
     conv_steps=(ConvShape(8, 32, 16, 64, 3, padding=1),),
+    nets=(MLP, MLP_64, LENET),
 )
 LARGE_CPU = Shapes(  # the published numbers of a CPU
     thresholds=(MILLION, LAYER),
@@ -120,8 +154,10 @@ LARGE_CPU = Shapes(  # the published numbers of a CPU
     grad_rows=(64,),
     task_rows=(64,),
     convs=(ConvShape(64, 64, 32, 128, 3, padding=1),),
-    steps=(LinearShape(1024, 1024, 64), LinearShape(2048, 2048, 64), LinearShape(100, 784, 10)),
+    steps=(LinearShape(2048, 2048, 64), LinearShape(1024, 1024, 64), LinearShape(100, 784, 10)),
+    more_steps=(),
     conv_steps=(ConvShape(64, 64, 32, 128, 3, padding=1),),
+    nets=(MLP, MLP_64, LENET, RESNET, ALEXNET),
 )
 GPU = Shapes(  # the published numbers of a GPU
     thresholds=(LAYER, MILLION, LARGE, HUGE),
@@ -135,16 +171,12 @@ GPU = Shapes(  # the published numbers of a GPU
     grad_rows=(32, 256, 4096, 16384),
     task_rows=(16, 64, 256),
     convs=(ConvShape(64, 64, 32, 128, 3, padding=1), ConvShape(64, 256, 16, 256, 3, padding=1)),
-    steps=(
-        LinearShape(4096, 4096, 256),
-        LinearShape(4096, 4096, 32),
-        LinearShape(4096, 4096, 4096),
-        LinearShape(1024, 1024, 256),
-        LinearShape(4096, 16384, 32),
-        LinearShape(4096, 4096, 16384),
-        LinearShape(4096, 16384, 4096),
+    steps=tuple(LinearShape(4096, 4096, rows) for rows in (256, 32, 4096, 16384)),
+    more_steps=tuple(
+        LinearShape(*size, rows) for size in ((1024, 1024), (4096, 16384)) for rows in (256, 32, 4096, 16384)
     ),
     conv_steps=(ConvShape(64, 256, 16, 256, 3, padding=1),),
+    nets=(MLP, MLP_64, LENET, RESNET, ALEXNET, LENET_LARGE),
 )
 
 PROFILES = {"tiny": TINY, "small": SMALL, "large": LARGE_CPU, "gpu": GPU}

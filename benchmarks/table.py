@@ -9,18 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .markdown import head, line
+from .memory import NOTE
 
 OURS = ("ours", "native backend", "triton", "torch backend")
 """How the name of the library's own row begins: the first of these that there is, and the first such row."""
 
 
 class Time(NamedTuple):
-    """A stored result: a contender for an operation at a shape, its median and its interquartile range in seconds."""
+    """A stored result: a contender for an operation at a shape, its median and its interquartile range in seconds, and
+    the peak memory in bytes per weight where it was measured."""
 
     operation: str
     shape: str
@@ -28,6 +30,7 @@ class Time(NamedTuple):
     contender: str
     median: float
     spread: float
+    memory: float | None = None
 
 
 def times_of(stored: Mapping[str, Any]) -> list[Time]:
@@ -36,7 +39,7 @@ def times_of(stored: Mapping[str, Any]) -> list[Time]:
     for entry in stored["benchmarks"]:
         case, stats = entry["extra_info"], entry["stats"]
         names = (case["operation"], case["shape"], case["dtype"], case["contender"])
-        found.append(Time(*names, stats["median"], stats["iqr"]))
+        found.append(Time(*names, stats["median"], stats["iqr"], case.get("notes", {}).get(NOTE)))
     return found
 
 
@@ -50,7 +53,9 @@ def table(facts: Mapping[str, Any], times: Sequence[Time]) -> str:
     lines: list[str] = []
     for operation, dtype in dict.fromkeys((time.operation, time.dtype) for time in times):
         of_operation = [time for time in times if (time.operation, time.dtype) == (operation, dtype)]
-        lines += [*_rows(f"{operation}, {dtype}, ms", of_operation), ""]
+        lines += [*_rows(f"{operation}, {dtype}, ms", of_operation, lambda time: 1e3 * time.median), ""]
+        if any(time.memory for time in of_operation):
+            lines += [*_rows(f"{operation}, {dtype}, {NOTE}", of_operation, lambda time: time.memory), ""]
     lines += ["Medians; in brackets the ratio to the library's own row. Each result was checked in the same run."]
     commit = facts["commit"][:7] + (" with changes" if facts["dirty"] else "")
     lines += [f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {commit}, {facts['date'][:10]}."]
@@ -60,24 +65,25 @@ def table(facts: Mapping[str, Any], times: Sequence[Time]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(title: str, times: Sequence[Time]) -> Iterator[str]:
-    shapes = list(dict.fromkeys(time.shape for time in times))
-    medians = {(time.shape, time.contender): time.median for time in times}
-    ours = {shape: _ours([time for time in times if time.shape == shape]) for shape in shapes}
+def _rows(title: str, times: Sequence[Time], value: Callable[[Time], float | None]) -> Iterator[str]:
+    """Contenders by those shapes that have values."""
+    values = {(time.shape, time.contender): value(time) for time in times if value(time) is not None}
+    shapes = list(dict.fromkeys(shape for shape, _ in values))
+    ours = {shape: _ours({name: v for (s, name), v in values.items() if s == shape}) for shape in shapes}
     yield from head((title, *shapes))
-    for contender in dict.fromkeys(time.contender for time in times):
-        yield line((contender, *(_cell(medians.get((shape, contender)), ours[shape]) for shape in shapes)))
+    for contender in dict.fromkeys(contender for _, contender in values):
+        yield line((contender, *(_cell(values.get((shape, contender)), ours[shape]) for shape in shapes)))
 
 
-def _ours(times: Sequence[Time]) -> float | None:
-    """The median of the library's row."""
-    return next((time.median for name in OURS for time in times if time.contender.startswith(name)), None)
+def _ours(values: Mapping[str, float | None]) -> float | None:
+    """The value of the library's row."""
+    return next((value for name in OURS for own, value in values.items() if own.startswith(name)), None)
 
 
-def _cell(median: float | None, ours: float | None) -> str:
-    if median is None:
+def _cell(value: float | None, ours: float | None) -> str:
+    if value is None:
         return ""
-    return _three_digits(1e3 * median) + (f" ({_three_digits(median / ours)}x)" if ours else "")
+    return _three_digits(value) + (f" ({_three_digits(value / ours)}x)" if ours else "")
 
 
 def _three_digits(value: float) -> str:

@@ -32,3 +32,5 @@ def test_case(case: Case, device: torch.device, benchmark: Any) -> None:
         prepared.recheck()
     else:
         verify(prepared)
+    if benchmark.enabled:
+        benchmark.extra_info.update(notes=prepared.notes())

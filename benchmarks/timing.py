@@ -2,7 +2,8 @@
 
 On a GPU the calls are captured in a CUDA graph and its replays are timed with events, so that launch gaps stay out.
 What cannot be captured is timed with events around eager calls, or by the host's clock if the call waits for the
-device itself; the result says which. On a CPU it is the host's clock.
+device itself; the result says which. Steps of whole nets are timed as a loop of eager calls. On a CPU it is the host's
+clock.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ Call = Callable[[], object]
 MIN_REPEATS, MAX_REPEATS = 3, 200
 _REPLAY_SECONDS = 2e-3  # long against the gap between replays
 _MAX_LOOPS = 64
+_LEAST_IN_A_LOOP = 5  # the first call of a row finds the device idle
 _FLUSH_BYTES = 512 << 20  # several times any L2
 
 
 class Timing(NamedTuple):
-    """Microseconds per call. ``how``: "graph", "events", "wall" or "host", with the reason if it is second best."""
+    """Microseconds per call. ``how``: "graph", "loop", "events", "wall" or "host", with the reason if it is second
+    best."""
 
     median_us: float
     p20_us: float
@@ -37,6 +40,7 @@ def time_calls(
     *,
     seconds: float = 0.2,
     capture: bool = True,
+    loop: bool = False,
     flush: bool = False,
 ) -> Timing:
     """Time calls that do the same work on different data.
@@ -47,6 +51,8 @@ def time_calls(
         seconds: about how long to measure, with at least ``MIN_REPEATS`` repeats; 0 for a single one, in a dry run.
         capture: whether they can be captured in a CUDA graph: no host synchronisation, no copy from the host. Without
             it the host's clock is used, and includes what the host does.
+        loop: time eager calls in a row between two events, as a training loop makes them: what the host adds counts as
+            far as the device has to wait for it.
         flush: write a buffer larger than the L2 cache before every single call, which is then timed by itself.
 
     Returns:
@@ -54,12 +60,15 @@ def time_calls(
     """
     if device.type == "cpu":
         return _clocked(calls, seconds, lambda: None, "host")
-    if not capture:
+    if not capture and not loop:
         return _clocked(calls, seconds, torch.cuda.synchronize, "wall")
     if flush:
         return _flushed(calls, seconds)
     once = _once(calls)
     loops = max(1, min(_MAX_LOOPS, int(_REPLAY_SECONDS / once)))
+    if loop:
+        loops = max(loops, _LEAST_IN_A_LOOP)
+        return _evented(_in_turn(list(calls) * loops), len(calls) * loops, once * loops, seconds, "loop")
     try:
         graph = capture_graph(list(calls) * loops)
     except Exception as error:  # any kind: a library's refusal to be captured is a reason, not the end of the row

@@ -96,7 +96,7 @@ def sample_kernel(
 
 
 @triton.jit
-def _stretch(tensors_ptr, programs_ptr, items_each, DTYPE: tl.constexpr):
+def stretch(tensors_ptr, programs_ptr, items_each, DTYPE: tl.constexpr):
     """What this program owns: (tensor, row of Table.tensors, first element, number of elements, address)."""
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(programs_ptr + 2 * program)
@@ -134,7 +134,7 @@ def window_kernel(
     LANES: tl.constexpr,  # the program's threads: each has a row of a tile to itself, and sums along it alone
 ):
     """Count the keys below the window and at its ends, and list those inside."""
-    tensor, row_ptr, _, items, x_ptr = _stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
+    tensor, row_ptr, _, items, x_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
     state_ptr += tensor * (STATE + (len(DIGITS) << DIGITS[0]))
     low = tl.load(state_ptr).to(tl.uint32)
     high = tl.load(state_ptr + 1).to(tl.uint32)
@@ -168,7 +168,7 @@ def window_kernel(
 
 
 @triton.jit
-def _locate(row_ptr, state_ptr, LIST_SHARE: tl.constexpr):
+def locate(row_ptr, state_ptr, LIST_SHARE: tl.constexpr):
     """Where tau is: (at the window's low end, at its high end, in the list, its rank there or overall)."""
     rank = tl.load(row_ptr + 2)
     at_low = tl.load(state_ptr + 3)
@@ -183,17 +183,20 @@ def _locate(row_ptr, state_ptr, LIST_SHARE: tl.constexpr):
 
 
 @triton.jit
-def _narrow(counts_ptr, rank, DIGITS: tl.constexpr, PASSES: tl.constexpr):
-    """The first PASSES digits of the key of this rank, from the counts of as many passes."""
+def narrow(counts_ptr, rank, DIGITS: tl.constexpr, PASSES: tl.constexpr):
+    """The first PASSES digits of the key of this rank, from the counts of as many passes, and the number of keys that
+    have them."""
     BINS: tl.constexpr = 1 << DIGITS[0]
     bins = tl.arange(0, BINS)
     prefix = tl.zeros((), tl.uint32)
+    equal = tl.zeros((), tl.int64)
     for i in tl.static_range(PASSES):
         counts = tl.load(counts_ptr + i * BINS + bins)
         digit = tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int32), 0)
         rank -= tl.sum(tl.where(bins < digit, counts, 0), 0)
+        equal = tl.sum(tl.where(bins == digit, counts, 0), 0)
         prefix = (prefix << DIGITS[i]) | digit.to(tl.uint32)
-    return prefix
+    return prefix, equal
 
 
 @triton.jit
@@ -214,9 +217,9 @@ def digit_kernel(
 ):
     """Count digit PASS of the keys that agree with the threshold in every digit before it."""
     BINS: tl.constexpr = 1 << DIGITS[PASS]
-    tensor, row_ptr, start, items, x_ptr = _stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
+    tensor, row_ptr, start, items, x_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
     state_ptr += tensor * (STATE + (len(DIGITS) << DIGITS[0]))
-    is_low, is_high, in_list, rank = _locate(row_ptr, state_ptr, LIST_SHARE)
+    is_low, is_high, in_list, rank = locate(row_ptr, state_ptr, LIST_SHARE)
     if in_list:
         lists_ptr += tl.load(row_ptr + 3) + start // LIST_SHARE
         left = tl.load(state_ptr + 5) - start // LIST_SHARE
@@ -224,7 +227,7 @@ def digit_kernel(
     if is_low | is_high:
         items = 0
     if items > 0:
-        prefix = _narrow(state_ptr + STATE, rank, DIGITS, PASS)
+        prefix, _ = narrow(state_ptr + STATE, rank, DIGITS, PASS)
         counts = tl.zeros([BINS], tl.int32)
         for offset in range(0, items, BLOCK):
             offsets = offset + tl.arange(0, BLOCK)
@@ -255,11 +258,11 @@ def result_kernel(
     """Write the threshold of one tensor per program."""
     tensor = tl.program_id(0).to(tl.int64)
     state_ptr += tensor * (STATE + (len(DIGITS) << DIGITS[0]))
-    is_low, is_high, _, rank = _locate(tensors_ptr + 6 * tensor, state_ptr, LIST_SHARE)
+    is_low, is_high, _, rank = locate(tensors_ptr + 6 * tensor, state_ptr, LIST_SHARE)
     if is_low | is_high:
         key = tl.load(state_ptr + tl.where(is_low, 0, 1)).to(tl.uint32)
     else:
-        key = _narrow(state_ptr + STATE, rank, DIGITS, len(DIGITS))
+        key, _ = narrow(state_ptr + STATE, rank, DIGITS, len(DIGITS))
     tl.store(tau_ptr + tensor, from_order_key(key, DTYPE, MAGNITUDE))
 
 

@@ -119,6 +119,15 @@ def test_what_waits_is_timed_by_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.how == "wall" and cuda.log.count("synchronize") == result.repeats + 1
 
 
+def test_a_loop_is_timed_eagerly_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimulatedCuda()
+    simulate(monkeypatch, cuda)
+    result = timing.time_calls([cuda.kernel(3.0)], torch.device("cuda"), loop=True)
+    assert result.median_us == pytest.approx(3000.0)
+    assert result.how == "loop" and "replay" not in cuda.log
+    assert cuda.log.count("synchronize") == 2  # before the measurement and after it
+
+
 def test_a_flush_is_not_in_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = SimulatedCuda()
     simulate(monkeypatch, cuda)
@@ -205,3 +214,15 @@ def test_a_table_has_ratios_to_the_librarys_own_row() -> None:
         "a CPU, 2 threads, torch 2.13, abcdef0, 2030-01-02.\nThe widest interquartile range is 10% of its median"
         in text
     )
+
+
+def test_a_table_shows_memory_where_it_was_measured() -> None:
+    facts = {"device": "a CPU", "threads": 2, "torch": "2", "commit": "abcdef012", "dirty": False, "date": "2030-01-02"}
+    times = [
+        Time("linear step", "64x64 b8", "float32", "ours", 1e-3, 1e-4),
+        Time("linear step", "128x128 b8", "float32", "dense", 1e-3, 1e-4, 16.0),
+        Time("linear step", "128x128 b8", "float32", "ours", 1e-3, 1e-4, 32.0),
+    ]
+    text = table(facts, times)
+    assert "| linear step, float32, peak bytes per weight | 128x128 b8 |" in text
+    assert "| dense | 16.0 (0.500x) |" in text

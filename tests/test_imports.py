@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # "" is wsn_fast/__init__.py: below the driver, which may use the public names as anybody does.
 LEVELS = [
     {"kernels", "reference", "tasks", "patterns"},
+    {"reference_trainer"},
     {"backends"},
     {"ops", "products"},
     {"autograd"},

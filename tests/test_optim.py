@@ -1,4 +1,4 @@
-"""The one-pass optimizers: the same training as torch's optimizers under the guard, and nothing frozen moves."""
+"""The subnet optimizers: the same training as torch's optimizers under the guard, and nothing frozen moves."""
 
 from __future__ import annotations
 
@@ -26,28 +26,33 @@ def by_kind(wsn: WSN, decay: float) -> list[dict[str, object]]:
     return [{"params": rest, "weight_decay": decay}, {"params": scores, "weight_decay": 0.0}]
 
 
-PAIRS: dict[str, tuple[Make, Make]] = {
-    "adamw": (
-        lambda wsn: wsn.guard(torch.optim.AdamW(by_kind(wsn, 0.1), 0.01)),
-        lambda wsn: SubnetAdamW(wsn, 0.01, weight_decay=0.1),
-    ),
-    "adam": (
-        lambda wsn: wsn.guard(torch.optim.Adam(by_kind(wsn, 0.1), 0.01)),
-        lambda wsn: SubnetAdamW(wsn, 0.01, weight_decay=0.1, decoupled=False),
-    ),
-    "sgd": (
-        lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.1), 0.05)),
-        lambda wsn: SubnetSGD(wsn, 0.05, weight_decay=0.1),
-    ),
-    "nesterov": (
-        lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.0), 0.05, momentum=0.9, nesterov=True)),
-        lambda wsn: SubnetSGD(wsn, 0.05, momentum=0.9, nesterov=True),
-    ),
-    "dampened": (
-        lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.1), 0.05, momentum=0.9, dampening=0.5)),
-        lambda wsn: SubnetSGD(wsn, 0.05, momentum=0.9, dampening=0.5, weight_decay=0.1),
-    ),
-}
+def pairs_of(one_pass: bool) -> dict[str, tuple[Make, Make]]:
+    """By kind: torch's optimizer under the guard, and ours."""
+    return {
+        "adamw": (
+            lambda wsn: wsn.guard(torch.optim.AdamW(by_kind(wsn, 0.1), 0.01)),
+            lambda wsn: SubnetAdamW(wsn, 0.01, weight_decay=0.1, one_pass=one_pass),
+        ),
+        "adam": (
+            lambda wsn: wsn.guard(torch.optim.Adam(by_kind(wsn, 0.1), 0.01)),
+            lambda wsn: SubnetAdamW(wsn, 0.01, weight_decay=0.1, decoupled=False, one_pass=one_pass),
+        ),
+        "sgd": (
+            lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.1), 0.05)),
+            lambda wsn: SubnetSGD(wsn, 0.05, weight_decay=0.1, one_pass=one_pass),
+        ),
+        "nesterov": (
+            lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.0), 0.05, momentum=0.9, nesterov=True)),
+            lambda wsn: SubnetSGD(wsn, 0.05, momentum=0.9, nesterov=True, one_pass=one_pass),
+        ),
+        "dampened": (
+            lambda wsn: wsn.guard(torch.optim.SGD(by_kind(wsn, 0.1), 0.05, momentum=0.9, dampening=0.5)),
+            lambda wsn: SubnetSGD(wsn, 0.05, momentum=0.9, dampening=0.5, weight_decay=0.1, one_pass=one_pass),
+        ),
+    }
+
+
+PAIRS = pairs_of(True) | {f"{kind}, standard": pair for kind, pair in pairs_of(False).items()}
 
 
 def make_wsn(rule: str = "magnitude", dtype: torch.dtype = torch.float64) -> WSN:
@@ -147,7 +152,7 @@ def test_the_state_goes_to_torch_and_back() -> None:
     torchs = torch.optim.Adam(by_kind(wsn, 0.1), 0.5)
     torchs.load_state_dict(state)
     assert torchs.param_groups[0]["lr"] == 0.01
-    again = SubnetAdamW(wsn, 0.3, weight_decay=0.1, decoupled=False)
+    again = SubnetAdamW(wsn, 0.3, weight_decay=0.1, decoupled=False, one_pass=True)
     again.load_state_dict(torchs.state_dict())
     backward(wsn)
     again.step()
@@ -283,7 +288,7 @@ def test_weight_and_scores_of_different_dtypes() -> None:
     layer = wsn.subnet_layers()["0"]
     layer.weight_score = nn.Parameter(layer.weight_score.double())
     wsn.begin_task(0)
-    optimizer = SubnetAdamW(wsn)
+    optimizer = SubnetAdamW(wsn, one_pass=True)
     x, y = batch(0, 0, torch.float32)
     F.cross_entropy(wsn(x), y).backward()
     before = layer.weight_score.clone()

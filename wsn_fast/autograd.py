@@ -166,29 +166,34 @@ def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> Tenso
 
 
 class RawGate(torch.autograd.Function):
-    """The gate for the one-pass optimizers: ``RawGate.apply(weight, scores, density, rule, dtype, backend)`` is
-    ``(m ? W : +0.0, tau)``, and hands G, the gradient of the masked weight, to the weight as it is. What Eq. 4 and 5
-    make of it is the optimizer's business, which gets tau for it."""
+    """The gate for the one-pass optimizers: ``RawGate.apply(weight, masked)`` is ``masked``, which was formed from the
+    weight, and hands G, the gradient of the masked weight, to the weight as it is. What Eq. 4 and 5 make of it is the
+    optimizer's business. G stays in bfloat16 where it was computed so, if the weight allows (``grad_dtype`` None), and
+    is added up in the dtype of the weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        scores: Tensor,
-        density: float,
-        rule: str,
-        dtype: torch.dtype,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        masked, tau = ops.gate(weight, scores, density, rule, dtype, backend)
-        ctx.mark_non_differentiable(tau)
-        ctx.dtype = weight.dtype
-        return masked, tau
+    def forward(ctx: Any, weight: Tensor, masked: Tensor) -> Tensor:
+        ctx.weight = weight
+        return masked.detach()  # the same memory and version, another tensor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
-        (raw,) = _first_order((grads[0].to(ctx.dtype),), *grads[:1], *grads[:1])
-        return raw, None, None, None, None, None
+        (raw,) = _first_order((_handed_over(grads[0], ctx.weight),), *grads[:1], *grads[:1])
+        return raw, None
+
+
+def _handed_over(raw: Tensor, weight: Tensor) -> Tensor:
+    if raw.dtype is weight.dtype:
+        return raw
+    # GradScaler refuses to unscale float16.
+    keeps = raw.dtype is torch.bfloat16 and not torch.compiler.is_compiling() and weight.grad_dtype is None
+    if not keeps:
+        return raw.to(weight.dtype)
+    if weight.grad is None:
+        return raw
+    if weight.grad.dtype is not weight.dtype:
+        weight.grad = weight.grad.to(weight.dtype)
+    return raw.to(weight.dtype)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):

@@ -41,11 +41,18 @@ class Guarded(Protocol):
 
 
 @runtime_checkable
-class OnePass(Protocol):
-    """An optimizer that takes raw gradients, and does not store to frozen weights."""
+class KnowsMasks(Protocol):
+    """An optimizer that does not store to frozen weights (:mod:`wsn_fast.optim`)."""
+
+    one_pass: bool
+    """Whether it takes raw gradients."""
 
     def claim(self, layers: Sequence[SubnetLayer]) -> Sequence[SubnetLayer]:
         """Those of the layers that it will update itself from now on."""
+
+    def protects(self, closure: bool) -> set[int]:
+        """The ids of the parameters that a step would update itself, with the gradients of now or those of a
+        closure."""
 
 
 class OptimizerGuard:
@@ -55,6 +62,7 @@ class OptimizerGuard:
         self._wsn = wsn
         self._optimizer = weakref.ref(optimizer)
         self._saved: list[tuple[Frozen, Tensor]] = []
+        self._knows_masks = isinstance(optimizer, KnowsMasks)
         self.claim()
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
@@ -64,15 +72,18 @@ class OptimizerGuard:
         return self._optimizer() is optimizer
 
     def claim(self) -> None:
-        """The layers that the optimizer holds follow it: they hand raw gradients to a one-pass optimizer
-        (:mod:`wsn_fast.optim`) that can take them, and finished ones to any other. Gradients of the other kind go."""
+        """The layers that the optimizer holds follow it: they hand raw gradients to an optimizer that can take them,
+        and finished ones to any other. Gradients of the other kind go."""
         optimizer = self._optimizer()
         assert optimizer is not None
         own, layers = _params_of(optimizer), list(self._wsn.subnet_layers().values())
-        taken = optimizer.claim(layers) if isinstance(optimizer, OnePass) else []
+        taken: set[int] = set()
+        if self._knows_masks:
+            claimed = optimizer.claim(layers)  # type: ignore[attr-defined]
+            taken = {id(layer) for layer in claimed if optimizer.one_pass}  # type: ignore[attr-defined]
         for layer in layers:
             if id(layer.weight) in own:
-                layer.raw_owner = optimizer if any(layer is other for other in taken) else None
+                layer.raw_owner = optimizer if id(layer) in taken else None
 
     def holds(self, params: Iterable[Tensor]) -> bool:
         """Whether the optimizer is alive and has one of ``params``."""
@@ -81,12 +92,16 @@ class OptimizerGuard:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Put back what is saved: after a step, or after one that an exception cut short."""
+        """Put back what is saved: after a step, after one that an exception cut short, or in the midst of one, whose
+        closure may look at another task. It stays saved until the step is over."""
         for frozen, saved in self._saved:
             if frozen.union is None:
                 frozen.param.copy_(saved)
             else:
                 ops.restore_frozen_(frozen.param, saved, frozen.union)
+
+    def forget(self) -> None:
+        """Put back nothing any more: the step is over, or other values are about to be loaded."""
         self._saved = []
 
     @torch.no_grad()
@@ -97,8 +112,8 @@ class OptimizerGuard:
         # Without a gradient torch's optimizers leave a parameter alone; a closure may still give it one.
         closure = next((a for a in (*args[1:], kwargs.get("closure")) if callable(a)), None)
         frozen = [Frozen(p, None) for p in self._wsn.fixed() if id(p) in own and (p.grad is not None or closure)]
-        raw = self._raw(optimizer, own)
-        rest = own - raw
+        self._check_raw(optimizer, own)
+        rest = own - optimizer.protects(closure is not None) if self._knows_masks else own  # type: ignore[attr-defined]
         for name, gate in self._wsn.gated() if rest else ():
             if id(gate.param) in rest:
                 _check_not_bypassed(name, gate, own)
@@ -106,21 +121,19 @@ class OptimizerGuard:
                     frozen.append(Frozen(gate.param, gate.union))
         self._saved = [(f, f.param.detach().clone()) for f in frozen]
 
-    def _raw(self, optimizer: torch.optim.Optimizer, own: set[int]) -> set[int]:
-        """The gated tensors whose raw gradients this optimizer takes."""
-        raw: set[int] = set()
+    def _check_raw(self, optimizer: torch.optim.Optimizer, own: set[int]) -> None:
+        """Raw gradients are for the optimizer that owns them."""
         for name, layer in self._wsn.subnet_layers().items():
-            if layer.raw_owner is optimizer:
-                raw |= set(map(id, layer._parameters.values())) if layer.one_pass else set()
-            elif layer.one_pass and id(layer.weight) in own and layer.weight.grad is not None:
+            mine = layer.raw_owner is optimizer or id(layer.weight) not in own
+            if not mine and layer.one_pass and layer.weight.grad is not None:
                 raise RuntimeError(
                     f"the gradient of {name}.weight is meant for the optimizer that was guarded last: a one-pass "
                     "optimizer and another cannot take turns at a layer. Guard this one again, before the forward"
                 )
-        return raw
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.settle()
+        self.forget()
 
 
 def _params_of(optimizer: torch.optim.Optimizer) -> set[int]:

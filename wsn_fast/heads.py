@@ -131,6 +131,7 @@ class TaskHeads(nn.Module):
                     task = task_from_key(key)
                     self._widths.pop(task, None)
                     self.add(task, state_dict[name].shape[0])
+                self.heads[key] = self.heads.pop(key)  # in the order of the state, as in an optimizer's
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

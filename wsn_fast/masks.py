@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from . import ops
+from .tasks import TaskId
 
 PAPER_COMPRESSION = 0.78
 """alpha, the constant compression rate in the paper's capacity formula. Masks of density 0.3 measure about 0.12."""
@@ -15,11 +16,25 @@ PAPER_COMPRESSION = 0.78
 _ZSTD_LEVEL = 19
 
 
+class TaskMasks(NamedTuple):
+    """The masks of the finished ``tasks``, from a model or from a checkpoint.
+
+    Attributes:
+        tasks: the ids, in the order in which they ended.
+        packed: ``uint8`` [T, ceil(n / 8)], by the name of the gated tensor.
+        sizes: n, the elements of each gated tensor, by the same names.
+    """
+
+    tasks: Sequence[TaskId]
+    packed: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+
+
 class TaskStats(NamedTuple):
     """Of one finished task, as fractions: ``density`` of its mask among all gated elements; ``reuse``, the share of its
     weights that earlier tasks own; ``new``, the share of all gated elements that this task was the first to own."""
 
-    task: int | str
+    task: TaskId
     density: float
     reuse: float
     new: float
@@ -73,7 +88,7 @@ def capacity(masks: Sequence[Tensor], sizes: Sequence[int]) -> Capacity:
     )
 
 
-def task_stats(tasks: Sequence[int | str], masks: Sequence[Tensor], sizes: Sequence[int]) -> list[TaskStats]:
+def task_stats(tasks: Sequence[TaskId], masks: Sequence[Tensor], sizes: Sequence[int]) -> list[TaskStats]:
     """Density, reuse and new weights of each task, in the order in which they ended."""
     total = sum(sizes)
     unions = [rows.new_zeros(rows.shape[1]) for rows in masks]
@@ -84,3 +99,13 @@ def task_stats(tasks: Sequence[int | str], masks: Sequence[Tensor], sizes: Seque
         unions = [union | rows[row] for rows, union in zip(masks, unions, strict=True)]
         stats.append(TaskStats(task, kept / total, reused / kept if kept else 0.0, (kept - reused) / total))
     return stats
+
+
+def overlap(masks: Sequence[Tensor]) -> list[list[float]]:
+    """Entry [i][j] is the share of the weights of row i that row j uses as well, a fraction; 1 on the diagonal.
+
+    Masks drawn at random would share the density of j.
+    """
+    tasks = range(masks[0].shape[0]) if masks else range(0)
+    both = [[sum(int(ops.count_packed(rows[i] & rows[j])) for rows in masks) for j in range(i + 1)] for i in tasks]
+    return [[both[max(i, j)][min(i, j)] / max(both[i][i], 1) for j in tasks] for i in tasks]

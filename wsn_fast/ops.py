@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .backends import parse_override, run
-from .backends.torch import SGD, AdamW, Moments
+from .backends.updates import SGD, AdamW, AdamWState, SGDState, Update
 
 RULES = ("magnitude", "value")
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -324,39 +326,44 @@ def restore_frozen_(param: Tensor, saved: Tensor, union: Tensor) -> None:
 # --- the one-pass optimizers: unchecked
 # --------------------------------------------------------------------------------
 def adamw_step(
-    grad: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    tau: Tensor,
-    union: Tensor | None,
-    rule: str,
-    weight_state: Moments,
-    scores_state: Moments,
-    for_weight: AdamW,
-    for_scores: AdamW,
+    updates: Sequence[Update],
+    states: Sequence[AdamWState],
+    for_weights: Sequence[AdamW],
+    for_scores: Sequence[AdamW],
     backend: str | None = None,
 ) -> None:
-    """One AdamW update of a gated tensor and its scores, in place; see :func:`wsn_fast.backends.torch.adamw_step`."""
-    chosen = run("adamw_step", weight.device, weight.dtype, backend)
-    chosen.adamw_step(grad, weight, scores, tau, union, rule, weight_state, scores_state, for_weight, for_scores)
-    increment_version((weight, scores, *weight_state, *scores_state))
+    """One AdamW update of gated tensors and their scores, of one device and one dtype, in place; see
+    :func:`wsn_fast.backends.torch.adamw_step`."""
+    _of(updates, "adamw_step", backend).adamw_step(updates, states, for_weights, for_scores)
+    _changed(updates, states)
 
 
 def sgd_step(
-    grad: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    tau: Tensor,
-    union: Tensor | None,
-    rule: str,
-    weight_momentum: Tensor | None,
-    scores_momentum: Tensor | None,
-    for_weight: SGD,
-    for_scores: SGD,
+    updates: Sequence[Update],
+    states: Sequence[SGDState],
+    for_weights: Sequence[SGD],
+    for_scores: Sequence[SGD],
     backend: str | None = None,
 ) -> None:
-    """One SGD update of a gated tensor and its scores, in place; see :func:`wsn_fast.backends.torch.sgd_step`."""
-    chosen = run("sgd_step", weight.device, weight.dtype, backend)
-    chosen.sgd_step(grad, weight, scores, tau, union, rule, weight_momentum, scores_momentum, for_weight, for_scores)
-    buffers = (weight_momentum, scores_momentum)
-    increment_version((weight, scores, *(buffer for buffer in buffers if buffer is not None)))
+    """As :func:`adamw_step`, for SGD; see :func:`wsn_fast.backends.torch.sgd_step`."""
+    _of(updates, "sgd_step", backend).sgd_step(updates, states, for_weights, for_scores)
+    _changed(updates, states)
+
+
+def gradient_squares(updates: Sequence[Update], backend: str | None = None) -> Tensor:
+    """The sums of the squares of the gradients that an update would form: of dW and dS of each tensor in turn."""
+    result: Tensor = _of(updates, "gradient_squares", backend).gradient_squares(updates)
+    return result
+
+
+def _of(updates: Sequence[Update], operation: str, backend: str | None) -> ModuleType:
+    weight = updates[0].weight
+    return run(operation, weight.device, weight.dtype, backend)
+
+
+def _changed(updates: Sequence[Update], states: Sequence[AdamWState] | Sequence[SGDState]) -> None:
+    """Tell autograd, which would not know."""
+    changed = [t for update in updates for t in (update.weight, update.scores)]
+    changed += [t for state in states for t in state if t is not None]
+    changed += [update.next.masked for update in updates if update.next is not None]
+    increment_version(changed)

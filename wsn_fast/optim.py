@@ -1,8 +1,8 @@
-"""Optimizers that know the masks: one pass over weights and scores instead of three.
+"""Optimizers that know the masks: AdamW and SGD which never store to what finished tasks use.
 
-A layer in the one-pass mode hands over G, the gradient of its masked weight, as the weight's ``.grad``. The optimizer
-forms ``dW`` and ``dS`` from it (Eq. 4 and 5) in registers while it updates both, and does not store to what finished
-tasks use: no gradient is written, and nothing has to be saved and put back.
+Their gradients are those of any PyTorch model, dW and dS, unless ``one_pass=True``: then a layer hands over G, the
+gradient of its masked weight, as the weight's ``.grad``, and one pass over the parameters forms dW and dS from it (Eq.
+4 and 5), updates weights, scores and moments, and leaves the masked weight of the next forward pass behind.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends.torch import SGD, AdamW
-from .subnet import Gated, SubnetLayer
-
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str]
+from .backends.updates import SGD, WINDOW, AdamW, AdamWState, Next, SGDState, Update
+from .subnet import Gated, RawPass, Ready, SubnetLayer
 
 
 @runtime_checkable
@@ -38,41 +36,62 @@ class Model(Protocol):
         """Keep what finished tasks use."""
 
 
+Group = dict[str, Any]
+
+
 class _Pair(NamedTuple):
-    """A gated tensor with its layer, and the param groups of the tensor and of its scores."""
+    """A gated tensor with its layer, the param groups of the tensor and of its scores, and the forward pass whose raw
+    gradient it has, None for gradients of the usual kind."""
 
     layer: SubnetLayer
     gate: Gated
-    group: dict[str, Any]
-    score_group: dict[str, Any]
+    group: Group
+    score_group: Group
+    last: RawPass | None
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, str]:
-        """G, W, S, the threshold of the last forward, the union and the rule, as the primitives take them."""
-        gate = self.gate
-        tau = self.layer.last_tau.get(gate.name)
-        if tau is None:
-            raise RuntimeError(
-                f"a {gate.name} has a gradient and its layer was not called since the last step: some module reads it "
-                "past its mask. Exclude that layer from the conversion, or let the module call it."
-            )
-        assert gate.param.grad is not None
-        return gate.param.grad, gate.param, gate.score, tau, gate.union, self.layer.rule
+    def update(self, scale: Tensor | None, following: Next | None) -> Update:
+        """The operands of the update."""
+        _, param, score, _, union = self.gate
+        assert param.grad is not None
+        if self.last is not None:
+            return Update(param.grad, None, param, score, self.last.tau, union, self.layer.rule, scale, following)
+        return Update(param.grad, score.grad, param, score, None, union, self.layer.rule, scale, following)
+
+    def next(self) -> Next | None:
+        """Where the gate of the next forward pass goes: where the last one is, if it fits."""
+        if self.last is None:
+            return None
+        (name, param, score, _, _), dtype = self.gate, self.last.dtype
+        ready = self.layer.ready.get(name)
+        if ready is None or ready.tau.dtype is not score.dtype or ready.tau.device != score.device:
+            tau, window = score.new_empty(()), torch.zeros(WINDOW, dtype=torch.int64, device=score.device)
+        else:
+            tau, window = ready.tau, ready.window
+        masked = None if ready is None else ready.masked
+        if masked is None or (masked.shape, masked.dtype, masked.device) != (param.shape, dtype, param.device):
+            masked = torch.empty(param.shape, dtype=dtype, device=param.device)
+        return Next(masked, tau, ops.threshold_rank(param.numel(), self.layer.gate_density, self.layer.rule), window)
 
 
-class _OnePass(torch.optim.Optimizer):
+class _SubnetOptimizer(torch.optim.Optimizer):
     """What both optimizers share; comes before torch's optimizer among the bases."""
 
-    TORCH: type[torch.optim.Optimizer]
+    _torch_step: Callable[..., Any]
+    """That of torch's optimizer, unwrapped: the wrappers would call this optimizer's hooks a second time."""
 
+    one_pass: bool = False
     _layers: Sequence[SubnetLayer] = ()
     _gated: frozenset[int] = frozenset()
+    _scale: Tensor | None = None
+    _clipped: Sequence[tuple[Tensor, int]] = ()
 
-    def _attach(self, wsn: Model) -> None:
+    def _attach(self, wsn: Model, one_pass: bool) -> None:
+        self.one_pass = one_pass
         self._step_supports_amp_scaling = False  # GradScaler is to unscale G as it unscales any gradient
         wsn.guard(self)  # which asks what to claim
 
     def claim(self, layers: Sequence[SubnetLayer]) -> Sequence[SubnetLayer]:
-        """Those of the layers whose raw gradients this optimizer takes from now on, beside those it has already: all of
+        """Those of the layers that this optimizer updates itself from now on, beside those it has already: all of
         whose tensors and scores it holds and trains, in one dtype, and none shared with another layer. It treats
         others as torch's optimizer would."""
         own = {id(param) for group in self.param_groups for param in group["params"]}
@@ -87,8 +106,22 @@ class _OnePass(torch.optim.Optimizer):
         self._layers = [*(one for one in self._layers if not any(one is other for other in layers)), *taken]
         return taken
 
+    def protects(self, closure: bool) -> set[int]:
+        """The ids of the gated tensors and scores that a step updates without storing to frozen weights; ``closure``:
+        whether one is to come, which decides what has a gradient."""
+        ids: set[int] = set()
+        for layer in self._layers:
+            if self._takes_raw(layer) if self.one_pass else not closure:
+                for gate in layer.gated():
+                    if self.one_pass or (gate.param.grad is not None and gate.score.grad is not None):
+                        ids |= {id(gate.param), id(gate.score)}
+        return ids
+
+    def _takes_raw(self, layer: SubnetLayer) -> bool:
+        return layer.raw_owner is self and layer.one_pass
+
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
-        """What torch's own step works on: all but what is updated in one pass."""
+        """What torch's own step works on: all but what is updated here."""
         rest = [p for p in group["params"] if id(p) not in self._gated]
         return super()._init_group({**group, "params": rest}, *lists)  # type: ignore[misc]
 
@@ -103,7 +136,8 @@ class _OnePass(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a gated tensor has a gradient that did not come through its layer.
+            RuntimeError: a gated tensor has a raw gradient that did not come through its layer, or gradients changed
+                after :meth:`clip_grad_norm_`.
             ValueError: a param group asks for ``amsgrad`` or ``maximize``.
         """
         loss = None
@@ -111,26 +145,132 @@ class _OnePass(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pairs = list(self._pairs())
-        operands = [pair.operands() for pair in pairs]  # all of them before anything changes
-        self._gated = frozenset(id(t) for pair in pairs for t in (pair.gate.param, pair.gate.score))
-        # Unwrapped: the wrappers of torch's step would call this optimizer's hooks a second time.
-        inspect.unwrap(self.TORCH.step)(self)
-        for pair, given in zip(pairs, operands, strict=True):
-            self._step_pair(pair, given)
-            del pair.layer.last_tau[pair.gate.name]
+        scale = self._settle_clipping()
+        for pair in pairs:  # all that may fail, before anything changes
+            _check_group(pair.group), _check_group(pair.score_group)
+        updates = [pair.update(scale, pair.next()) for pair in pairs]
+        self._gated = frozenset(id(t) for update in updates for t in (update.weight, update.scores))
+        self._torch_step()
+        for (_, _, backend), indices in _alike(pairs).items():
+            self._update([pairs[i] for i in indices], [updates[i] for i in indices], backend)
+        for pair, update in zip(pairs, updates, strict=True):
+            if update.next is not None:
+                layer, (name, param, score, *_) = pair.layer, pair.gate
+                del layer.last_pass[name]
+                layer.ready[name] = Ready(
+                    update.next.masked, update.next.tau, update.next.window, layer.stamp(param, score)
+                )
         return loss
 
     def _pairs(self) -> Iterator[_Pair]:
-        """The gated tensors with a raw gradient."""
+        """The gated tensors with gradients that are updated here."""
         group_of = {id(param): group for group in self.param_groups for param in group["params"]}
         for layer in self._layers:
-            if layer.raw_owner is self and layer.one_pass:
-                for gate in layer.gated():
-                    if gate.param.grad is not None:
-                        yield _Pair(layer, gate, group_of[id(gate.param)], group_of[id(gate.score)])
+            raw = self._takes_raw(layer)
+            if raw is not self.one_pass:
+                continue
+            for gate in layer.gated():
+                if gate.param.grad is not None and (raw or gate.score.grad is not None):
+                    last = layer.last_pass.get(gate.name)
+                    if raw and last is None:
+                        raise RuntimeError(
+                            f"a {gate.name} has a gradient and its layer was not called since the last step: some "
+                            "module reads it past its mask. Exclude that layer from the conversion, or let the module "
+                            "call it."
+                        )
+                    groups = group_of[id(gate.param)], group_of[id(gate.score)]
+                    yield _Pair(layer, gate, *groups, last if raw else None)
 
-    def _step_pair(self, pair: _Pair, operands: Operands) -> None:
+    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None) -> None:
         raise NotImplementedError
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the 2-norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+        In the one-pass mode that function would take the norm of G; this one takes that of dW and dS, for which it
+        reads gradients, weights and scores once more, and leaves the scaling of gated tensors to the step. Call it
+        after the last backward pass (and ``GradScaler.unscale_``) before the step.
+
+        Args:
+            max_norm: the largest norm to allow, positive.
+            error_if_nonfinite: refuse a norm that is not finite.
+
+        Returns:
+            The norm before clipping, 0-d.
+
+        Raises:
+            ValueError: ``max_norm`` is not a positive number.
+            RuntimeError: the norm is not finite and ``error_if_nonfinite`` is True.
+        """
+        if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm > 0:
+            raise ValueError(f"max_norm must be a positive number, got {max_norm!r}")
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        pairs = list(self._pairs()) if self.one_pass else []
+        gated = {id(pair.gate.param) for pair in pairs}
+        rest = [p.grad for p in trained if id(p) not in gated and p.grad is not None]
+        parts = [torch.linalg.vector_norm(grad).square() for grad in rest]
+        for (_, _, backend), indices in _alike(pairs).items():
+            updates = [pairs[i].update(self._scale, None) for i in indices]
+            parts += ops.gradient_squares(updates, backend).unbind()
+        if not parts:
+            return torch.tensor(0.0)
+        device, dtype = parts[0].device, max((p.dtype for p in parts), key=lambda d: d.itemsize)
+        norm = torch.stack([part.to(device, dtype) for part in parts]).sum().sqrt()
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(f"the norm of the gradients is {norm.item()}, so it cannot be clipped")
+        scale = torch.clamp(float(max_norm) / (norm + 1e-6), max=1.0)
+        for grad in rest:
+            grad.mul_(scale.to(grad.device))
+        if pairs:
+            self._scale = scale if self._scale is None else self._scale * scale
+            self._clipped = [
+                (p.grad, p.grad._version) for p in (pair.gate.param for pair in pairs) if p.grad is not None
+            ]
+        return norm
+
+    def _settle_clipping(self) -> Tensor | None:
+        """The factor of the gradients at hand, which is used once."""
+        scale, clipped = self._scale, self._clipped
+        self._forget_clipping()
+        grads = (
+            {id(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
+            if clipped
+            else ()
+        )
+        mine = [(grad, version) for grad, version in clipped if id(grad) in grads]
+        if any(grad._version != version for grad, version in mine):
+            raise RuntimeError(
+                "gradients changed after clip_grad_norm_: clip after the last backward pass and unscale_"
+            )
+        return scale if mine else None
+
+    def _forget_clipping(self) -> None:
+        self._scale, self._clipped = None, ()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of ``torch.optim.Optimizer``."""
+        self._forget_clipping()
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of ``torch.optim.Optimizer``; the state may be that of torch's optimizer of the same kind.
+
+        Raises:
+            ValueError: a param group of the state asks for ``amsgrad`` or ``maximize``.
+        """
+        for group in state_dict["param_groups"]:
+            _check_group(group)
+        super().load_state_dict(state_dict)
+
+
+def _alike(pairs: Sequence[_Pair]) -> dict[tuple[torch.device, torch.dtype, str | None], list[int]]:
+    """The pairs' numbers, by what one call can work on."""
+    sets: dict[tuple[torch.device, torch.dtype, str | None], list[int]] = {}
+    for i, pair in enumerate(pairs):
+        param = pair.gate.param
+        sets.setdefault((param.device, param.dtype, pair.layer.backend), []).append(i)
+    return sets
 
 
 def _groups(wsn: object, weight_decay: float, score_weight_decay: object) -> list[dict[str, Any]]:
@@ -158,117 +298,128 @@ def _groups(wsn: object, weight_decay: float, score_weight_decay: object) -> lis
 def _check_group(group: dict[str, Any]) -> dict[str, Any]:
     for name in ("amsgrad", "maximize"):
         if group.get(name):
-            raise ValueError(f"{name} must be False: the one-pass optimizers have no {name}")
+            raise ValueError(f"{name} must be False, got {group[name]!r}: the subnet optimizers have no {name}")
     return group
 
 
-class SubnetAdamW(_OnePass, torch.optim.Adam):
-    """``torch.optim.AdamW`` for a :class:`wsn_fast.WSN`, in one pass over weights and scores.
+class SubnetAdamW(_SubnetOptimizer, torch.optim.Adam):
+    """``torch.optim.AdamW`` for a :class:`wsn_fast.WSN`: frozen weights are safe because nothing is stored to them.
 
-    The gradients of gated tensors are those of the *masked* tensors while this optimizer is in use: ``weight.grad`` is
-    G, and the scores have none. A norm of G is not that of dW and dS, so ``clip_grad_norm_`` does not mean what it
-    says. Accumulation over several backward passes and ``GradScaler`` work as ever. Build it after ``begin_task``, as
-    any optimizer. Layers that share tensors, or that are frozen in part, are trained as torch's optimizer would.
+    Build it after ``begin_task``, as any optimizer; the WSN guards it at once. Param groups, LR schedulers, closures,
+    ``state_dict`` (to and from torch's optimizer), accumulation and ``GradScaler`` are as ever. Layers that share
+    tensors, or that are frozen in part, are trained as torch's optimizer would, under the guard.
+
+    With ``one_pass=True`` the gradients of gated tensors are those of the *masked* tensors while this optimizer is in
+    use: ``weight.grad`` is G (in bfloat16 under bfloat16 autocast, in float32 once gradients accumulate), and the
+    scores have none. ``torch.nn.utils.clip_grad_norm_`` would clip by the norm of G; use :meth:`clip_grad_norm_`. The
+    gate of the next forward pass is made during the step and used if weight, scores, density and dtype are still the
+    same then. Python sees every change of them but those through ``.data`` or NumPy: after such an edit the next
+    training step, and only that one, may still use the mask of before.
 
     Args:
-        wsn: the model, with a task in progress. It guards this optimizer at once.
-        lr, betas, eps, weight_decay: as of ``torch.optim.AdamW``.
+        wsn: the model, with a task in progress.
+        lr, betas, eps, weight_decay: as of ``torch.optim.AdamW``. ``lr`` may be a tensor, for CUDA graphs.
         decoupled: False couples weight decay with the gradient, as ``torch.optim.Adam`` does.
         score_weight_decay: weight decay of the scores, which have a param group of their own if it is another.
+        one_pass: one pass over the parameters instead of gradients as Eq. 4 and 5 have them.
+        amsgrad, maximize: must be False.
 
     Raises:
+        TypeError: ``wsn`` is not a WSN.
         ValueError: a setting is out of range.
     """
 
-    TORCH = torch.optim.Adam  # whose weight decay may be decoupled: then it is torch's AdamW
+    _torch_step = inspect.unwrap(torch.optim.Adam.step)  # whose weight decay may be decoupled: then it is torch's AdamW
 
     def __init__(
         self,
         wsn: Model,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         decoupled: bool = True,
         score_weight_decay: float = 0.0,
+        one_pass: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
     ) -> None:
+        _check_group({"amsgrad": amsgrad, "maximize": maximize})
         params = _groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, decoupled_weight_decay=decoupled)
-        self._attach(wsn)
+        self._attach(wsn, one_pass)
 
-    def _step_pair(self, pair: _Pair, operands: Operands) -> None:
-        gate = pair.gate
-        ops.adamw_step(
-            *operands,
-            self._moments(gate.param),
-            self._moments(gate.score),
-            self._settings(pair.group, gate.param),
-            self._settings(pair.score_group, gate.score),
-            pair.layer.backend,
-        )
+    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None) -> None:
+        states = [AdamWState(*self._moments(u.weight), *self._moments(u.scores)) for u in updates]
+        steps = [self.state[param]["step"] for u in updates for param in (u.weight, u.scores)]
+        if steps[0].is_cpu:
+            for step in steps:
+                step += 1
+        else:
+            torch._foreach_add_(steps, 1)
+        for_weights = [self._settings(pair.group, step) for pair, step in zip(pairs, steps[::2], strict=True)]
+        for_scores = [self._settings(pair.score_group, step) for pair, step in zip(pairs, steps[1::2], strict=True)]
+        ops.adamw_step(updates, states, for_weights, for_scores, backend)
 
     def _moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
-        """The running means of a parameter, which begins its next update."""
+        """The running means of a parameter."""
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
-        state["step"] += 1
         return state["exp_avg"], state["exp_avg_sq"]
 
-    def _settings(self, group: dict[str, Any], param: Tensor) -> AdamW:
-        beta1, beta2 = _check_group(group)["betas"]
-        return AdamW(
-            group["lr"],
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            self.state[param]["step"],
-            group["decoupled_weight_decay"],
-        )
+    @staticmethod
+    def _settings(group: dict[str, Any], step: Tensor) -> AdamW:
+        beta1, beta2 = group["betas"]
+        decoupled = group["decoupled_weight_decay"]
+        return AdamW(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step, decoupled)
 
 
-class SubnetSGD(_OnePass, torch.optim.SGD):
-    """``torch.optim.SGD`` for a :class:`wsn_fast.WSN`, in one pass over weights and scores; see :class:`SubnetAdamW`.
+class SubnetSGD(_SubnetOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD`` for a :class:`wsn_fast.WSN`; see :class:`SubnetAdamW`.
 
     Args:
         wsn: as there.
         lr, momentum, dampening, weight_decay, nesterov: as of ``torch.optim.SGD``.
-        score_weight_decay: weight decay of the scores, which have a param group of their own if it is another.
+        score_weight_decay, one_pass, maximize: as there.
 
     Raises:
+        TypeError: ``wsn`` is not a WSN.
         ValueError: a setting is out of range.
     """
 
-    TORCH = torch.optim.SGD
+    _torch_step = inspect.unwrap(torch.optim.SGD.step)
 
     def __init__(
         self,
         wsn: Model,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
         score_weight_decay: float = 0.0,
+        one_pass: bool = False,
+        maximize: bool = False,
     ) -> None:
+        _check_group({"maximize": maximize})
         params = _groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
-        self._attach(wsn)
+        self._attach(wsn, one_pass)
 
-    def _step_pair(self, pair: _Pair, operands: Operands) -> None:
-        gate = pair.gate
-        weight_buffer, for_weight = self._prepare(pair.group, gate.param)
-        score_buffer, for_scores = self._prepare(pair.score_group, gate.score)
-        ops.sgd_step(*operands, weight_buffer, score_buffer, for_weight, for_scores, pair.layer.backend)
+    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None) -> None:
+        weights = [self._prepare(pair.group, u.weight) for pair, u in zip(pairs, updates, strict=True)]
+        scores = [self._prepare(pair.score_group, u.scores) for pair, u in zip(pairs, updates, strict=True)]
+        states = [SGDState(w, s) for (w, _), (s, _) in zip(weights, scores, strict=True)]
+        ops.sgd_step(updates, states, [settings for _, settings in weights], [s for _, s in scores], backend)
 
     def _prepare(self, group: dict[str, Any], param: Tensor) -> tuple[Tensor | None, SGD]:
         """The momentum buffer of a parameter, None without momentum, and the settings of its next update."""
-        state, momentum = self.state[param], _check_group(group)["momentum"]
+        state, momentum = self.state[param], group["momentum"]
         first = momentum != 0 and state.get("momentum_buffer") is None
         if first:
             state["momentum_buffer"] = torch.zeros_like(param)

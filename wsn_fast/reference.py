@@ -121,8 +121,8 @@ def backward_transfer(matrix: Sequence[Sequence[float]]) -> float:
 
 
 def forward_transfer(before: Sequence[float], at_random: Sequence[float]) -> float:
-    """``FWT = mean_{j>1} (A[j-1][j] - r_j)``, ``before[j]`` being A[j-1][j] (``before[0]`` is unused); 0 for one
-    task."""
+    """``FWT = mean_{j>1} (A[j-1][j] - r_j)``, ``before[j]`` being ``A[j-1][j]`` (``before[0]`` is unused); 0 for
+    one task."""
     gains = [b - r for b, r in zip(before[1:], at_random[1:], strict=True)]
     return math.fsum(gains) / len(gains) if gains else 0.0
 

@@ -50,6 +50,24 @@ class Gated(NamedTuple):
     union: Tensor | None
 
 
+class RawPass(NamedTuple):
+    """What an optimizer needs to know of the forward pass whose raw gradient it takes: the threshold, and the dtype of
+    the masked tensor."""
+
+    tau: Tensor
+    dtype: torch.dtype
+
+
+class Ready(NamedTuple):
+    """A gate that the optimizer made for the next forward pass while it had weight and scores at hand; see
+    :class:`wsn_fast.backends.updates.Next`. ``stamp`` is :meth:`SubnetLayer.stamp` as it was then."""
+
+    masked: Tensor
+    tau: Tensor
+    window: Tensor
+    stamp: tuple[object, ...]
+
+
 class SubnetLayer(nn.Module):
     """What all subnet layers share; comes before the dense parent among the bases.
 
@@ -61,7 +79,8 @@ class SubnetLayer(nn.Module):
         tasks: the ids of the rows; in ``state_dict`` as part of the layer's extra state, like density and rule.
         weight_view, bias_view: the packed mask in use, or None for the mask of the current scores (see
             :attr:`active_row`).
-        last_tau: the thresholds of the forward passes since the last step, for the optimizer in :attr:`raw_owner`.
+        last_pass: the forward passes since the last step by gated tensor, for the optimizer in :attr:`raw_owner`.
+        ready: what it made for the next ones.
         row_tasks: int32 [B], the row of the masks that each row of a batch uses, while several tasks share a pass; None
             otherwise (see :mod:`wsn_fast.rows`).
         task_density: the density of the task in training if it has one of its own; None means :attr:`density`.
@@ -70,7 +89,8 @@ class SubnetLayer(nn.Module):
 
     GATED = ("weight", "bias")
     OWN = (
-        "rule", "tasks", "_active_row", "_density", "task_density", "_backend", "row_tasks", "_raw_owner", "last_tau",
+        "rule", "tasks", "_active_row", "_density", "task_density", "_backend", "row_tasks", "_raw_owner",
+        "last_pass", "ready",
     )  # fmt: skip
     """The attributes that the dense parent does not have."""
 
@@ -96,7 +116,8 @@ class SubnetLayer(nn.Module):
         self._backend: str | None = None
         self.row_tasks: Tensor | None = None
         self._raw_owner: weakref.ref[object] | None = None
-        self.last_tau: dict[str, Tensor] = {}
+        self.last_pass: dict[str, RawPass] = {}
+        self.ready: dict[str, Ready] = {}
         for name in self.GATED:
             param = getattr(self, name)
             score = masks = None
@@ -146,7 +167,10 @@ class SubnetLayer(nn.Module):
         if optimizer is not self.raw_owner:
             for gate in self.gated():  # a gradient of the one kind is nothing for the other
                 gate.param.grad = gate.score.grad = None
-            self.last_tau.clear()
+                if gate.param.is_leaf:  # raw gradients may stay in the compute dtype
+                    gate.param.grad_dtype = gate.param.dtype if optimizer is None else None
+            self.last_pass.clear()
+            self.ready.clear()
         self._raw_owner = None if optimizer is None else weakref.ref(optimizer)
 
     @property
@@ -158,7 +182,7 @@ class SubnetLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no optimizer.
-        return {**self.__dict__, "_raw_owner": None, "last_tau": {}}
+        return {**self.__dict__, "_raw_owner": None, "last_pass": {}, "ready": {}}
 
     @property
     def active_row(self) -> int | None:
@@ -174,16 +198,14 @@ class SubnetLayer(nn.Module):
 
     def gated(self) -> Iterator[Gated]:
         """The gated tensors that this layer has: the weight, and the bias if there is one."""
+        # Past nn.Module's attribute access where it can be: optimizers come here at every step.
+        parameters, buffers = self._parameters, self._buffers
         for name in self.GATED:
-            param = getattr(self, name)
+            param = parameters[name] if name in parameters else getattr(self, name)
             if param is not None:
-                yield Gated(
-                    name,
-                    param,
-                    getattr(self, f"{name}_score"),
-                    getattr(self, f"{name}_masks"),
-                    getattr(self, f"{name}_union"),
-                )
+                score = f"{name}_score"
+                scores = parameters[score] if score in parameters else getattr(self, score)
+                yield Gated(name, param, scores, buffers[f"{name}_masks"], buffers[f"{name}_union"])
 
     @torch.no_grad()
     def reset_scores(self, mode: str = "default") -> None:
@@ -245,17 +267,32 @@ class SubnetLayer(nn.Module):
         param = getattr(self, name)
         if param is None:
             return None
-        packed = getattr(self, f"{name}_view")
+        packed = self._buffers[f"{name}_view"]
         if packed is not None:
             return ops.gate_packed(param.detach(), packed, dtype, self._backend)
-        score, union = getattr(self, f"{name}_score"), getattr(self, f"{name}_union")
-        if self.one_pass:
-            raw, tau = RawGate.apply(param, score, self.gate_density, self.rule, dtype, self._backend)
-            if torch.is_grad_enabled():
-                self.last_tau[name] = tau
+        score, union = getattr(self, f"{name}_score"), self._buffers[f"{name}_union"]
+        if torch.is_grad_enabled() and self.one_pass:
+            raw: Tensor = RawGate.apply(param, self._masked_ahead(name, param.detach(), score.detach(), dtype))
             return raw
         masked: Tensor = SubnetGate.apply(param, score, self.gate_density, self.rule, union, dtype, self._backend)
         return masked
+
+    def _masked_ahead(self, name: str, param: Tensor, score: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gate for a one-pass optimizer: the one that it made ahead, if that is still the one."""
+        ready = None if torch.compiler.is_compiling() else self.ready.get(name)
+        if ready is not None and ready.masked.dtype is dtype and ready.stamp == self.stamp(param, score):
+            masked, tau = ready.masked, ready.tau
+        else:
+            masked, tau = ops.gate(param, score, self.gate_density, self.rule, dtype, self._backend)
+        self.last_pass[name] = RawPass(tau, dtype)
+        return masked
+
+    def stamp(self, param: Tensor, score: Tensor) -> tuple[object, ...]:
+        """What the gate of a tensor depends on, as far as Python can see: an edit through ``.data`` or NumPy does not
+        show."""
+        return (
+            param._version, score._version, param.data_ptr(), score.data_ptr(), self.gate_density, self.rule,
+        )  # fmt: skip
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which autocast, if it is on, would run the dense layer; else that of the weight."""

@@ -87,6 +87,7 @@ class WSN(nn.Module):
         self._guards: weakref.WeakSet[OptimizerGuard] = weakref.WeakSet()
         self._fix_parameters()
         # Hooks, and not an override of load_state_dict: they run when a parent module is loaded, too.
+        self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
         self.register_state_dict_pre_hook(_before_save)
 
@@ -446,6 +447,12 @@ class WSN(nn.Module):
 
 def _before_save(wsn: WSN, prefix: str, keep_vars: bool) -> None:
     wsn._settle()
+
+
+def _before_load(wsn: WSN, *_: Any) -> None:
+    wsn._settle()
+    for guard in wsn._guards:
+        guard.forget()
 
 
 def _after_load(wsn: WSN, incompatible_keys: Any) -> None:

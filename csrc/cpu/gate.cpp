@@ -1,6 +1,4 @@
-// The gate and the optimizer steps: arguments of the ABI to blocks of the kernels.
-#include <cmath>
-
+// The gate and its backward pass: arguments of the ABI to blocks of the kernels.
 #include "checks.hpp"
 #include "kernels.hpp"
 #include "parallel.hpp"
@@ -21,29 +19,6 @@ int run_gate(const Gate &gate, int64_t n, int num_threads) {
   const int64_t bytes = gate.out ? item_size(gate.weight_dtype) + item_size(gate.out_dtype) + 4 : 4;
   parallel_for(n, bytes, num_threads, [&](int64_t begin, int64_t end) { kernel(gate, begin, end); });
   return WSN_OK;
-}
-
-// The part of the optimizer steps that they share with the backward pass, or an error.
-int backward_of(const wsn_gated *tensor, int num_threads, Backward *out) {
-  if (tensor == nullptr) return WSN_ERROR_NULL;
-  const wsn_gated &t = *tensor;
-  if (const int code = check(t.n, num_threads, t.grad, t.weight, t.scores, t.tau)) return code;
-  if (t.dtype != WSN_FLOAT32 && t.dtype != WSN_FLOAT64) return WSN_ERROR_DTYPE;
-  if (!is_rule(t.rule)) return WSN_ERROR_RULE;
-  const wsn::Source scores = wsn::source_of(t.scores, t.dtype, t.rule);
-  const int64_t tau = t.n > 0 ? wsn::threshold_key(scores, t.tau) : 0;
-  *out = {scores, tau, t.dtype, t.rule, t.grad, t.weight, t.dtype, t.dtype, t.union_mask, nullptr, nullptr};
-  return WSN_OK;
-}
-
-wsn::AdamWStep coefficients(const wsn_adamw &a) {
-  const double correction1 = 1 - std::pow(a.beta1, double(a.step)), correction2 = 1 - std::pow(a.beta2, double(a.step));
-  return {1 - a.beta1, a.beta2, 1 - a.beta2, std::sqrt(correction2), a.eps, a.lr / correction1,
-          a.decoupled ? 1 - a.lr * a.weight_decay : 1.0, a.decoupled ? 0.0 : a.weight_decay};
-}
-
-wsn::SgdStep coefficients(const wsn_sgd &s) {
-  return {s.lr, s.momentum, 1 - s.dampening, s.weight_decay, s.nesterov != 0, s.first != 0};
 }
 
 }  // namespace
@@ -106,36 +81,5 @@ int wsn_gate_backward(const void *grad, int grad_dtype, const void *weight, int 
   const auto kernel = wsn::kernels().backward;
   const int64_t bytes = item_size(grad_dtype) + 2 * item_size(weight_dtype) + 2 * item_size(scores_dtype);
   parallel_for(n, bytes, num_threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  return WSN_OK;
-}
-
-int wsn_adamw_step(const wsn_gated *tensor, void *weight_avg, void *weight_avg_sq, void *scores_avg,
-                   void *scores_avg_sq, const wsn_adamw *for_weight, const wsn_adamw *for_scores, int num_threads) {
-  Backward args;
-  if (const int code = backward_of(tensor, num_threads, &args)) return code;
-  if (const int code = check(tensor->n, 1, weight_avg, weight_avg_sq, scores_avg, scores_avg_sq)) return code;
-  if (for_weight == nullptr || for_scores == nullptr) return WSN_ERROR_NULL;
-  const wsn::Update<wsn::AdamWStep> weight = {weight_avg, weight_avg_sq, coefficients(*for_weight)};
-  const wsn::Update<wsn::AdamWStep> scores = {scores_avg, scores_avg_sq, coefficients(*for_scores)};
-  const auto kernel = wsn::kernels().adamw;
-  parallel_for(tensor->n, 13 * item_size(tensor->dtype), num_threads,
-               [&](int64_t begin, int64_t end) { kernel(args, weight, scores, begin, end); });
-  return WSN_OK;
-}
-
-int wsn_sgd_step(const wsn_gated *tensor, void *weight_momentum, void *scores_momentum, const wsn_sgd *for_weight,
-                 const wsn_sgd *for_scores, int num_threads) {
-  Backward args;
-  if (const int code = backward_of(tensor, num_threads, &args)) return code;
-  if (for_weight == nullptr || for_scores == nullptr) return WSN_ERROR_NULL;
-  const bool lacking = (for_weight->momentum != 0 && weight_momentum == nullptr) ||
-                       (for_scores->momentum != 0 && scores_momentum == nullptr);
-  if (tensor->n > 0 && lacking) return WSN_ERROR_NULL;
-  const auto buffer = [](void *momentum, const wsn_sgd *step) { return step->momentum != 0 ? momentum : nullptr; };
-  const wsn::Update<wsn::SgdStep> weight = {buffer(weight_momentum, for_weight), nullptr, coefficients(*for_weight)};
-  const wsn::Update<wsn::SgdStep> scores = {buffer(scores_momentum, for_scores), nullptr, coefficients(*for_scores)};
-  const auto kernel = wsn::kernels().sgd;
-  parallel_for(tensor->n, 9 * item_size(tensor->dtype), num_threads,
-               [&](int64_t begin, int64_t end) { kernel(args, weight, scores, begin, end); });
   return WSN_OK;
 }

@@ -42,6 +42,27 @@ struct Backward {
   void *dweight, *dscores;
 };
 
+// The gradients of an optimizer step: formed from a.grad, or given where there is a score_grad.
+struct Gradients {
+  Backward a;
+  const void *score_grad;
+  double scale;
+};
+
+// The gate of the next forward pass, while its threshold is not known yet: flags are those of a guess, gate.tau. What
+// may turn out otherwise is reported: the elements with keys in [lo, hi], but those at the guess itself only by their
+// count.
+struct Listed {
+  int64_t element, key;
+};
+
+struct Speculation {
+  Gate gate;
+  int64_t lo, hi;
+  void (*report)(void *context, const Listed *list, int64_t count);
+  void *context;
+};
+
 // The optimizers' coefficients, rounded to the dtype where they are used.
 struct AdamWStep {
   double lerp, beta2, one_minus_beta2, root_correction, eps, step_size;
@@ -72,10 +93,15 @@ struct Kernels {
   void (*sample)(const Source &, int64_t n, int64_t m, void *keys);
   void (*gate)(const Gate &, int64_t begin, int64_t end);
   void (*backward)(const Backward &, int64_t begin, int64_t end);
-  void (*adamw)(const Backward &, const Update<AdamWStep> &weight, const Update<AdamWStep> &scores, int64_t begin,
-                int64_t end);
-  void (*sgd)(const Backward &, const Update<SgdStep> &weight, const Update<SgdStep> &scores, int64_t begin,
-              int64_t end);
+  // One step; speculation may be NULL, else counts[0] and counts[1] grow by the keys below lo and at the guess.
+  void (*adamw)(const Gradients &, const Update<AdamWStep> &weight, const Update<AdamWStep> &scores,
+                const Speculation *speculation, int64_t begin, int64_t end, int64_t *counts);
+  void (*sgd)(const Gradients &, const Update<SgdStep> &weight, const Update<SgdStep> &scores,
+              const Speculation *speculation, int64_t begin, int64_t end, int64_t *counts);
+  // Adds to sums the squares of dW and dS.
+  void (*squares)(const Gradients &, int64_t begin, int64_t end, double *sums);
+  // The gate again, of those of the list with lo <= key < hi.
+  void (*amend)(const Gate &, const Listed *list, int64_t count, int64_t lo, int64_t hi);
 };
 
 extern const Kernels kernels_plain, kernels_avx2, kernels_avx512;
@@ -103,6 +129,12 @@ inline Source source_of(const void *scores, int dtype, int rule) {
 
 inline int64_t smallest_key(int width) { return -int64_t((uint64_t(1) << (8 * width - 1)) - 1) - 1; }
 inline int64_t largest_key(int width) { return int64_t((uint64_t(1) << (8 * width - 1)) - 1); }
+
+// The rank-th key of n.
+int64_t select(const Source &source, int64_t n, int64_t rank, int threads);
+
+// Writes the element that a key stands for: +0.0 for either zero, a quiet NaN for any NaN.
+void write_element(const Source &source, int64_t key, void *out);
 
 // The key of one tau for comparisons: NaN keeps everything.
 int64_t threshold_key(const Source &scores, const void *tau);

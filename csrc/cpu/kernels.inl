@@ -20,6 +20,15 @@
 #define WSN_RESTRICT __restrict__
 #endif
 
+// Before a loop of many streams: none overlaps another, which the compiler would check by too many comparisons.
+#if defined(__clang__)
+#define WSN_NO_OVERLAP _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define WSN_NO_OVERLAP _Pragma("GCC ivdep")
+#else
+#define WSN_NO_OVERLAP
+#endif
+
 namespace {
 
 using wsn::AdamWStep;
@@ -52,13 +61,17 @@ auto with_kind(const Source &source, F f) {
 }
 
 template <class K>
-inline typename K::I key_at(const void *data, int64_t i, typename K::I infinity) {
+inline typename K::I key_of(typename K::I bits, typename K::I infinity) {
   using I = typename K::I;
-  const I bits = at<I>(data, i);
   if (K::transform == wsn::kKeys) return bits;
   const I magnitude = I(bits & I(typename K::U(-1) >> 1));
   if (K::transform == WSN_MAGNITUDE) return magnitude;
   return (bits < 0) & (magnitude <= infinity) ? I(-magnitude) : magnitude;
+}
+
+template <class K>
+inline typename K::I key_at(const void *data, int64_t i, typename K::I infinity) {
+  return key_of<K>(at<typename K::I>(data, i), infinity);
 }
 
 // --- selection -------------------------------------------------------------------------------------------------------
@@ -219,12 +232,16 @@ void convert_block(const void *from, int64_t n, void *WSN_RESTRICT to) {
     put(to, j, To::N::encode(static_cast<Real>(From::N::decode(at<typename From::Bits>(from, j)))));
 }
 
+void convert(int from_dtype, const void *from, int to_dtype, int64_t n, void *to) {
+  with_dtype(from_dtype, [&](auto f) {
+    with_dtype(to_dtype, [&](auto t) { convert_block<decltype(f), decltype(t)>(from, n, to); });
+  });
+}
+
 // The block itself where it has the dtype, else converted into the buffer.
 const void *block_as(const void *from, int from_dtype, int to_dtype, int64_t n, void *buffer) {
   if (from_dtype == to_dtype) return from;
-  with_dtype(from_dtype, [&](auto f) {
-    with_dtype(to_dtype, [&](auto t) { convert_block<decltype(f), decltype(t)>(from, n, buffer); });
-  });
+  convert(from_dtype, from, to_dtype, n, buffer);
   return buffer;
 }
 
@@ -298,87 +315,314 @@ void backward(const wsn::Backward &a, int64_t begin, int64_t end) {
 
 // --- optimizers: each line rounds as the operation of PyTorch's optimizer that it stands for -------------------------
 
-// Where kFrozen, a value whose flag is set keeps its bits.
+// A running mean that is fed with zeros (dead inputs, weights that left the mask) shrinks to a denormal number and stays
+// there, where processors are a hundred times slower. So these are 0: nothing that a parameter could feel.
+template <class T>
+inline T normal_or_zero(T x) {
+  constexpr T least = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+  return (x < 0 ? -x : x) < least ? T(0) : x;
+}
+
+// A choice that is made once for a whole loop: f(std::true_type) or f(std::false_type).
+template <class F>
+void with_constant(bool condition, F f) {
+  if (condition)
+    f(std::true_type());
+  else
+    f(std::false_type());
+}
+
+template <class T>
+using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+// Frozen values have all bits set in `frozen`, which may be NULL, and keep theirs.
 template <bool kFrozen, class T>
-void adamw_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN_RESTRICT avg,
-                 void *WSN_RESTRICT avg_sq, const uint8_t *WSN_RESTRICT frozen, int64_t n, const AdamWStep &step) {
-  const T lerp = T(step.lerp), beta2 = T(step.beta2), rest2 = T(step.one_minus_beta2), eps = T(step.eps);
-  const T correction = T(step.root_correction), size = T(-step.step_size), shrink = T(step.shrink);
-  const T decay = T(step.decay);
-  const bool near = step.lerp < 0.5, coupled = step.decay != 0;
-  for (int64_t j = 0; j < n; ++j) {
-    const T before = at<T>(param, j), m = at<T>(avg, j);
-    const T g = coupled ? multiply_add(before, decay, grad[j]) : grad[j];
-    const T m_new = near ? multiply_add(lerp, g - m, m) : multiply_add(lerp - 1, g - m, g);
-    const T v_new = at<T>(avg_sq, j) * beta2 + rest2 * g * g;
-    const T after = before * shrink + size * m_new / (root(v_new) / correction + eps);
+inline void put_unless_frozen(void *param, int64_t j, T before, T after, const Word<T> *frozen) {
+  if (kFrozen) {
+    const Word<T> kept = bits_as<Word<T>>(before) & frozen[j], changed = bits_as<Word<T>>(after) & ~frozen[j];
+    put(param, j, Word<T>(kept | changed));
+  } else {
+    put(param, j, after);
+  }
+}
+
+// The coefficients in the dtype of the parameter, and what becomes of one element.
+template <class T>
+struct AdamW {
+  T lerp, beta2, rest2, eps, size, shrink, decay;
+  Divisor<T> correction;
+  bool near;
+
+  explicit AdamW(const AdamWStep &step)
+      : lerp(T(step.lerp < 0.5 ? step.lerp : step.lerp - 1)), beta2(T(step.beta2)), rest2(T(step.one_minus_beta2)),
+        eps(T(step.eps)), size(T(-step.step_size)), shrink(T(step.shrink)), decay(T(step.decay)),
+        correction(T(step.root_correction)), near(step.lerp < 0.5) {}
+
+  template <bool kCoupled>
+  T after(T before, T grad, void *avg, void *avg_sq, int64_t j) const {
+    const T m = at<T>(avg, j), g = kCoupled ? multiply_add(before, decay, grad) : grad;
+    const T m_new = normal_or_zero(multiply_add(lerp, g - m, near ? m : g));
+    const T v_new = normal_or_zero(at<T>(avg_sq, j) * beta2 + rest2 * g * g);
     put(avg, j, m_new);
     put(avg_sq, j, v_new);
-    put(param, j, kFrozen && frozen[j] ? before : after);
+    return before * shrink + size * m_new / (correction.divide(root(v_new)) + eps);
+  }
+};
+
+template <bool kFrozen, bool kCoupled, class T>
+void adamw_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN_RESTRICT avg,
+                 void *WSN_RESTRICT avg_sq, const Word<T> *WSN_RESTRICT frozen, int64_t n, const AdamWStep &step) {
+  const AdamW<T> adamw(step);
+  WSN_NO_OVERLAP
+  for (int64_t j = 0; j < n; ++j) {
+    const T before = at<T>(param, j);
+    put_unless_frozen<kFrozen>(param, j, before,
+                               adamw.template after<kCoupled>(before, at<T>(grad, j), avg, avg_sq, j), frozen);
+  }
+}
+
+// A weight, its scores, and both gradients formed from the masked weight's, in one loop: the memory is read in as many
+// streams at once as the hardware can follow.
+template <bool kFrozen, class K, class T>
+void adamw_pair_block(void *WSN_RESTRICT weight, void *WSN_RESTRICT scores, const void *WSN_RESTRICT grad,
+                      void *WSN_RESTRICT weight_avg, void *WSN_RESTRICT weight_avg_sq, void *WSN_RESTRICT scores_avg,
+                      void *WSN_RESTRICT scores_avg_sq, const Word<T> *WSN_RESTRICT frozen, typename K::I tau,
+                      typename K::I infinity, T scale, int64_t n, const AdamWStep &for_weight,
+                      const AdamWStep &for_scores) {
+  using W = Word<T>;
+  const AdamW<T> weight_step(for_weight), scores_step(for_scores);
+  WSN_NO_OVERLAP
+  for (int64_t j = 0; j < n; ++j) {
+    const T w = at<T>(weight, j), s = at<T>(scores, j), g = at<T>(grad, j);
+    const T masked = key_of<K>(bits_as<typename K::I>(s), infinity) >= tau ? g : T(0);
+    const T dw = (kFrozen ? bits_as<T>(W(bits_as<W>(masked) & ~frozen[j])) : masked) * scale;
+    T ds = g * w;
+    if (K::transform == WSN_MAGNITUDE) ds *= static_cast<T>((s > 0) - (s < 0));
+    put(scores, j, scores_step.template after<false>(s, ds * scale, scores_avg, scores_avg_sq, j));
+    put_unless_frozen<kFrozen>(weight, j, w,
+                               weight_step.template after<false>(w, dw, weight_avg, weight_avg_sq, j), frozen);
   }
 }
 
 template <bool kFrozen, bool kMomentum, class T>
 void sgd_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN_RESTRICT buffer,
-               const uint8_t *WSN_RESTRICT frozen, int64_t n, const SgdStep &step) {
+               const Word<T> *WSN_RESTRICT frozen, int64_t n, const SgdStep &step) {
   const T lr = T(-step.lr), momentum = T(step.momentum), rest = T(step.one_minus_dampening), decay = T(step.decay);
   const bool coupled = step.decay != 0, nesterov = step.nesterov, first = step.first;
   for (int64_t j = 0; j < n; ++j) {
     const T before = at<T>(param, j);
-    T g = coupled ? multiply_add(before, decay, grad[j]) : grad[j];
+    T g = coupled ? multiply_add(before, decay, at<T>(grad, j)) : at<T>(grad, j);
     if (kMomentum) {
-      const T b = first ? g : multiply_add(g, rest, at<T>(buffer, j) * momentum);
+      const T b = first ? g : normal_or_zero(multiply_add(g, rest, at<T>(buffer, j) * momentum));
       put(buffer, j, b);
       g = nesterov ? multiply_add(b, momentum, g) : b;
     }
-    const T after = multiply_add(g, lr, before);
-    put(param, j, kFrozen && frozen[j] ? before : after);
+    put_unless_frozen<kFrozen>(param, j, before, multiply_add(g, lr, before), frozen);
   }
 }
 
-template <bool kFrozen, class T>
-void update_block(void *param, const T *grad, const wsn::Update<AdamWStep> &update, const uint8_t *frozen,
-                  int64_t i, int64_t n) {
-  adamw_block<kFrozen>(param, grad, static_cast<T *>(update.first_state) + i,
-                       static_cast<T *>(update.second_state) + i, frozen, n, update.step);
+template <class T>
+void update_block(void *param, const T *grad, const wsn::Update<AdamWStep> &update, const Word<T> *frozen, int64_t i,
+                  int64_t n) {
+  void *const avg = static_cast<T *>(update.first_state) + i, *const avg_sq = static_cast<T *>(update.second_state) + i;
+  with_constant(frozen != nullptr, [&](auto has_frozen) {
+    with_constant(update.step.decay != 0, [&](auto coupled) {
+      adamw_block<decltype(has_frozen)::value, decltype(coupled)::value>(param, grad, avg, avg_sq, frozen, n,
+                                                                         update.step);
+    });
+  });
 }
 
-template <bool kFrozen, class T>
-void update_block(void *param, const T *grad, const wsn::Update<SgdStep> &update, const uint8_t *frozen,
-                  int64_t i, int64_t n) {
-  if (update.first_state)
-    sgd_block<kFrozen, true>(param, grad, static_cast<T *>(update.first_state) + i, frozen, n, update.step);
-  else
-    sgd_block<kFrozen, false>(param, grad, nullptr, frozen, n, update.step);
+template <class T>
+void update_block(void *param, const T *grad, const wsn::Update<SgdStep> &update, const Word<T> *frozen, int64_t i,
+                  int64_t n) {
+  void *const buffer = update.first_state ? static_cast<T *>(update.first_state) + i : nullptr;
+  with_constant(frozen != nullptr, [&](auto has_frozen) {
+    with_constant(buffer != nullptr, [&](auto momentum) {
+      sgd_block<decltype(has_frozen)::value, decltype(momentum)::value>(param, grad, buffer, frozen, n, update.step);
+    });
+  });
+}
+
+// The block as it is, or times the factor, in the buffer.
+template <class T>
+const T *scaled_block(const T *from, double factor, int64_t n, T *buffer) {
+  if (factor == 1) return from;
+  const T scale = T(factor);
+  for (int64_t j = 0; j < n; ++j) put(buffer, j, at<T>(from, j) * scale);
+  return buffer;
+}
+
+// dW and dS of one block: in the buffers, or where they were given.
+template <class T>
+struct GradientBlock {
+  alignas(64) T weight_buffer[kBlock], scores_buffer[kBlock];
+  alignas(64) uint8_t flags[kBlock];
+  const T *weight, *scores;
+
+  void form(const wsn::Gradients &g, int64_t i, int64_t n) {
+    if (g.score_grad) {
+      weight = static_cast<const T *>(g.a.grad) + i;
+      scores = static_cast<const T *>(g.score_grad) + i;
+    } else {
+      gradients(g.a, i, n, weight_buffer, scores_buffer, flags);
+      weight = weight_buffer, scores = scores_buffer;
+    }
+    weight = scaled_block(weight, g.scale, n, weight_buffer);
+    scores = scaled_block(scores, g.scale, n, scores_buffer);
+  }
+};
+
+// The gate of one block by a guess of the threshold, and what may turn out otherwise.
+template <class K>
+void speculate_block(const wsn::Speculation &s, int64_t begin, int64_t n, int64_t *counts) {
+  using I = typename K::I;
+  using U = typename K::U;
+  alignas(64) U keep[kBlock];
+  alignas(64) uint8_t uncertain[kBlock];
+  alignas(64) char buffer[8 * kBlock];
+  const wsn::Gate &g = s.gate;
+  const void *const data = element(g.scores.data, g.weight_dtype, begin);
+  const I infinity = I(g.scores.infinity), guess = I(g.tau), lo = I(s.lo);
+  const U span = U(U(s.hi) - U(s.lo));
+  U below = 0, same = 0;  // as wide as the keys, for full vectors; a block fits
+  for (int64_t j = 0; j < n; ++j) {
+    const I key = key_at<K>(data, j, infinity);
+    keep[j] = U(-U(key >= guess));
+    uncertain[j] = (U(U(key) - U(lo)) <= span) & (key != guess);
+    below = U(below + (key < lo));
+    same = U(same + (key == guess));
+  }
+  counts[0] += int64_t(below), counts[1] += int64_t(same);
+  const void *const weight = element(g.weight, g.weight_dtype, begin);
+  void *const out = element(g.out, g.out_dtype, begin);
+  const bool converts = g.out_dtype != g.weight_dtype;
+  void *const masked = converts ? buffer : out;  // +0.0 is all zeros in every dtype
+  for (int64_t j = 0; j < n; ++j) put(masked, j, U(at<U>(weight, j) & keep[j]));
+  if (converts) convert(g.weight_dtype, masked, g.out_dtype, n, out);
+
+  wsn::Listed list[kBlock];
+  int64_t count = 0;
+  for (int64_t j = n; j % 8; ++j) uncertain[j] = 0;
+  for (int64_t j = 0; j < n; j += 8) {
+    if (load64(uncertain + j) == 0) continue;  // most groups: windows are narrow
+    for (int64_t t = j; t < j + 8; ++t) {
+      if (!uncertain[t]) continue;
+      list[count++] = {begin + t, int64_t(key_at<K>(data, t, infinity))};
+    }
+  }
+  if (count > 0) s.report(s.context, list, count);
+}
+
+void speculate_block(const wsn::Speculation &s, int64_t begin, int64_t n, int64_t *counts) {
+  with_kind(s.gate.scores, [&](auto kind) { speculate_block<decltype(kind)>(s, begin, n, counts); });
+}
+
+// One loop for both updates of a block, where there is one. False: there is none.
+template <class T>
+bool update_pair(const wsn::Gradients &g, const wsn::Update<AdamWStep> &weight, const wsn::Update<AdamWStep> &scores,
+                 const Word<T> *frozen, int64_t i, int64_t n) {
+  const wsn::Backward &a = g.a;
+  if (g.score_grad || weight.step.decay != 0 || scores.step.decay != 0) return false;
+  alignas(64) char buffer[8 * kBlock];
+  const void *const grad = block_as(element(a.grad, a.grad_dtype, i), a.grad_dtype, a.weight_dtype, n, buffer);
+  const auto block = [&](const void *data) { return static_cast<T *>(const_cast<void *>(data)) + i; };
+  with_constant(frozen != nullptr, [&](auto has_frozen) {
+    with_constant(a.rule == WSN_MAGNITUDE, [&](auto magnitude) {
+      using K = Kind<std::make_signed_t<Word<T>>, decltype(magnitude)::value ? WSN_MAGNITUDE : WSN_VALUE>;
+      adamw_pair_block<decltype(has_frozen)::value, K, T>(
+          block(a.weight), block(a.scores.data), grad, block(weight.first_state), block(weight.second_state),
+          block(scores.first_state), block(scores.second_state), frozen, typename K::I(a.tau),
+          typename K::I(a.scores.infinity), T(g.scale), n, weight.step, scores.step);
+    });
+  });
+  return true;
+}
+
+template <class T>
+bool update_pair(const wsn::Gradients &, const wsn::Update<SgdStep> &, const wsn::Update<SgdStep> &, const Word<T> *,
+                 int64_t, int64_t) {
+  return false;
 }
 
 template <class T, class Step>
-void step_typed(const wsn::Backward &a, const wsn::Update<Step> &weight, const wsn::Update<Step> &scores, int64_t begin,
-                int64_t end) {
-  alignas(64) T dweight[kBlock], dscores[kBlock];
-  alignas(64) uint8_t frozen[kBlock];
+void step_typed(const wsn::Gradients &g, const wsn::Update<Step> &weight, const wsn::Update<Step> &scores,
+                const wsn::Speculation *speculation, int64_t begin, int64_t end, int64_t *counts) {
+  const wsn::Backward &a = g.a;
+  GradientBlock<T> grads;
+  alignas(64) Word<T> words[kBlock];
+  const Word<T> *const frozen = a.union_mask ? words : nullptr;
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = block_length(i, end);
-    gradients(a, i, n, dweight, dscores, frozen);
-    void *const weight_block = const_cast<char *>(element(a.weight, a.weight_dtype, i));
-    if (a.union_mask)
-      update_block<true>(weight_block, dweight, weight, frozen, i, n);
-    else
-      update_block<false>(weight_block, dweight, weight, nullptr, i, n);
-    update_block<false>(const_cast<char *>(element(a.scores.data, a.scores_dtype, i)), dscores, scores, nullptr, i, n);
+    if (frozen) {
+      unpack_block(a.union_mask + i / 8, n, grads.flags);
+      for (int64_t j = 0; j < n; ++j) words[j] = Word<T>(0) - grads.flags[j];
+    }
+    if (!update_pair<T>(g, weight, scores, frozen, i, n)) {
+      grads.form(g, i, n);
+      update_block<T>(const_cast<char *>(element(a.weight, a.weight_dtype, i)), grads.weight, weight, frozen, i, n);
+      update_block<T>(const_cast<char *>(element(a.scores.data, a.scores_dtype, i)), grads.scores, scores, nullptr, i,
+                      n);
+    }
+    if (speculation) speculate_block(*speculation, i, n, counts);
   }
 }
 
 template <class Step>
-void step(const wsn::Backward &a, const wsn::Update<Step> &weight, const wsn::Update<Step> &scores, int64_t begin,
-          int64_t end) {
-  if (a.weight_dtype == WSN_FLOAT64)
-    step_typed<double>(a, weight, scores, begin, end);
+void step(const wsn::Gradients &g, const wsn::Update<Step> &weight, const wsn::Update<Step> &scores,
+          const wsn::Speculation *speculation, int64_t begin, int64_t end, int64_t *counts) {
+  if (g.a.weight_dtype == WSN_FLOAT64)
+    step_typed<double>(g, weight, scores, speculation, begin, end, counts);
   else
-    step_typed<float>(a, weight, scores, begin, end);
+    step_typed<float>(g, weight, scores, speculation, begin, end, counts);
+}
+
+template <class T>
+double sum_of_squares(const T *values, int64_t n) {
+  constexpr int64_t kLanes = 16;  // sums side by side, for the compiler to vectorise
+  double lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const double x = double(at<T>(values, j + l));
+      lanes[l] += x * x;
+    }
+  double sum = 0;
+  for (; j < n; ++j) sum += double(at<T>(values, j)) * double(at<T>(values, j));
+  for (const double lane : lanes) sum += lane;
+  return sum;
+}
+
+template <class T>
+void squares_typed(const wsn::Gradients &g, int64_t begin, int64_t end, double *sums) {
+  GradientBlock<T> grads;
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = block_length(i, end);
+    grads.form(g, i, n);
+    sums[0] += sum_of_squares(grads.weight, n), sums[1] += sum_of_squares(grads.scores, n);
+  }
+}
+
+void squares(const wsn::Gradients &g, int64_t begin, int64_t end, double *sums) {
+  if (g.a.weight_dtype == WSN_FLOAT64)
+    squares_typed<double>(g, begin, end, sums);
+  else
+    squares_typed<float>(g, begin, end, sums);
+}
+
+void amend(const wsn::Gate &g, const wsn::Listed *list, int64_t count, int64_t lo, int64_t hi) {
+  char buffer[8];
+  for (int64_t i = 0; i < count; ++i) {
+    const wsn::Listed &one = list[i];
+    if (one.key < lo || one.key >= hi) continue;
+    const void *const weight =
+        block_as(element(g.weight, g.weight_dtype, one.element), g.weight_dtype, g.out_dtype, 1, buffer);
+    const uint8_t keep = one.key >= g.tau;
+    select_block(g.out_dtype, weight, &keep, 1, element(g.out, g.out_dtype, one.element));
+  }
 }
 
 }  // namespace
 
-const wsn::Kernels wsn::WSN_KERNELS = {count_upto, collect,          sample, gate,
-                                       backward,   step<AdamWStep>, step<SgdStep>};
+const wsn::Kernels wsn::WSN_KERNELS = {count_upto,       collect,       sample,  gate,   backward,
+                                       step<AdamWStep>, step<SgdStep>, squares, amend};

@@ -94,6 +94,23 @@ inline float multiply_add(float a, float b, float c) { return float(double(a) * 
 inline double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
 
+// x / divisor, rounded as that is, for many x: Markstein's theorem, with the reciprocal rounded to nearest. Infinities
+// would become NaN.
+template <class T>
+struct Divisor {
+  T divisor, reciprocal;
+  explicit Divisor(T x) : divisor(x), reciprocal(1 / x) {}
+  T divide(T x) const {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    const T quotient = x * reciprocal;
+    const T corrected = multiply_add(multiply_add(-quotient, divisor, x), reciprocal, quotient);
+    return quotient - quotient == 0 ? corrected : quotient;
+#else
+    return x / divisor;
+#endif
+  }
+};
+
 inline float root(float x) { return sqrtf(x); }
 inline double root(double x) { return sqrt(x); }
 

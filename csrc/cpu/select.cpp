@@ -84,7 +84,7 @@ struct Listed {
   }
 };
 
-int64_t select(const Source &source, int64_t n, int64_t rank, int threads) {
+int64_t search(const Source &source, int64_t n, int64_t rank, int threads) {
   const int64_t smallest = wsn::smallest_key(source.width), largest = wsn::largest_key(source.width);
   if (n <= kBisect) return bisect(source, n, rank, smallest, largest, 1);
   const Window window = window_of(source, n, rank);
@@ -98,13 +98,21 @@ int64_t select(const Source &source, int64_t n, int64_t rank, int threads) {
   const int64_t inside = rank - listed.upto_lo;
   if (inside < listed.length) {
     if (listed.length > listed.room) return bisect(source, n, rank, window.lo, window.hi, threads);
-    return select({listed.keys.get(), source.width, wsn::kKeys, source.infinity}, listed.length, inside, threads);
+    return search({listed.keys.get(), source.width, wsn::kKeys, source.infinity}, listed.length, inside, threads);
   }
   return rank < listed.upto_hi ? window.hi : bisect(source, n, rank, window.hi, largest, threads);
 }
 
-// The element that a key stands for.
-void write_element(const Source &source, int64_t key, void *out) {
+}  // namespace
+
+int64_t wsn::select(const Source &source, int64_t n, int64_t rank, int threads) {
+  try {
+    return search(source, n, rank, threads);
+  } catch (const std::bad_alloc &) {  // slower, and without a list
+    return bisect(source, n, rank, smallest_key(source.width), largest_key(source.width), threads);
+  }
+}
+void wsn::write_element(const Source &source, int64_t key, void *out) {
   const int64_t sign = wsn::smallest_key(source.width);
   // The bit below infinity's is the one that makes a NaN quiet.
   const int64_t quiet = source.infinity | (source.infinity & -source.infinity) >> 1;
@@ -120,19 +128,13 @@ void write_element(const Source &source, int64_t key, void *out) {
   }
 }
 
-}  // namespace
-
 int wsn_threshold(const void *scores, int dtype, int64_t n, int64_t rank, int rule, void *tau, int num_threads) {
   if (n < 1) return WSN_ERROR_SIZE;
   if (const int code = wsn::check(n, num_threads, scores, tau)) return code;
   if (!wsn::is_dtype(dtype)) return WSN_ERROR_DTYPE;
   if (!wsn::is_rule(rule)) return WSN_ERROR_RULE;
   if (rank < 0 || rank >= n) return WSN_ERROR_RANK;
-  try {
-    const Source source = wsn::source_of(scores, dtype, rule);
-    write_element(source, select(source, n, rank, num_threads), tau);
-  } catch (const std::bad_alloc &) {
-    return WSN_ERROR_MEMORY;
-  }
+  const Source source = wsn::source_of(scores, dtype, rule);
+  wsn::write_element(source, wsn::select(source, n, rank, num_threads), tau);
   return WSN_OK;
 }

@@ -35,7 +35,7 @@
 #endif
 
 /* Raised with every incompatible change of this header; a loader refuses a library of another version. */
-#define WSN_ABI_VERSION 2
+#define WSN_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -98,18 +98,34 @@ WSN_API int wsn_gate_backward(const void *grad, int grad_dtype, const void *weig
 WSN_API int wsn_restore_frozen(void *param, const void *saved, const uint8_t *union_mask, int itemsize, int64_t n,
                                int num_threads);
 
-/* --- optimizer steps: gate_backward and the update in one pass ---------------------------------------------------- */
+/* --- optimizer steps ---------------------------------------------------------------------------------------------- */
 
-/* A tensor with what the steps below change of it. Everything is in one dtype, float32 or float64, and has n elements.
- * grad, scores, tau, rule and union_mask are as for wsn_gate_backward; the mask must be that of the forward pass. */
+/* What a step prepares for the next forward pass, from the weight and the scores as it leaves them. */
+typedef struct wsn_next {
+  void *masked;    /* n elements of masked_dtype: keep ? weight : +0.0, as wsn_gate writes them */
+  void *tau;       /* receives the threshold, as wsn_threshold writes it; may be the tau that the step reads */
+  int64_t *window; /* [WSN_WINDOW], all 0 at first and else as the last step with these scores left it. The more the
+                      threshold is where it was, the less time it takes; the result is exact whatever this holds. The
+                      last two count the steps that found it there and those that searched. */
+  int64_t rank;    /* of the threshold, as for wsn_threshold */
+  int32_t masked_dtype;
+} wsn_next;
+
+enum { WSN_WINDOW = 8 };
+
+/* A tensor and its gradients. weight, scores and score_grad are in one dtype, float32 or float64; all have n elements. */
 typedef struct wsn_gated {
-  const void *grad;
+  const void *grad;          /* that of the masked weight, as for wsn_gate_backward; with score_grad, that of the weight */
+  const void *score_grad;    /* NULL: both gradients are formed from grad, in the same pass */
   void *weight;
   void *scores;
-  const void *tau;
+  const void *tau;           /* of the forward pass; may be NULL with score_grad */
   const uint8_t *union_mask; /* may be NULL; a weight with its bit set is not changed, in any bit */
+  const wsn_next *next;      /* may be NULL */
   int64_t n;
+  double scale;              /* a factor for both gradients, rounded to dtype */
   int32_t dtype;
+  int32_t grad_dtype;        /* any; grad is converted to dtype first. dtype itself with score_grad */
   int32_t rule;
 } wsn_gated;
 
@@ -127,14 +143,28 @@ typedef struct wsn_sgd {
   int32_t first;
 } wsn_sgd;
 
-/* One step on the weight and the scores. The moments of frozen weights decay with a gradient of zero. */
-WSN_API int wsn_adamw_step(const wsn_gated *tensor, void *weight_avg, void *weight_avg_sq, void *scores_avg,
-                           void *scores_avg_sq, const wsn_adamw *for_weight, const wsn_adamw *for_scores,
-                           int num_threads);
+/* A tensor, its running means, and the settings for its weight and its scores. The means of frozen weights decay with a
+ * gradient of zero. A mean, or a momentum buffer, that becomes denormal is set to 0. */
+typedef struct wsn_adamw_item {
+  wsn_gated tensor;
+  void *weight_avg, *weight_avg_sq, *scores_avg, *scores_avg_sq;
+  wsn_adamw for_weight, for_scores;
+} wsn_adamw_item;
 
-/* As wsn_adamw_step. A momentum buffer may be NULL where its momentum is 0. */
-WSN_API int wsn_sgd_step(const wsn_gated *tensor, void *weight_momentum, void *scores_momentum,
-                         const wsn_sgd *for_weight, const wsn_sgd *for_scores, int num_threads);
+/* A momentum buffer may be NULL where its momentum is 0. */
+typedef struct wsn_sgd_item {
+  wsn_gated tensor;
+  void *weight_momentum, *scores_momentum;
+  wsn_sgd for_weight, for_scores;
+} wsn_sgd_item;
+
+/* One step on the weights and the scores of `count` tensors, which share no memory. */
+WSN_API int wsn_adamw_step(const wsn_adamw_item *items, int64_t count, int num_threads);
+WSN_API int wsn_sgd_step(const wsn_sgd_item *items, int64_t count, int num_threads);
+
+/* Write to out[2 i] and out[2 i + 1] the sums of the squares of the gradients that a step would form for the weight and
+ * the scores of tensor i, added up in float64. next is not read. */
+WSN_API int wsn_gradient_squares(const wsn_gated *tensors, int64_t count, double *out, int num_threads);
 
 /* --- packed masks ------------------------------------------------------------------------------------------------- */
 

@@ -87,26 +87,50 @@ static void check_errors_of_gate(void) {
 }
 
 static void check_errors_of_steps(void) {
-  float x[1] = {1}, w[1] = {7}, state[1] = {0};
+  float x[1] = {1}, w[1] = {7}, state[1] = {0}, masked[1] = {7};
+  int64_t window[WSN_WINDOW] = {0};
+  double sums[2] = {7, 7};
   const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 0, 1, 1};
   const wsn_sgd sgd = {0.1, 0.9, 0, 0, 0, 1};
-  wsn_gated t = {x, w, w, x, NULL, 1, WSN_FLOAT32, WSN_VALUE};
-  CHECK(wsn_adamw_step(NULL, state, state, state, state, &adamw, &adamw, 1) == WSN_ERROR_NULL);
-  CHECK(wsn_adamw_step(&t, state, NULL, state, state, &adamw, &adamw, 1) == WSN_ERROR_NULL);
-  CHECK(wsn_adamw_step(&t, state, state, state, state, &adamw, NULL, 1) == WSN_ERROR_NULL);
-  CHECK(wsn_sgd_step(&t, NULL, state, &sgd, &sgd, 1) == WSN_ERROR_NULL);
-  t.dtype = WSN_BFLOAT16;
-  CHECK(wsn_adamw_step(&t, state, state, state, state, &adamw, &adamw, 1) == WSN_ERROR_DTYPE);
-  t.dtype = WSN_FLOAT32, t.tau = NULL;
-  CHECK(wsn_sgd_step(&t, state, state, &sgd, &sgd, 1) == WSN_ERROR_NULL);
-  t.tau = x, t.n = -1;
-  CHECK(wsn_sgd_step(&t, state, state, &sgd, &sgd, 1) == WSN_ERROR_SIZE);
-  CHECK(w[0] == 7 && state[0] == 0);
+  const wsn_gated good = {x, NULL, w, w, x, NULL, NULL, 1, 1.0, WSN_FLOAT32, WSN_FLOAT32, WSN_VALUE};
+  wsn_adamw_item a[2] = {{good, state, state, state, state, adamw, adamw}, {good, state, state, state, state, adamw, adamw}};
+  wsn_sgd_item s = {good, state, state, sgd, sgd};
+  wsn_next next = {masked, x, window, 0, WSN_FLOAT32};
+  CHECK(wsn_adamw_step(NULL, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_adamw_step(a, -1, 1) == WSN_ERROR_SIZE);
+  CHECK(wsn_adamw_step(a, 2, 0) == WSN_ERROR_THREADS);
+  a[1].weight_avg_sq = NULL; /* an error in the last is found before the first is changed */
+  CHECK(wsn_adamw_step(a, 2, 1) == WSN_ERROR_NULL);
+  s.weight_momentum = NULL;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_NULL);
+  s.weight_momentum = state, s.tensor.dtype = WSN_BFLOAT16;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_DTYPE);
+  s.tensor = good, s.tensor.grad_dtype = 4;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_DTYPE);
+  s.tensor = good, s.tensor.score_grad = x, s.tensor.grad_dtype = WSN_BFLOAT16;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_DTYPE);
+  s.tensor = good, s.tensor.tau = NULL;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_gradient_squares(&s.tensor, 1, sums, 1) == WSN_ERROR_NULL);
+  s.tensor = good, s.tensor.rule = 2;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_RULE);
+  s.tensor = good, s.tensor.n = -1;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_SIZE);
+  s.tensor = good, s.tensor.next = &next, next.rank = 1;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_RANK);
+  next.rank = 0, next.masked_dtype = -1;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_DTYPE);
+  next.masked_dtype = WSN_FLOAT32, next.window = NULL;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_gradient_squares(&good, 1, NULL, 1) == WSN_ERROR_NULL);
+  CHECK(w[0] == 7 && state[0] == 0 && masked[0] == 7 && window[0] == 0 && sums[0] == 7);
 }
 
 static void check_empty(void) {
-  const wsn_gated none = {NULL, NULL, NULL, NULL, NULL, 0, WSN_FLOAT32, WSN_VALUE};
+  const wsn_gated none = {NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 1.0, WSN_FLOAT32, WSN_FLOAT32, WSN_VALUE};
   const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 0, 1, 1};
+  const wsn_adamw_item item = {none, NULL, NULL, NULL, NULL, adamw, adamw};
+  double sums[2] = {7, 7};
   int64_t count = -1;
   CHECK(wsn_pack_bits(NULL, 0, NULL, 1) == WSN_OK);
   CHECK(wsn_unpack_bits(NULL, 0, NULL, 1) == WSN_OK);
@@ -118,7 +142,9 @@ static void check_empty(void) {
   CHECK(wsn_gate_packed(NULL, 0, NULL, NULL, 0, 0, 1) == WSN_OK);
   CHECK(wsn_gate_backward(NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, NULL, NULL, 0, 1) == WSN_OK);
   CHECK(wsn_restore_frozen(NULL, NULL, NULL, 4, 0, 1) == WSN_OK);
-  CHECK(wsn_adamw_step(&none, NULL, NULL, NULL, NULL, &adamw, &adamw, 1) == WSN_OK);
+  CHECK(wsn_adamw_step(&item, 1, 1) == WSN_OK);
+  CHECK(wsn_adamw_step(NULL, 0, 1) == WSN_OK);
+  CHECK(wsn_gradient_squares(&none, 1, sums, 1) == WSN_OK && sums[0] == 0 && sums[1] == 0);
 }
 
 int main(void) {

@@ -207,28 +207,46 @@ static void check_restore(int64_t n, int offset) {
   }
 }
 
-/* The arithmetic is PyTorch's and tested against it; here: memory, and what must not change. */
+/* The arithmetic is PyTorch's and tested against it; here: memory, what must not change, and that the gate of the next
+ * forward pass is what wsn_threshold and wsn_gate make of the weight and the scores. */
 static void check_steps(int64_t n, int offset) {
   const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 1e-2, 3, 1};
   const wsn_sgd sgd = {1e-2, 0.9, 0, 1e-2, 1, 0};
   int dtype;
   for (dtype = WSN_FLOAT32; dtype <= WSN_FLOAT64; ++dtype) {
     const int item = kItem[dtype];
+    const int masked_dtype = dtype == WSN_FLOAT32 ? WSN_BFLOAT16 : WSN_FLOAT64;
+    const int64_t masked_bytes = n * kItem[masked_dtype];
     buffer g = make_numbers(dtype, n, offset), w = make_numbers(dtype, n, offset), s = make_numbers(dtype, n, offset);
     buffer u = make_bits(n, offset), before = make(n * item, 0), states[4];
-    uint64_t tau = 0;
-    const wsn_gated t = {g.data, w.data, s.data, &tau, u.data, n, dtype, WSN_MAGNITUDE};
+    buffer masked = make(masked_bytes, offset), expected = make(masked_bytes, 0);
+    uint64_t tau = 0, next_tau = 0, expected_tau = 0;
+    int64_t window[WSN_WINDOW] = {0};
+    const wsn_next next = {masked.data, &next_tau, window, n / 3, masked_dtype};
+    const wsn_gated t = {g.data, NULL, w.data, s.data, &tau, u.data, &next, n, 0.5, dtype, dtype, WSN_MAGNITUDE};
+    wsn_adamw_item a = {t, NULL, NULL, NULL, NULL, adamw, adamw};
+    wsn_sgd_item b = {t, NULL, NULL, sgd, sgd};
     int64_t i;
     int k;
     for (k = 0; k < 4; ++k) states[k] = make(n * item, offset), memset(states[k].data, 0, (size_t)(n * item));
+    a.weight_avg = states[0].data, a.weight_avg_sq = states[1].data;
+    a.scores_avg = states[2].data, a.scores_avg_sq = states[3].data;
+    b.weight_momentum = states[0].data, b.scores_momentum = states[2].data;
     memcpy(before.data, w.data, (size_t)(n * item));
-    CHECK(wsn_adamw_step(&t, states[0].data, states[1].data, states[2].data, states[3].data, &adamw, &adamw, 2) ==
-          WSN_OK);
-    CHECK(wsn_sgd_step(&t, states[0].data, states[2].data, &sgd, &sgd, 2) == WSN_OK);
+    for (k = 0; k < 6; ++k) {
+      CHECK((k % 2 ? wsn_sgd_step(&b, 1, 2) : wsn_adamw_step(&a, 1, 2)) == WSN_OK);
+      if (n == 0) continue;
+      CHECK(wsn_threshold(s.data, dtype, n, n / 3, WSN_MAGNITUDE, &expected_tau, 1) == WSN_OK);
+      CHECK(memcmp(&next_tau, &expected_tau, (size_t)item) == 0);
+      CHECK(wsn_gate(w.data, dtype, s.data, dtype, &next_tau, WSN_MAGNITUDE, expected.data, masked_dtype, NULL, n, 1) ==
+            WSN_OK);
+      CHECK(memcmp(masked.data, expected.data, (size_t)masked_bytes) == 0);
+    }
+    CHECK(n == 0 || window[WSN_WINDOW - 2] + window[WSN_WINDOW - 1] == 6);
     for (i = 0; i < n; ++i)
       if (bit_at(u.data, i)) CHECK(memcmp(w.data + i * item, before.data + i * item, (size_t)item) == 0);
     for (k = 0; k < 4; ++k) free(states[k].base);
-    free(g.base), free(w.base), free(s.base), free(u.base), free(before.base);
+    free(g.base), free(w.base), free(s.base), free(u.base), free(before.base), free(masked.base), free(expected.base);
   }
 }
 

@@ -79,9 +79,16 @@ std::vector<uint8_t> gate_and_step(int threads) {
   const float tau = 0.7f;
   const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 1e-2, 1, 1};
   CHECK(wsn_gate(weight.data(), 0, scores.data(), 0, &tau, 0, out.data(), 0, packed.data(), kSize, threads) == WSN_OK);
-  const wsn_gated t = {grad.data(), weight.data(), scores.data(), &tau, packed.data(), kSize, WSN_FLOAT32, 0};
-  CHECK(wsn_adamw_step(&t, states[0].data(), states[1].data(), states[2].data(), states[3].data(), &adamw, &adamw,
-                       threads) == WSN_OK);
+  float next_tau = 0;
+  int64_t window[WSN_WINDOW] = {};
+  double sums[2];
+  const wsn_next next = {out.data(), &next_tau, window, kSize / 2, WSN_FLOAT32};
+  const wsn_gated t = {grad.data(), nullptr, weight.data(), scores.data(), &tau, packed.data(), &next, kSize, 1.0, 0, 0, 0};
+  const wsn_adamw_item item = {t, states[0].data(), states[1].data(), states[2].data(), states[3].data(), adamw, adamw};
+  CHECK(wsn_gradient_squares(&t, 1, sums, threads) == WSN_OK);
+  for (int step = 0; step < 5; ++step) CHECK(wsn_adamw_step(&item, 1, threads) == WSN_OK);
+  CHECK(window[WSN_WINDOW - 2] > 0);
+  result.assign(reinterpret_cast<const uint8_t *>(sums), reinterpret_cast<const uint8_t *>(sums + 2));
   for (const std::vector<float> &part : {out, weight, scores, states[0], states[3]}) {
     const auto *const bytes = reinterpret_cast<const uint8_t *>(part.data());
     result.insert(result.end(), bytes, bytes + part.size() * sizeof(float));

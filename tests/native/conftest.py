@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsn_fast.backends import native
+from wsn_fast.backends import native, native_library
 
 ROOT = Path(__file__).parents[2]
 LEVELS = ("plain", "avx2", "avx512")
@@ -32,21 +32,22 @@ def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def library_file(build_folder: Path) -> Path:
-    return build_folder / native._FILE.name
+    return build_folder / native_library._FILE.name
 
 
 @pytest.fixture
-def library(library_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[native.NativeLibrary]:
+def library(library_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[native_library.NativeLibrary]:
     """The bindings run on the library just built, whatever is installed."""
-    opened = native.open_library(library_file)
+    opened = native_library.open_library(library_file)
     assert opened.lib is not None, opened.reason
-    monkeypatch.setattr(native, "load", lambda: opened)
+    for module in (native, native_library):
+        monkeypatch.setattr(module, "load", lambda: opened)
     yield opened
     opened.lib.wsn_limit_instructions(len(LEVELS))
 
 
 @pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
-def level(request: pytest.FixtureRequest, library: native.NativeLibrary) -> int:
+def level(request: pytest.FixtureRequest, library: native_library.NativeLibrary) -> int:
     assert library.lib is not None
     if library.lib.wsn_limit_instructions(request.param) != request.param:
         pytest.skip(f"this machine or build has no {LEVELS[request.param]}")

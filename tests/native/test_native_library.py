@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsn_fast.backends import native
+from wsn_fast.backends import native, native_library
 from wsn_fast.backends import torch as portable
 
 
@@ -27,11 +27,12 @@ def test_only_the_abi_is_exported(library_file: Path) -> None:
     listed = subprocess.run(["nm", "-D", "--defined-only", library_file], capture_output=True, text=True, check=True)
     names = {line.split()[2] for line in listed.stdout.splitlines() if line.split()[1] == "T"}
     own = {"wsn_abi_version", "wsn_error_message", "wsn_limit_instructions"}
-    assert names - {"_init", "_fini"} == native._SIGNATURES.keys() | own
+    assert names - {"_init", "_fini"} == native_library._SIGNATURES.keys() | own
 
 
 def test_missing_library_is_named_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "load", lambda: native.NativeLibrary(None, "it was not built"))
+    for module in (native, native_library):
+        monkeypatch.setattr(module, "load", lambda: native_library.NativeLibrary(None, "it was not built"))
     with pytest.raises(RuntimeError, match="it was not built"):
         native.pack(torch.ones(3, dtype=torch.bool))
 
@@ -39,12 +40,12 @@ def test_missing_library_is_named_at_the_call(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("library")
 def test_error_code_becomes_its_message() -> None:
     with pytest.raises(RuntimeError, match="wsn_pack_bits: a size is negative"):
-        native._call("wsn_pack_bits", None, -1, None)
+        native_library.call("wsn_pack_bits", None, -1, None)
 
 
 def test_absent_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "_package_roots", lambda: iter([tmp_path]))
-    library = native.load.__wrapped__()
+    monkeypatch.setattr(native_library, "package_roots", lambda: iter([tmp_path]))
+    library = native_library.load.__wrapped__()
     assert library.lib is None
     assert "not installed" in library.reason
 
@@ -52,7 +53,7 @@ def test_absent_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_foreign_file_is_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "libwsn_cpu.so"
     path.write_bytes(b"not a library of this platform")
-    library = native.open_library(path)
+    library = native_library.open_library(path)
     assert library.lib is None
     assert "cannot be loaded" in library.reason
 
@@ -60,8 +61,11 @@ def test_foreign_file_is_a_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("int wsn_abi_version(void) { return 999; }", f"ABI version 999, this package needs {native.ABI_VERSION}"),
-        (f"int wsn_abi_version(void) {{ return {native.ABI_VERSION}; }}", "lacks a function"),
+        (
+            "int wsn_abi_version(void) { return 999; }",
+            f"ABI version 999, this package needs {native_library.ABI_VERSION}",
+        ),
+        (f"int wsn_abi_version(void) {{ return {native_library.ABI_VERSION}; }}", "lacks a function"),
         ("int something_else(void) { return 1; }", "lacks a function"),
     ],
     ids=["another version", "functions missing", "another library"],
@@ -72,7 +76,7 @@ def test_unfit_library_is_a_reason(tmp_path: Path, source: str, reason: str) -> 
     (tmp_path / "unfit.c").write_text(source)
     built = tmp_path / "unfit.so"
     subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "unfit.c", "-o", built], check=True)
-    library = native.open_library(built)
+    library = native_library.open_library(built)
     assert library.lib is None
     assert reason in library.reason
 
@@ -80,11 +84,11 @@ def test_unfit_library_is_a_reason(tmp_path: Path, source: str, reason: str) -> 
 def test_first_library_that_loads_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library_file: Path) -> None:
     roots = [tmp_path / "broken", tmp_path / "good"]
     for root in roots:
-        (root / native._FILE).parent.mkdir(parents=True)
-    (roots[0] / native._FILE).write_bytes(b"broken")
-    shutil.copy(library_file, roots[1] / native._FILE)
-    monkeypatch.setattr(native, "_package_roots", lambda: iter(roots))
-    assert str(roots[1]) in native.load.__wrapped__().reason
+        (root / native_library._FILE).parent.mkdir(parents=True)
+    (roots[0] / native_library._FILE).write_bytes(b"broken")
+    shutil.copy(library_file, roots[1] / native_library._FILE)
+    monkeypatch.setattr(native_library, "package_roots", lambda: iter(roots))
+    assert str(roots[1]) in native_library.load.__wrapped__().reason
 
 
 def test_installed_library_is_found() -> None:
@@ -92,9 +96,9 @@ def test_installed_library_is_found() -> None:
         root = distribution("wsn-fast").locate_file("wsn_fast")
     except PackageNotFoundError:
         pytest.skip("wsn-fast is not installed")
-    if not Path(str(root), native._FILE).is_file():
+    if not Path(str(root), native_library._FILE).is_file():
         pytest.skip("wsn-fast is installed without its native library")
-    assert native.load().lib is not None, native.load().reason
+    assert native_library.load().lib is not None, native_library.load().reason
 
 
 @pytest.mark.usefixtures("library")
@@ -117,7 +121,8 @@ def test_supports(operation: str, dtype: torch.dtype | None, reason: str | None)
 
 
 def test_supports_nothing_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "load", lambda: native.NativeLibrary(None, "it was not built"))
+    for module in (native, native_library):
+        monkeypatch.setattr(module, "load", lambda: native_library.NativeLibrary(None, "it was not built"))
     assert native.supports("threshold", torch.float32) == "it was not built"
 
 

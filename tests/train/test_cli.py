@@ -101,7 +101,7 @@ ERRORS = [
     (["train", "--resume", "{used}", "--checkpoint", "000099.safetensors"], "'000099.safetensors'"),
     (["train", "--checkpoint", "000001.safetensors", "--out", "{new}"], "--checkpoint: expected together with"),
     (["eval", "{new}"], "{new} holds no run"),
-    (["report", "{used}", "{new}"], "{new} holds no finished run"),
+    (["report", "{new}"], "{new} holds no run"),
 ]
 
 
@@ -204,8 +204,9 @@ def test_eval_before_any_task_is_finished_is_an_error(copy: Path, capsys: pytest
 
 # --- report -----------------------------------------------------------------------------------------------
 def test_report_prints_a_row_per_run_and_draws_again(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     other = Path(shutil.copytree(copy, tmp_path / "other"))
     (copy / "capacity.png").unlink()
     assert cli.main(["report", str(copy), str(other)]) == 0

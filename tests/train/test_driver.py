@@ -68,7 +68,7 @@ def test_a_run_writes_one_folder(settings: Callable[..., TrainConfig]) -> None:
     results = start(s).finish()
     folder = Path(s.out)
     names = {"config.json", "metrics.jsonl", "results.json", "checkpoint", "accuracy_matrix.png", "capacity.png"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {*names, ".lock"}
     assert json.loads((folder / "results.json").read_text()) == results
     assert {*NUMBERS, "command", "config", "versions", "data_fingerprint"} == results.keys()
     assert json.loads((folder / "config.json").read_text())["config"]["epochs"] == 3

@@ -1,21 +1,34 @@
-"""Damaged bytes: a reader returns a dataset of the right shape or raises DataError, and nothing else."""
+"""Damaged and foreign bytes: a reader returns what it should, or raises its own error, and nothing else.
+
+That is DataError for datasets, CheckpointError (or ValueError, for a config) for the files of a run.
+"""
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
+import json
 import pickle
 import struct
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from wsn_fast.train import checkpoint
+from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
+from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.data import DataError, load
+from wsn_fast.train.report import Console
+from wsn_fast.train.run import Run, read_config
 
 RNG = np.random.default_rng(0)
 
@@ -113,3 +126,149 @@ def test_damaged_archive(archive: Path, data: st.DataObject, compress: bool) -> 
     whole = gzip.compress(buffer.getvalue(), mtime=0) if compress else buffer.getvalue()
     archive.write_bytes(data.draw(damaged(whole)))
     assert_right_or_data_error("cifar100", archive.parent, (3, 32, 32), 100)
+
+
+# --- the files of a run ----------------------------------------------------------------------------------------------
+JUNK = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.lists(st.integers(), max_size=3)
+)
+
+
+@st.composite
+def edited(draw: st.DrawFn, whole: Any) -> Any:
+    """A JSON value with up to three of its parts, at any depth, taken away or replaced by something else."""
+    whole = copy.deepcopy(whole)
+    for _ in range(draw(st.integers(1, 3))):
+        part = whole
+        while isinstance(part, dict | list) and part:
+            key = draw(st.sampled_from(list(part) if isinstance(part, dict) else range(len(part))))
+            inner = part[key]
+            if not (isinstance(inner, dict | list) and inner and draw(st.booleans())):
+                if draw(st.booleans()):
+                    del part[key]
+                else:
+                    part[key] = draw(JUNK | st.just({}))
+                break
+            part = inner
+    return whole
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run inside its second task."""
+    threads = torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    given = {"tasks": 3, "epochs": 1, "batch_size": 256, "device": "cpu", "out": str(folder)}
+    run = Run.start(resolve(**given), Console(quiet=True))
+    run._train_task()
+    run.wsn.begin_task(1)
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def saved(trained: Run) -> bytes:
+    checkpoint.save(trained.folder, 1, {"task": 1, "rows": [[1.5]]}, trained.wsn.state_dict())
+    return (trained.folder / "000001.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint") / "000001.safetensors"
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_damaged_checkpoint(saved: bytes, path: Path, data: st.DataObject) -> None:
+    content = data.draw(damaged(saved) | st.binary(max_size=200))
+    path.write_bytes(content)
+    try:
+        assert checkpoint.load(path).state == {"task": 1, "rows": [[1.5]]}
+    except CheckpointError as error:
+        assert str(path) in str(error) and content != saved
+    else:
+        assert content == saved
+
+
+def test_a_header_longer_than_any_file(path: Path) -> None:
+    path.write_bytes(b"\xff" * 8 + b"{}")
+    with pytest.raises(CheckpointError, match="not a checkpoint of wsn-fast"):
+        checkpoint.load(path)
+
+
+def signed(header: dict[str, Any], tensors: bytes) -> bytes:
+    """A safetensors file whose digest is right, whatever else is wrong."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    raw = struct.pack("<Q", len(text)) + text + tensors
+    found = checkpoint._DIGEST.search(raw)
+    return (
+        raw if found is None else raw[: found.start(1)] + checkpoint._digest(raw, found.start(1)) + raw[found.end(1) :]
+    )
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_checkpoint_of_another_make(saved: bytes, path: Path, data: st.DataObject) -> None:
+    """The digest protects against accidents and not against other writers."""
+    end = 8 + int.from_bytes(saved[:8], "little")
+    header = json.loads(saved[8:end])
+    header = data.draw(edited(header))
+    about = header.get("__metadata__")
+    for name in ("compressed", "state") if isinstance(about, dict) else ():
+        if isinstance(about.get(name), str) and data.draw(st.booleans()):
+            try:
+                about[name] = json.dumps(data.draw(edited(json.loads(about[name]))))
+            except ValueError:  # edited already
+                continue
+    path.write_bytes(signed(header, saved[end:]))
+    try:
+        found = checkpoint.load(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+    else:
+        assert isinstance(found.state, dict)
+
+
+def test_a_compressed_tensor_that_would_fill_the_memory(saved: bytes, path: Path) -> None:
+    end = 8 + int.from_bytes(saved[:8], "little")
+    header, tensors = json.loads(saved[8:end]), bytearray(saved[end:])
+    name = next(iter(json.loads(header["__metadata__"]["compressed"])))
+    start, stop = header[name]["data_offsets"]
+    # A frame of zstd that claims 2**40 bytes.
+    tensors[start:stop] = (b"\x28\xb5\x2f\xfd\xc0\x58" + struct.pack("<Q", 1 << 40)).ljust(stop - start, b"\0")
+    path.write_bytes(signed(header, bytes(tensors[: len(saved) - end])))
+    with pytest.raises(CheckpointError, match="is not of the shape"):
+        checkpoint.load(path)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_restoring_what_another_program_wrote(trained: Run, path: Path, data: st.DataObject) -> None:
+    good = checkpoint.load_from(trained.folder / "checkpoint")
+    state, tensors = data.draw(edited(good.state)), dict(good.tensors)
+    for name in data.draw(st.lists(st.sampled_from(list(tensors)), max_size=3, unique=True)):
+        ways: list[Tensor | None] = [None, torch.empty(0), tensors[name].double(), tensors[name].flatten()[1:]]
+        way = data.draw(st.sampled_from(range(len(ways))))
+        del tensors[name]
+        if ways[way] is not None:
+            tensors[name] = ways[way]
+    try:
+        trained.restore(Checkpoint(path, 1, state, tensors))
+    except CheckpointError as error:
+        assert str(path) in str(error)
+    except ValueError as error:
+        assert str(error)
+    trained.restore(good)  # whatever it was, it leaves no trace
+    assert trained.wsn.verify().tasks == [0]
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_damaged_config(trained: Run, path: Path, data: st.DataObject) -> None:
+    whole = (trained.folder / "config.json").read_bytes()
+    text = data.draw(damaged(whole) | edited(json.loads(whole)).map(lambda value: json.dumps(value).encode()))
+    (path.parent / "config.json").write_bytes(text)
+    try:
+        assert isinstance(read_config(path.parent), TrainConfig)
+    except ValueError as error:
+        assert str(path.parent / "config.json") in str(error)

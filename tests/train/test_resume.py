@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from same_end import assert_same_end
 from torch import Tensor, nn
 
 from wsn_fast.train import checkpoint, data, loop, nets, run
@@ -35,22 +35,6 @@ def _threads_are_put_back() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def assert_same_end(folder: Path, undisturbed: Path) -> None:
-    """The same results.json byte for byte, the same tensors to the bit, the same metrics but for the times."""
-    assert (folder / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
-    ours, theirs = (checkpoint.load_from(path / "checkpoint") for path in (folder, undisturbed))
-    assert ours.number == theirs.number
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    for name, tensor in theirs.tensors.items():
-        assert ours.tensors[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
-    assert metrics(folder) == metrics(undisturbed)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 # --- real kills, in processes of their own ----------------------------------------------------------------

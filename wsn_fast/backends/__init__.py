@@ -29,7 +29,8 @@ at the first choice."""
 NAMES = ("torch", "triton", "native")
 PRIMITIVES = (
     "threshold", "keep_mask", "gate", "gate_packed", "gate_backward", "restore_frozen", "pack", "unpack", "union",
-    "popcount", "adamw_step", "sgd_step", "masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv",
+    "popcount", "adamw_step", "sgd_step", "gradient_squares", "masked_linear", "masked_linear_grad",
+    "masked_linear_tasks", "masked_conv",
 )  # fmt: skip
 """The operations, all of them in :mod:`wsn_fast.backends.torch`."""
 

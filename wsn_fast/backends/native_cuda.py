@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
-from .native import NativeLibrary
+from .native_library import PREFIX, SUFFIX, NativeLibrary, package_roots
 
 ABI_VERSION = 1
 """``WSN_CUDA_ABI_VERSION`` of ``csrc/include/wsn_fast_cuda.h``."""
@@ -27,7 +26,7 @@ RULES = {"magnitude": 0, "value": 1}
 CHUNKS = (4096, 8192, 16384, 32768, 65536)
 """Scores per block that :func:`default_chunk` chooses from."""
 
-_FILE = Path("_lib", f"{native._PREFIX}wsn_cuda{native._SUFFIX}")
+_FILE = Path("_lib", f"{PREFIX}wsn_cuda{SUFFIX}")
 _RECORD_BYTES = 80
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
@@ -87,7 +86,7 @@ class WarmStart:
 @functools.cache
 def load() -> NativeLibrary:
     """The library of this installation: the first that loads, else why there is none. Never raises."""
-    files = [root / _FILE for root in native._package_roots() if (root / _FILE).is_file()]
+    files = [root / _FILE for root in package_roots() if (root / _FILE).is_file()]
     found = [open_library(path) for path in files]
     for library in found:
         if library.lib is not None:

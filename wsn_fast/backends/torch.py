@@ -9,7 +9,6 @@ zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from .shapes import Geometry
+from .updates import SGD, AdamW, AdamWState, SGDState, Update
 
 
 def gate_key(scores: Tensor, rule: str) -> Tensor:
@@ -84,31 +84,57 @@ def gate_backward(
     return dw, ds
 
 
-class AdamW(NamedTuple):
-    """The settings of one update, as of ``torch.optim.AdamW``, or of ``Adam`` where decay is not decoupled. ``step`` is
-    the number of the update, from 1: a 0-d tensor."""
+def adamw_step(
+    updates: Sequence[Update],
+    states: Sequence[AdamWState],
+    for_weights: Sequence[AdamW],
+    for_scores: Sequence[AdamW],
+) -> None:
+    """One update of several weights and their scores, in place. Weights in the packed union keep every bit."""
 
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    step: Tensor
-    decoupled: bool
+    def adamw(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, s: AdamW) -> None:
+        adam(
+            [param], [grad], [mean], [square], [], [s.step - 1],  # which it counts up itself
+            fused=_flat(param, grad, mean, square), foreach=False, amsgrad=False,
+            beta1=s.beta1, beta2=s.beta2, lr=s.lr, weight_decay=s.weight_decay, eps=s.eps,
+            maximize=False, decoupled_weight_decay=s.decoupled,
+        )  # fmt: skip
 
-
-class SGD(NamedTuple):
-    """The settings of one update, as of ``torch.optim.SGD``. ``first``: the momentum buffer becomes the gradient."""
-
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    first: bool
+    for update, state, weight, scores in zip(updates, states, for_weights, for_scores, strict=True):
+        with _Step(update) as (dw, ds):
+            adamw(update.weight, dw, state.weight_avg, state.weight_avg_sq, weight)
+            adamw(update.scores, ds, state.scores_avg, state.scores_avg_sq, scores)
 
 
-Moments = tuple[Tensor, Tensor]
+def sgd_step(
+    updates: Sequence[Update],
+    states: Sequence[SGDState],
+    for_weights: Sequence[SGD],
+    for_scores: Sequence[SGD],
+) -> None:
+    """As :func:`adamw_step`, for SGD."""
+
+    def descend(param: Tensor, grad: Tensor, buffer: Tensor | None, s: SGD) -> None:
+        kept: list[Tensor | None] = [None if s.first else buffer]
+        sgd(
+            [param], [grad], kept, fused=_flat(param, grad, *([] if buffer is None else [buffer])), foreach=False,
+            weight_decay=s.weight_decay, momentum=s.momentum, lr=float(s.lr),
+            dampening=s.dampening, nesterov=s.nesterov, maximize=False,
+        )  # fmt: skip
+        if s.first and buffer is not None and kept[0] is not None:
+            buffer.copy_(kept[0])
+
+    for update, state, weight, scores in zip(updates, states, for_weights, for_scores, strict=True):
+        with _Step(update) as (dw, ds):
+            descend(update.weight, dw, state.weight_momentum, weight)
+            descend(update.scores, ds, state.scores_momentum, scores)
+
+
+def gradient_squares(updates: Sequence[Update]) -> Tensor:
+    """The sums of the squares of dW and dS of each tensor in turn, [2 * len(updates)]: float64 on the CPU, else
+    float32."""
+    sums = [grad.double().square().sum() for update in updates for grad in _gradients(update)]
+    return torch.stack(sums).to(torch.float64 if sums[0].is_cpu else torch.float32)
 
 
 def _flat(*tensors: Tensor) -> bool:
@@ -116,63 +142,36 @@ def _flat(*tensors: Tensor) -> bool:
     return len({tensor.stride() for tensor in tensors}) == 1
 
 
-def adamw_step(
-    grad: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    tau: Tensor,
-    union: Tensor | None,
-    rule: str,
-    weight_state: Moments,
-    scores_state: Moments,
-    for_weight: AdamW,
-    for_scores: AdamW,
-) -> None:
-    """One update of ``weight`` and ``scores`` in place, from ``grad``, the gradient of the masked weight. The states
-    are ``(exp_avg, exp_avg_sq)``. Weights in the packed union keep every bit."""
-    dw, ds = gate_backward(grad, weight, scores, tau, union, rule, True, True)
+def _gradients(update: Update) -> tuple[Tensor, Tensor]:
+    dw: Tensor | None = update.grad
+    ds = update.score_grad
+    if ds is None:
+        assert update.tau is not None
+        dw, ds = gate_backward(
+            update.grad, update.weight, update.scores, update.tau, update.union, update.rule, True, True
+        )
     assert dw is not None and ds is not None
-    saved = None if union is None else weight.clone()
-    states = (weight_state, scores_state)
-    for param, g, (mean, square), s in zip((weight, scores), (dw, ds), states, (for_weight, for_scores), strict=True):
-        adam(
-            [param], [g], [mean], [square], [], [s.step - 1],  # which it counts up itself
-            fused=_flat(param, g, mean, square), foreach=False, amsgrad=False,
-            beta1=s.beta1, beta2=s.beta2, lr=s.lr, weight_decay=s.weight_decay, eps=s.eps,
-            maximize=False, decoupled_weight_decay=s.decoupled,
-        )  # fmt: skip
-    if saved is not None and union is not None:
-        restore_frozen(weight, saved, union)
+    return (dw, ds) if update.scale is None else (dw * update.scale, ds * update.scale)
 
 
-def sgd_step(
-    grad: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    tau: Tensor,
-    union: Tensor | None,
-    rule: str,
-    weight_momentum: Tensor | None,
-    scores_momentum: Tensor | None,
-    for_weight: SGD,
-    for_scores: SGD,
-) -> None:
-    """As :func:`adamw_step`, for SGD. A momentum buffer is None where its momentum is 0."""
-    dw, ds = gate_backward(grad, weight, scores, tau, union, rule, True, True)
-    assert dw is not None and ds is not None
-    saved = None if union is None else weight.clone()
-    buffers = (weight_momentum, scores_momentum)
-    for param, g, buffer, s in zip((weight, scores), (dw, ds), buffers, (for_weight, for_scores), strict=True):
-        kept: list[Tensor | None] = [None if s.first else buffer]
-        sgd(
-            [param], [g], kept, fused=_flat(param, g, *([] if buffer is None else [buffer])), foreach=False,
-            weight_decay=s.weight_decay, momentum=s.momentum, lr=float(s.lr),
-            dampening=s.dampening, nesterov=s.nesterov, maximize=False,
-        )  # fmt: skip
-        if s.first and buffer is not None and kept[0] is not None:
-            buffer.copy_(kept[0])
-    if saved is not None and union is not None:
-        restore_frozen(weight, saved, union)
+class _Step:
+    """The gradients of an update on the way in; on the way out what is frozen comes back, and the next gate is made."""
+
+    def __init__(self, update: Update) -> None:
+        self._update = update
+        self._saved = None if update.union is None else update.weight.clone()
+
+    def __enter__(self) -> tuple[Tensor, Tensor]:
+        return _gradients(self._update)
+
+    def __exit__(self, *error: object) -> None:
+        u = self._update
+        if self._saved is not None and u.union is not None:
+            restore_frozen(u.weight, self._saved, u.union)
+        if u.next is not None:
+            u.next.tau.copy_(threshold(u.scores, u.next.rank, u.rule))
+            u.next.masked.copy_(gate(u.weight, u.scores, u.next.tau, u.rule, u.next.masked.dtype))
+            u.next.window[-1] += 1
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ from ..kernels import threshold as select
 from . import torch as portable
 from . import tuning
 from .shapes import Geometry, result_shape, tuning_key
+from .triton_updates import adamw_step as adamw_step
+from .triton_updates import gradient_squares as gradient_squares
+from .triton_updates import sgd_step as sgd_step
 
 INTERPRETED: bool = knobs.runtime.interpret
 _INTERPRETER = "Triton's interpreter"

@@ -12,7 +12,7 @@ from typing import Any
 from wsn_fast import ForgottenError, __version__
 from wsn_fast.ops import RULES
 from wsn_fast.subnet import SCORE_INITS
-from wsn_fast.train import config
+from wsn_fast.train import config, page, records
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.data import DATASETS
 from wsn_fast.train.nets import NETS
@@ -25,7 +25,10 @@ Train one network on a stream of tasks without forgetting any. Everything is wri
 config.json, metrics.jsonl, results.json, checkpoint/ and two plots. A run that was killed continues with
 --resume."""
 _EVAL = "Measure a run again, from its checkpoint. The exit code is 1 if a number of results.json differs."
-_REPORT = "Print a table of finished runs beside the paper's numbers, and draw their plots again."
+_REPORT = """\
+Compare runs, finished or not: print a table beside the paper's numbers, draw the plots of finished runs again, and
+write one HTML page that needs neither network nor script. The exit code is 2 if a folder could not be read; the others
+are reported all the same."""
 _EXAMPLES = """\
 examples:
   wsn-fast train permuted                                  the vendored digits, 5 tasks, under two minutes
@@ -110,11 +113,31 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    runs = {name: _read_results(Path(name)) for name in args.runs}
-    for name, results in runs.items():
-        plot(results, Path(name))
-    print(table(runs))
-    return 0
+    runs, problems = [], []
+    for name in dict.fromkeys(args.runs):
+        try:
+            runs.append(records.read(name))
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    for line in problems:
+        print(f"wsn-fast: error: {line}", file=sys.stderr)
+    if not runs:
+        return 2
+    measured = {run.name: run.results for run in runs if run.results is not None}
+    for run in runs:
+        if run.finished and run.results is not None:
+            plot(run.results, Path(run.name))
+        for note in run.notes:
+            print(f"wsn-fast: note: {note}", file=sys.stderr)
+    if measured:
+        print(table(measured))
+    for run in runs:
+        if run.results is None:
+            print(f"{run.name}: no task has been finished yet")
+    path = Path(args.html or (Path(runs[0].name) / "report.html" if len(args.runs) == 1 else "wsn-fast-report.html"))
+    page.write(path, runs, problems)
+    print(f"all of it in {path}")
+    return 2 if problems else 0
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
@@ -169,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--device", choices=config.DEVICES, help="(default: as in the run)")
     reporting = commands.add_parser("report", help="compare runs and draw their plots", description=_REPORT)
     reporting.set_defaults(command=_report)
-    reporting.add_argument("runs", metavar="RUN", nargs="+", help="folder of a finished run")
+    reporting.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run")
+    places = "the page (default: report.html in RUN; of several runs, wsn-fast-report.html here)"
+    reporting.add_argument("--html", metavar="FILE", help=places)
     for command in (train, evaluation, reporting):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 import zstandard
@@ -24,6 +26,11 @@ from torch import Tensor
 
 FORMAT = "wsn-fast checkpoint 1"
 _SUFFIX = ".safetensors"
+# What reading a file raises whose digest is right and whose content is not what is expected.
+NONSENSE = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+    safetensors.SafetensorError, zstandard.ZstdError,
+)  # fmt: skip
 _MASKS = ("weight_masks", "bias_masks")
 _BLANK = "0" * 64  # the digest covers the whole file with this in its own place
 _DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
@@ -103,19 +110,18 @@ def load(path: Path) -> Checkpoint:
         raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    found = _DIGEST.search(raw, 8, 8 + int.from_bytes(raw[:8], "little"))
+    header_end = 8 + int.from_bytes(raw[:8], "little")
+    found = _DIGEST.search(raw, 8, min(header_end, len(raw)))  # a damaged number may not fit into a C integer
     if found is None:
         raise CheckpointError(f"{path} is not a checkpoint of wsn-fast, or its beginning is damaged ({len(raw)} bytes)")
     if _digest(raw, found.start(1)) != found[1]:
         raise CheckpointError(f"{path} is damaged or truncated: its digest does not match its {len(raw)} bytes")
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
-    if header["format"] != FORMAT:
-        raise CheckpointError(f"{path} has the format {header['format']!r}, this program reads {FORMAT!r}")
-    tensors = safetensors.torch.load(raw)
-    for name, shape in json.loads(header["compressed"]).items():
-        packed = tensors[name].numpy().tobytes()
-        tensors[name] = _bytes(zstandard.ZstdDecompressor().decompress(packed)).reshape(shape)
-    return Checkpoint(path, _number(path) or 0, json.loads(header["state"]), tensors)
+    try:
+        return _decode(path, raw)
+    except CheckpointError:
+        raise
+    except NONSENSE as error:
+        raise CheckpointError(f"{path} is not a checkpoint of wsn-fast: {type(error).__name__}: {error}") from error
 
 
 def load_from(folder: Path, name: str | None = None) -> Checkpoint:
@@ -176,6 +182,22 @@ def _encode(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     found = _DIGEST.search(raw)
     assert found is not None
     return b"".join((raw[: found.start(1)], _digest(raw, found.start(1)), raw[found.end(1) :]))
+
+
+def _decode(path: Path, raw: bytes) -> Checkpoint:
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    if header["format"] != FORMAT:
+        raise CheckpointError(f"{path} has the format {header['format']!r}, this program reads {FORMAT!r}")
+    tensors = safetensors.torch.load(raw)
+    for name, shape in json.loads(header["compressed"]).items():
+        packed = tensors[name].numpy().tobytes()
+        if zstandard.frame_content_size(packed) != math.prod(shape):  # before memory is taken for it
+            raise ValueError(f"{name} is not of the shape {shape}")
+        tensors[name] = _bytes(zstandard.ZstdDecompressor().decompress(packed)).reshape(shape)
+    state = json.loads(header["state"])
+    if not isinstance(state, dict):
+        raise TypeError(f"its state is a {type(state).__name__}")
+    return Checkpoint(path, _number(path) or 0, state, tensors)
 
 
 def _digest(raw: bytes, at: int) -> bytes:

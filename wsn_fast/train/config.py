@@ -52,7 +52,7 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "optimizer": "adam",
         "lr": 1e-3,
         "weight_decay": 0.0,
-        "one_pass": False,
+        "one_pass": True,
         "lr_patience": 6,
         "lr_factor": 2.0,
         "lr_min": 1e-6,
@@ -120,7 +120,8 @@ class TrainConfig:
         optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9); a fresh one per task.
         lr: learning rate at the start of each task.
         weight_decay: as the optimizer understands it, of weights and scores.
-        one_pass: the library's optimizers (:mod:`wsn_fast.optim`) instead of torch's: faster, and rounded differently.
+        one_pass: the library's optimizers (:mod:`wsn_fast.optim`) in their one-pass mode; False means torch's under the
+            guard, which are slower and round differently.
         lr_patience: epochs without a better validation loss before lr is divided.
         lr_factor: what it is divided by.
         lr_min: a task's training stops when lr falls below.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,9 @@ def make_optimizer(wsn: WSN, settings: TrainConfig) -> torch.optim.Optimizer:
     lr, decay = settings.lr, settings.weight_decay
     if settings.one_pass:  # which guards itself
         if settings.optimizer == "sgd":
-            return SubnetSGD(wsn, lr, SGD_MOMENTUM, weight_decay=decay, score_weight_decay=decay)
+            return SubnetSGD(wsn, lr, SGD_MOMENTUM, weight_decay=decay, score_weight_decay=decay, one_pass=True)
         decoupled = settings.optimizer == "adamw"
-        return SubnetAdamW(wsn, lr, weight_decay=decay, decoupled=decoupled, score_weight_decay=decay)
+        return SubnetAdamW(wsn, lr, weight_decay=decay, decoupled=decoupled, score_weight_decay=decay, one_pass=True)
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr, momentum=SGD_MOMENTUM, weight_decay=decay, fused=True)
@@ -50,8 +51,13 @@ def train_epoch(
     y: Tensor,
     batches: tuple[Tensor, ...],
     after_batch: Callable[[], None],
+    on_split: Callable[[int], None] = lambda parts: None,
 ) -> float:
     """One pass over the data; the mask comes from the current scores at every step.
+
+    A batch for which memory does not suffice is trained in 2 parts, 4 and so on, and so are the ones after it: the
+    gradient is that of the whole batch up to rounding, but batch statistics are those of the parts, and the failed
+    attempt has moved running statistics and the random generator once.
 
     Args:
         wsn: the model, with the task in progress.
@@ -60,21 +66,46 @@ def train_epoch(
         y: labels [N].
         batches: row numbers of each batch, on the device of ``x``.
         after_batch: called after every step.
+        on_split: called with the number of parts when that has gone up.
 
     Returns:
         The mean loss per sample, not finite if that of any batch was not.
+
+    Raises:
+        torch.OutOfMemoryError: with a single sample, or in the optimizer's step, which cannot be repeated.
     """
     wsn.train()
     # Summed on the device: a number for the host at each step would stall a GPU.
     total = torch.zeros((), device=x.device)
+    parts = 1
     for rows in batches:
-        loss = F.cross_entropy(wsn(x.index_select(0, rows)), y.index_select(0, rows))
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        while True:
+            try:
+                loss = _gradients(wsn, optimizer, x, y, rows.tensor_split(min(parts, len(rows))))
+                break
+            except torch.OutOfMemoryError:
+                if parts >= len(rows):
+                    raise
+            # Past the handler: what the failed attempt held went with the exception.
+            parts *= 2
+            on_split(parts)
         optimizer.step()
-        total += loss.detach() * len(rows)
+        total += loss * len(rows)
         after_batch()
     return total.item() / len(x)
+
+
+def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Let the gradients be those of the mean loss over the rows of all parts; returns it, detached."""
+    optimizer.zero_grad(set_to_none=True)
+    samples, losses = sum(map(len, parts)), []
+    for rows in parts:
+        loss = F.cross_entropy(wsn(x.index_select(0, rows)), y.index_select(0, rows))
+        if len(parts) > 1:
+            loss = loss * (len(rows) / samples)
+        torch.autograd.backward(loss)
+        losses.append(loss.detach())
+    return functools.reduce(torch.add, losses)
 
 
 @torch.no_grad()

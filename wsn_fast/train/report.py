@@ -13,7 +13,9 @@ import torch
 from tqdm import tqdm
 
 from wsn_fast import WSN, __version__
-from wsn_fast.train import metrics
+from wsn_fast.explain import explain
+from wsn_fast.masks import TaskMasks, TaskStats, capacity, overlap, task_stats
+from wsn_fast.train import figures, metrics
 from wsn_fast.train.config import resolve
 
 # The paper, mean over seeds: (stream, data, tasks) -> density -> (ACC, CAP), in percent. BWT is 0 everywhere.
@@ -51,12 +53,14 @@ PAPER_RESULTS: Mapping[tuple[str, str, int], Mapping[float, tuple[float, float]]
 # What the paper's method fixes; without these its numbers say nothing about a run.
 _METHOD = ("rule", "reinit_scores", "score_init")
 # What a run may choose freely beside the paper's numbers.
-_FREE = ("density", "seed", "device", "threads", "checkpoint_seconds", "preset")
+_FREE = ("density", "seed", "device", "threads", "one_pass", "checkpoint_seconds", "preset")
 # The entries of results.json that are measurements.
 NUMBERS = (
     "accuracy_matrix", "acc", "bwt", "fwt", "forgetting", "capacity", "capacity_paper", "union_density",
     "compression", "reuse", "random_init", "before_training",
 )  # fmt: skip
+# And those that the first runs did not have.
+DETAILS = ("layers", "overlap")
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -70,8 +74,37 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
+def begin_entry(wsn: WSN, optimizer: torch.optim.Optimizer, train_samples: int) -> dict[str, Any]:
+    """What ``metrics.jsonl`` keeps of the beginning of a task: the optimizer, and what runs each operation and why.
+
+    Args:
+        wsn: the model, with the task in progress.
+        optimizer: its guarded optimizer, built: layers follow it.
+        train_samples: samples per epoch.
+    """
+    layers: dict[tuple[str, str, str], list[str]] = {}
+    for route in explain(wsn.model):
+        layers.setdefault((route.operation, route.backend, route.reason), []).append(route.layer)
+    return {
+        "train_samples": train_samples,
+        "optimizer": f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}",
+        "paths": [
+            {"operation": operation, "backend": backend, "reason": reason, "layers": names}
+            for (operation, backend, reason), names in layers.items()
+        ],
+    }
+
+
+def masks_of(wsn: WSN) -> TaskMasks:
+    """The masks of the finished tasks of a model."""
+    gates = dict(wsn.gated())
+    return TaskMasks(
+        wsn.tasks, {name: g.masks for name, g in gates.items()}, {name: g.param.numel() for name, g in gates.items()}
+    )
+
+
 def summarize(
-    matrix: Sequence[Sequence[float]], random_init: Sequence[float], before: Sequence[float], wsn: WSN
+    matrix: Sequence[Sequence[float]], random_init: Sequence[float], before: Sequence[float], masks: TaskMasks
 ) -> dict[str, Any]:
     """All measurements of a run, in percent.
 
@@ -79,39 +112,47 @@ def summarize(
         matrix: row i has the accuracies on the tasks 0..i after task i; T >= 1 rows.
         random_init: per task, the accuracy at random initialisation.
         before: per task, the accuracy just before it was trained.
-        wsn: the model after the last of these tasks.
+        masks: those of these tasks.
 
     Returns:
         The entries ``NUMBERS``: the matrix [T, T] (None above the diagonal), ACC, BWT, FWT, forgetting per
         task, the capacity with the measured and with the paper's compression, and per task its density, the
         share of its weights that earlier tasks own (reuse) and the share of all weights it was first to own
-        (new).
+        (new). And ``DETAILS``: the same three for each gated tensor, as shares of that tensor; and the overlap
+        [T, T] of the masks (see :func:`wsn_fast.masks.overlap`).
     """
-    capacity = wsn.capacity()
+    packed, sizes = list(masks.packed.values()), list(masks.sizes.values())
+    used = capacity(packed, sizes)
     return {
         "accuracy_matrix": [[*row, *[None] * (len(matrix) - len(row))] for row in matrix],
         "acc": metrics.average_accuracy(matrix),
         "bwt": metrics.backward_transfer(matrix),
         "fwt": metrics.forward_transfer(before, random_init),
         "forgetting": metrics.forgetting(matrix),
-        "capacity": 100 * capacity.capacity,
-        "capacity_paper": 100 * capacity.capacity_paper,
-        "union_density": 100 * capacity.union_density,
-        "compression": 100 * capacity.compression,
-        "reuse": [
-            {"task": s.task, "density": 100 * s.density, "reuse": 100 * s.reuse, "new": 100 * s.new}
-            for s in wsn.task_stats()
-        ],
+        "capacity": 100 * used.capacity,
+        "capacity_paper": 100 * used.capacity_paper,
+        "union_density": 100 * used.union_density,
+        "compression": 100 * used.compression,
+        "reuse": _percent(task_stats(masks.tasks, packed, sizes)),
         "random_init": list(random_init),
         "before_training": list(before),
+        "layers": [
+            {"name": name, "elements": masks.sizes[name], "tasks": _percent(task_stats(masks.tasks, [rows], [size]))}
+            for (name, rows), size in zip(masks.packed.items(), sizes, strict=True)
+        ],
+        "overlap": [[100 * share for share in row] for row in overlap(packed)],
     }
+
+
+def _percent(stats: Sequence[TaskStats]) -> list[dict[str, Any]]:
+    return [{"task": s.task, "density": 100 * s.density, "reuse": 100 * s.reuse, "new": 100 * s.new} for s in stats]
 
 
 def differences(stored: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
     """One line for each measurement that is not exactly the same in the two; empty when all are."""
     return [
         f"{name}: results.json has {stored.get(name)}, the checkpoint gives {measured[name]}"
-        for name in NUMBERS
+        for name in (*NUMBERS, *(detail for detail in DETAILS if detail in stored))
         if stored.get(name) != measured[name]
     ]
 
@@ -131,9 +172,11 @@ def in_words(results: Mapping[str, Any]) -> str:
 
 
 def beside_paper(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    """The paper's (ACC, CAP) for the setting of a run, and what the run does otherwise; or None."""
+    """The paper's (ACC, CAP) for the setting of a finished run, and what the run does otherwise; or None."""
     settings = results["config"]
     stream, data, tasks = settings["stream"], settings["data"], settings["tasks"]
+    if len(results["accuracy_matrix"]) < tasks:  # still at it
+        return None
     row = PAPER_RESULTS.get((stream, data, tasks), {}).get(settings["density"])
     paper = resolve(stream=stream, data=data)
     if row is None or any(settings[name] != getattr(paper, name) for name in _METHOD):
@@ -154,6 +197,8 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for name, results in runs.items():
         settings, paper = results["config"], beside_paper(results)
         stream = f"{settings['stream']} {settings['data']} x{settings['tasks']} {settings['preset']}"
+        done = len(results["accuracy_matrix"])
+        stream += "" if done == settings["tasks"] else f", {done} done"
         acc, bwt, fwt, cap, measured = (
             f"{results[key]:.2f}" for key in ("acc", "bwt", "fwt", "capacity_paper", "capacity")
         )
@@ -175,54 +220,8 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
 # --- plots ------------------------------------------------------------------------------------------------
 def plot(results: Mapping[str, Any], folder: Path) -> None:
     """Write ``accuracy_matrix.png`` and ``capacity.png`` into ``folder``."""
-    # Here, so that a command without plots starts fast; and no pyplot, which would pick a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    for name, draw in (("accuracy_matrix", _draw_matrix), ("capacity", _draw_capacity)):
-        tasks = len(results["reuse"])
-        figure = Figure(figsize=(max(5.0, 1.5 + 0.55 * min(tasks, 20)), 4.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure.add_subplot(), results)
-        figure.savefig(folder / f"{name}.png")
-
-
-def _draw_matrix(axes: Any, results: Mapping[str, Any]) -> None:
-    matrix = [[float("nan") if x is None else x for x in row] for row in results["accuracy_matrix"]]
-    tasks = len(matrix)
-    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    axes.figure.colorbar(image, ax=axes, label="test accuracy (%)")
-    axes.set(
-        xlabel="task",
-        ylabel="after training task",
-        title=f"ACC {results['acc']:.2f} %, BWT {results['bwt']:.2f}",
-    )
-    if tasks > 20:  # more numbers than anybody can read
-        return
-    axes.set_xticks(range(tasks))
-    axes.set_yticks(range(tasks))
-    for i in range(tasks):
-        for j in range(i + 1):
-            colour = "black" if matrix[i][j] > 60 else "white"
-            axes.text(j, i, f"{matrix[i][j]:.1f}", ha="center", va="center", color=colour, fontsize=8)
-
-
-def _draw_capacity(axes: Any, results: Mapping[str, Any]) -> None:
-    tasks = [str(task["task"]) for task in results["reuse"]]
-    new = [task["new"] for task in results["reuse"]]
-    reused = [task["density"] - task["new"] for task in results["reuse"]]
-    owned = [sum(new[: i + 1]) for i in range(len(new))]
-    axes.bar(tasks, reused, label="reused from earlier tasks", color="tab:blue")
-    axes.bar(tasks, new, bottom=reused, label="new", color="tab:orange")
-    axes.plot(tasks, owned, "k.-", label="owned by any task so far")
-    axes.set(
-        xlabel="task", ylabel="share of the gated weights (%)",
-        title=f"CAP {results['capacity_paper']:.1f} % (paper's), {results['capacity']:.1f} % (measured)",
-    )  # fmt: skip
-    axes.set_ylim(bottom=0)
-    if len(tasks) > 20:
-        axes.set_xticks(range(0, len(tasks), 10))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8)
+    for name, draw in (("accuracy_matrix", figures.accuracy_matrix), ("capacity", figures.capacity)):
+        (folder / f"{name}.png").write_bytes(figures.png(draw, results))
 
 
 # --- while it works -----------------------------------------------------------------------------------------

@@ -13,27 +13,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wsn_fast import WSN
-from wsn_fast.convert import convert
-from wsn_fast.train import checkpoint, config, data, nets, streams
-from wsn_fast.train.checkpoint import Checkpoint, write_atomic
+from wsn_fast.train import checkpoint, config
+from wsn_fast.train.checkpoint import Checkpoint, CheckpointError, write_atomic
 from wsn_fast.train.config import TrainConfig
+from wsn_fast.train.lock import NAME as LOCK
+from wsn_fast.train.lock import FolderLock
 from wsn_fast.train.loop import evaluate, make_optimizer, sample_order, train_epoch
-from wsn_fast.train.report import Console, plot, summarize, versions
-
-
-class Workshop(NamedTuple):
-    """What a config stands for: the tasks, the untrained model on its device, the data's fingerprint."""
-
-    stream: streams.TaskStream
-    wsn: WSN
-    device: torch.device
-    fingerprint: str
+from wsn_fast.train.report import Console, begin_entry, masks_of, plot, summarize, versions
+from wsn_fast.train.workshop import prepare
 
 
 @dataclass
@@ -67,34 +59,6 @@ class Progress:
     metrics_bytes: int = 0
 
 
-def prepare(settings: TrainConfig) -> Workshop:
-    """Load the data, make the stream, and build, convert and place the model, initialised from the seed.
-
-    Sets torch's global seed and its number of threads.
-
-    Raises:
-        ValueError: the settings do not fit together, or the data cannot be read (``DataError``).
-    """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected one that this machine has, got 'cuda'")
-    name = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
-    dataset = data.load(settings.data, settings.data_dir)
-    stream = streams.make_stream(
-        settings.stream, dataset, settings.tasks, settings.seed, val_fraction=settings.val_fraction
-    )
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    net = convert(
-        nets.build(settings.net, stream.input_shape, max(stream.classes.values())),
-        settings.density,
-        rule=settings.rule,
-        heads={"head": stream.classes},
-        score_init=settings.score_init,
-    )
-    wsn = WSN(net, reinit_scores=settings.reinit_scores, score_init=settings.score_init)
-    return Workshop(stream, wsn.to(name), torch.device(name), dataset.fingerprint)
-
-
 class Run:
     """A run in its folder. ``Run.start`` or ``Run.resume`` makes one, ``finish`` does the work.
 
@@ -104,37 +68,38 @@ class Run:
         progress: how far it is.
     """
 
-    def __init__(self, settings: TrainConfig, folder: Path, console: Console) -> None:
+    def __init__(self, settings: TrainConfig, folder: Path, console: Console, lock: FolderLock | None = None) -> None:
         self.settings, self.folder, self.console = settings, folder, console
+        self._lock = lock or FolderLock(folder)  # held from start or resume to the end of finish
         self.stream, self.wsn, self.device, self.fingerprint = prepare(settings)
         self.progress = Progress()
         self._best: Mapping[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._number = 0
         self._saved_at = -math.inf
+        self._parts = 1  # the most that a batch had to be split into
 
     @classmethod
     def start(cls, settings: TrainConfig, console: Console) -> Run:
         """Begin in ``settings.out``, which must be empty or missing; nothing is written if the data are bad.
 
         Raises:
-            ValueError: the folder is not empty, or see :func:`prepare`.
+            RunInUseError: another process begins there.
+            ValueError: the folder is not empty, or see :func:`wsn_fast.train.workshop.prepare`.
         """
         folder = Path(settings.out)
-        if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
-            raise ValueError(
-                f"out: expected an empty or new folder, got {settings.out!r}; to continue the run in it, use "
-                f"`wsn-fast train --resume {settings.out}`"
-            )
+        _check_unused(folder)
         run = cls(settings, folder, console)
         folder.mkdir(parents=True, exist_ok=True)
-        about = {
-            "command": config.command_line(settings),
-            "config": asdict(settings),
-            "versions": versions(run.device),
-        }
-        write_json(folder / "config.json", about)
-        run._measure_at_random()
+        with run._lock.held_unless_failed():
+            _check_unused(folder)  # again: another may have begun while this one read its data
+            about = {
+                "command": config.command_line(settings),
+                "config": asdict(settings),
+                "versions": versions(run.device),
+            }
+            write_json(folder / "config.json", about)
+            run._measure_at_random()
         return run
 
     @classmethod
@@ -152,13 +117,16 @@ class Run:
         Raises:
             CheckpointError: it cannot be read.
             FileNotFoundError: the folder holds no run.
+            RunInUseError: another process is at work on the run.
             ValueError: config or data are not those of the checkpoint.
         """
-        run = cls(_moved(read_config(folder), data_dir, device), folder, console)
-        if name is None and not list((folder / "checkpoint").glob("*.safetensors")):
-            run._measure_at_random()  # killed before its first checkpoint
-        else:
-            run.restore(checkpoint.load_from(folder / "checkpoint", name))
+        settings, lock = _moved(read_config(folder), data_dir, device), FolderLock(folder)
+        with lock.held_unless_failed():
+            run = cls(settings, folder, console, lock)
+            if name is None and not list((folder / "checkpoint").glob("*.safetensors")):
+                run._measure_at_random()  # killed before its first checkpoint
+            else:
+                run.restore(checkpoint.load_from(folder / "checkpoint", name))
         return run
 
     def finish(self) -> dict[str, Any]:
@@ -168,20 +136,29 @@ class Run:
             FloatingPointError: a loss, weight or score is not finite; the last checkpoint is kept.
             CheckpointError: a checkpoint cannot be written.
             ForgottenError: a finished task has changed.
+            torch.OutOfMemoryError: even with batches in parts; the last checkpoint is kept.
         """
-        while self.progress.task < len(self.stream):
-            self._train_task()
-        self.wsn.verify()
-        results = self.results()
-        write_json(self.folder / "results.json", results)
-        plot(results, self.folder)
+        self._lock.acquire()
+        try:
+            while self.progress.task < len(self.stream):
+                self._train_task()
+            self.wsn.verify()
+            results = self.results()
+            write_json(self.folder / "results.json", results)
+            plot(results, self.folder)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"task {self.progress.task}: {error}; {self._kept()}") from error
+        finally:
+            self._lock.release()
         return results
 
     def results(self) -> dict[str, Any]:
         """The numbers of the finished tasks, in percent (see :func:`wsn_fast.train.report.summarize`)."""
         k = len(self.progress.matrix)
         return {
-            **summarize(self.progress.matrix, self.progress.random_init[:k], self.progress.before[:k], self.wsn),
+            **summarize(
+                self.progress.matrix, self.progress.random_init[:k], self.progress.before[:k], masks_of(self.wsn)
+            ),
             "data_fingerprint": self.fingerprint,
             "command": config.command_line(self.settings),
             "config": config.portable(self.settings),
@@ -215,6 +192,7 @@ class Run:
                 best_epoch=0,
                 bad_epochs=0,
             )
+            self._log(kind="begin", task=task, **begin_entry(self.wsn, self._optimizer, len(train_x)))
         progress = self.progress
         batches = math.ceil(len(train_x) / self.settings.batch_size)
         self.console.task_started(task, len(self.stream), self.settings.epochs, batches, progress.epoch)
@@ -244,7 +222,9 @@ class Run:
         assert self._optimizer is not None
         order = sample_order(len(train_x), self.settings.seed, progress.task, progress.epoch)
         batches = torch.split(order.to(self.device), self.settings.batch_size)
-        train_loss = train_epoch(self.wsn, self._optimizer, train_x, train_y, batches, self.console.step)
+        train_loss = train_epoch(
+            self.wsn, self._optimizer, train_x, train_y, batches, self.console.step, self._note_split
+        )
         progress.epoch += 1
         val_loss, val_acc = evaluate(self.wsn, val_x, val_y)
         self._check_finite(train_loss, val_loss)
@@ -268,15 +248,25 @@ class Run:
             for group in self._optimizer.param_groups:
                 group["lr"] = progress.lr
 
+    def _note_split(self, parts: int) -> None:
+        if parts > self._parts:
+            self._parts = parts
+            self._log(kind="split", task=self.progress.task, epoch=self.progress.epoch + 1, parts=parts)
+            self.console.say(
+                f"task {self.progress.task}: out of memory: batches that do not fit are trained in {parts} parts"
+            )
+
     def _check_finite(self, *losses: float) -> None:
         where = f"task {self.progress.task}, epoch {self.progress.epoch}"
-        kept = f"the last good checkpoint, {self._number:06d}, is kept in {self.folder / 'checkpoint'}"
         try:
             self.wsn.check_finite()
         except FloatingPointError as error:
-            raise FloatingPointError(f"{where}: {error}; {kept}") from None
+            raise FloatingPointError(f"{where}: {error}; {self._kept()}") from None
         if not all(map(math.isfinite, losses)):
-            raise FloatingPointError(f"{where}: the loss is not finite, though all gated values are; {kept}")
+            raise FloatingPointError(f"{where}: the loss is not finite, though all gated values are; {self._kept()}")
+
+    def _kept(self) -> str:
+        return f"the last good checkpoint, {self._number:06d}, is kept in {self.folder / 'checkpoint'}"
 
     # --- measuring ----------------------------------------------------------------------------------------
     def _test(self, task: int) -> float:
@@ -320,9 +310,18 @@ class Run:
         """Become what the run was when it wrote a checkpoint.
 
         Raises:
+            CheckpointError: it holds other things than this program writes.
             ValueError: config or data are others.
         """
-        self._check_same_run(loaded)
+        try:
+            self._check_same_run(loaded)
+            self._take_over(loaded)
+        except ValueError:
+            raise
+        except checkpoint.NONSENSE as error:
+            raise CheckpointError(f"{loaded.path} cannot be restored: {type(error).__name__}: {error}") from error
+
+    def _take_over(self, loaded: Checkpoint) -> None:
         self._number, self._saved_at = loaded.number, time.monotonic()
         self.progress = Progress(**loaded.state["progress"])
         self.wsn.load_state_dict(_part(loaded, "model/"))
@@ -405,6 +404,16 @@ def read_config(folder: Path) -> TrainConfig:
         return config.from_dict(json.loads(path.read_text("utf-8"))["config"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _check_unused(folder: Path) -> None:
+    """Raise ``ValueError`` unless a run may begin in ``folder``: it is missing, or holds no more than what one that
+    was killed at once has left."""
+    if folder.exists() and any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()):
+        raise ValueError(
+            f"out: expected an empty or new folder, got {str(folder)!r}; to continue the run in it, use "
+            f"`wsn-fast train --resume {folder}`"
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

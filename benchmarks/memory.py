@@ -1,0 +1,97 @@
+"""The peak memory of a training step, in bytes per gated weight: by the allocator on a GPU, by the kernel on Linux.
+
+On a GPU it is ``torch.cuda.max_memory_allocated``. On a CPU a process of its own makes the competitor, trains a few
+steps and drops it, so that all code and all threads are there; then it does the same again, and the peak of its
+resident memory is read from the kernel (``VmHWM``, reset before): whoever allocates is seen, native libraries too.
+glibc is told to take every block above 64 KiB from the kernel and to give it back at once, so that pages are counted
+while they are in use and not longer; what is left is exact to about a MiB, hence the least size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .baselines import COMPETITORS, Competitor
+from .problem import Problem
+from .provenance import ROOT
+from .shapes import LinearShape
+
+NOTE = "peak bytes per weight"
+LEAST_WEIGHTS = 1 << 22
+"""Below this a layer is not measured on a CPU: pages and small blocks would be seen beside it."""
+_STEPS = 4  # enough for whatever captures itself
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def on_gpu(kind: type[Competitor], problem: Problem) -> dict[str, float]:
+    """The note of a competitor on a GPU: parameters, moments, gradients, activations and its copy of the batch."""
+    device = problem.device
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    _train(kind, problem)
+    return {NOTE: (torch.cuda.max_memory_allocated(device) - before) / problem.numel}
+
+
+def on_cpu(kind: type[Competitor], shape: object) -> dict[str, float]:
+    """The same on a CPU; none for small layers and nets, where the kernel cannot reset a peak, or under
+    ``torch.compile``, whose compiler allocates in the same process.
+
+    Raises:
+        RuntimeError: the process failed, with its last words.
+    """
+    if not isinstance(shape, LinearShape) or shape.outputs * shape.inputs < LEAST_WEIGHTS:
+        return {}
+    if kind.compiled or not os.access(_RESET, os.W_OK):
+        return {}
+    sizes = [str(size) for size in (shape.outputs, shape.inputs, shape.rows)]
+    command = [sys.executable, "-m", "benchmarks.memory", kind.name, *sizes, str(torch.get_num_threads())]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process that measures memory: {done.stderr.strip()[-400:]}")
+    return {NOTE: json.loads(done.stdout)}
+
+
+def _train(kind: type[Competitor], problem: Problem) -> None:
+    competitor = kind(problem)
+    for _ in range(_STEPS):
+        competitor.step()
+
+
+def _resident(what: str) -> int:
+    """Bytes by the kernel: ``VmRSS`` now, ``VmHWM`` at most."""
+    lines = _STATUS.read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{what}:"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """In the process of its own: competitor, outputs, inputs, rows, threads; prints bytes per weight."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("competitor", choices=[kind.name for kind in COMPETITORS])
+    for name in ("outputs", "inputs", "rows", "threads"):
+        parser.add_argument(name, type=int)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    kind = next(kind for kind in COMPETITORS if kind.name == options.competitor)
+    problem = Problem(LinearShape(options.outputs, options.inputs, options.rows), torch.device("cpu"))
+    _train(kind, problem)
+    gc.collect()
+    before = _resident("VmRSS")
+    _RESET.write_text("5", "ascii")
+    _train(kind, problem)
+    print(json.dumps((_resident("VmHWM") - before) / problem.numel))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

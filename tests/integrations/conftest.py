@@ -1,0 +1,65 @@
+"""Tiny tasks and a quiet trainer for the frameworks' tests; a torchvision that imports beside a CPU build of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+INPUTS, CLASSES = 20, 3
+
+
+def _import_torchvision() -> torch.library.Library | None:
+    """CLArena and Lightning import torchvision where it is installed. Its wheel does not load its compiled part beside
+    a CPU build of torch, and then its Python part misses two operators: declare them and try again."""
+    try:
+        import torchvision
+    except ImportError:
+        return None
+    except RuntimeError:
+        operators = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+        return operators
+    return None
+
+
+_OPERATORS = _import_torchvision()  # they go with this object
+
+
+@pytest.fixture
+def loader() -> Callable[[int], DataLoader[Any]]:
+    """Task number to batches [16, 4, 5] with labels: the same at every call, and always in the same order."""
+
+    def make(task: int) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(100 + task)
+        x = torch.randn(64, 4, INPUTS // 4, generator=generator, dtype=torch.float32).to(torch.get_default_dtype())
+        y = torch.randint(CLASSES, (64,), generator=generator)
+        return DataLoader(TensorDataset(x, y), 16)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Any) -> Callable[..., Any]:
+    """``Trainer`` for the CPU that prints, logs and saves nothing unless told to."""
+    from lightning.pytorch import Trainer
+
+    def make(epochs: int = 2, **options: Any) -> Any:
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        settings = dict.fromkeys(quiet, False) | {"accelerator": "cpu", "default_root_dir": tmp_path}
+        return Trainer(max_epochs=epochs, **(settings | options))
+
+    return make
+
+
+@pytest.fixture
+def probe() -> torch.Tensor:
+    """Inputs that no task was trained on."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(9, 4, INPUTS // 4, generator=generator, dtype=torch.float32).to(torch.get_default_dtype())

@@ -1,0 +1,171 @@
+"""WSN as an algorithm of CLArena, trained by Lightning."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from clarena.cl_algorithms import CLAlgorithm
+from clarena.heads import HeadsTIL
+from torch import Tensor, nn
+
+from wsn_fast import ops
+from wsn_fast.subnet import check_score_init
+
+from .backbone import FastSubnetBackbone
+
+
+class FastWSN(CLAlgorithm):
+    """WSN in CLArena's framework, on :class:`FastSubnetBackbone`: in the place of ``clarena.cl_algorithms.WSN``.
+
+    Optimization is Lightning's automatic one, so learning-rate schedulers are stepped, and clipping, accumulation and
+    bf16-mixed precision work. Masks, heads and the register of tasks are in every checkpoint: a fit that was cut short
+    goes on with ``trainer.fit(..., ckpt_path=...)`` after the same ``setup_task_id`` in a new process. Tasks may have
+    any number; each is trained once.
+
+    Args:
+        backbone: the backbone.
+        heads: CLArena's heads for task-incremental learning.
+        mask_percentage: the density of each layer, in (0, 1].
+        parameter_score_init_mode: "default", "N01" or "U01".
+        non_algorithmic_hparams: see ``CLAlgorithm``.
+        reinit_scores: draw new scores for every task, as CLArena's algorithm does; False keeps them, as the paper's
+            code does.
+
+    Raises:
+        TypeError: ``backbone`` or ``heads`` is of another class.
+        ValueError: ``mask_percentage`` or ``parameter_score_init_mode`` is not one of those, or widths differ.
+    """
+
+    backbone: FastSubnetBackbone
+    heads: HeadsTIL
+
+    def __init__(
+        self,
+        backbone: FastSubnetBackbone,
+        heads: HeadsTIL,
+        mask_percentage: float,
+        parameter_score_init_mode: str = "default",
+        non_algorithmic_hparams: dict[str, Any] | None = None,
+        reinit_scores: bool = True,
+    ) -> None:
+        for name, given, kind in (("backbone", backbone, FastSubnetBackbone), ("heads", heads, HeadsTIL)):
+            if not isinstance(given, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(given).__name__}")
+        super().__init__(backbone, heads, non_algorithmic_hparams or {})
+        self.mask_percentage = ops.check_density(mask_percentage, "mask_percentage")
+        self.save_hyperparameters("mask_percentage", "parameter_score_init_mode", "reinit_scores")
+        backbone.wsn.score_init = check_score_init(parameter_score_init_mode)
+        backbone.wsn.reinit_scores = reinit_scores
+
+    def setup_task_id(
+        self,
+        task_id: int,
+        num_classes: int,
+        optimizer: Any,
+        lr_scheduler: Any = None,
+    ) -> None:
+        """Begin a task, or go on with the one in progress. Call it before ``trainer.fit``.
+
+        Args:
+            task_id: the task.
+            num_classes: the width of its head.
+            optimizer: called with ``params=``, makes the optimizer.
+            lr_scheduler: called with ``optimizer=``, makes the scheduler; None for none.
+
+        Raises:
+            ValueError: the task has ended.
+            RuntimeError: another task is in progress.
+        """
+        wsn = self.backbone.wsn
+        self.optimizer_t, self.lr_scheduler_t = optimizer, lr_scheduler
+        if wsn.current_task == task_id and f"{task_id}" in self.heads.heads:
+            return
+        wsn.begin_task(task_id, density=self.mask_percentage)
+        super().setup_task_id(task_id, num_classes, optimizer, lr_scheduler)
+
+    def configure_optimizers(self) -> Any:
+        """As ``CLAlgorithm`` does; finished heads are out of training."""
+        for task in self.backbone.wsn.tasks:
+            self.heads.get_head(task).requires_grad_(False)
+        return super().configure_optimizers()
+
+    def forward(self, input: Tensor, stage: str, task_id: int | None = None) -> Any:
+        """Logits [B, classes of the task], and activations by layer unless ``set_forward_func_return_logits_only``.
+
+        Args:
+            input: a batch [B, ...].
+            stage: "train" or "validation" uses the mask of the current scores, "test" that of ``task_id``.
+            task_id: the task; None means the one that is set up.
+        """
+        task_id = self.task_id if task_id is None else task_id
+        if stage == "test":
+            with self.backbone.wsn.use_task(task_id):
+                features, activations = self.backbone.features(input)
+        else:
+            features, activations = self.backbone.features(input)
+        logits = self.heads(features, task_id)
+        return logits if self.if_forward_func_return_logits_only else (logits, activations)
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        """Loss, accuracy and predictions of a batch (inputs, labels), under the names that CLArena's callbacks read."""
+        outputs = self._measure(batch, "train", self.task_id)
+        return {"loss": outputs["loss_cls"], **outputs}
+
+    def validation_step(self, batch: Any) -> dict[str, Tensor]:
+        return self._measure(batch, "validation", self.task_id)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        return self._measure(batch, "test", self.get_test_task_id_from_dataloader_idx(dataloader_idx))
+
+    def _measure(self, batch: Any, stage: str, task_id: int) -> dict[str, Tensor]:
+        x, y = batch
+        logits = self.forward(x, stage, task_id)
+        logits = logits if self.if_forward_func_return_logits_only else logits[0]
+        preds = logits.argmax(dim=1)
+        return {"loss_cls": self.criterion(logits, y), "acc": (preds == y).float().mean(), "preds": preds}
+
+    def on_fit_start(self) -> None:
+        """Raises ``RuntimeError`` if the task that was set up is not in progress: it has ended, or a checkpoint of
+        another task was loaded."""
+        wsn = self.backbone.wsn
+        if wsn.current_task != self.task_id:
+            raise RuntimeError(
+                f"task {self.task_id} was set up last, but {wsn.current_task!r} is in progress and these are finished: "
+                f"{wsn.tasks}"
+            )
+
+    def on_train_end(self) -> None:
+        """End the task."""
+        if self.backbone.wsn.current_task is not None:
+            self.backbone.wsn.end_task()
+
+    def on_fit_end(self) -> None:
+        """End the task of a checkpoint that has no epoch left to train: Lightning skips ``on_train_end`` then."""
+        self.on_train_end()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the ids of the tasks that were set up."""
+        checkpoint["wsn_fast"] = {"processed_task_ids": list(self.processed_task_ids)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the heads of the checkpoint, in its order, which that of the parameters in an optimizer's state is.
+
+        Raises:
+            ValueError: the checkpoint is not one of this class.
+        """
+        if "wsn_fast" not in checkpoint:
+            raise ValueError(f"the checkpoint is not one of {type(self).__name__}: it does not have its tasks")
+        self.heads.heads.clear()
+        for name, tensor in checkpoint["state_dict"].items():
+            match = re.fullmatch(r"heads\.heads\.(\d+)\.weight", name)
+            if match:
+                out, width = tensor.shape
+                self.heads.heads[match[1]] = nn.Linear(width, out, device=self.device, dtype=tensor.dtype)
+        known = checkpoint["wsn_fast"]["processed_task_ids"]
+        self.heads.head_t = self.heads.get_head(known[-1])  # in the state under this name, too
+        # A task that was set up here stays the one to train: on_fit_start compares.
+        self.task_id = getattr(self, "task_id", known[-1])
+        self.processed_task_ids = [*known, *({self.task_id} - {*known})]
+        self.backbone.task_id = self.heads.task_id = self.task_id
+        self.backbone.processed_task_ids = list(self.processed_task_ids)

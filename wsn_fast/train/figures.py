@@ -1,0 +1,209 @@
+"""The pictures of a run, and of several beside each other, as PNG or as SVG to stand inside a page.
+
+matplotlib without pyplot, which would pick a display; imported late, so that a command without pictures starts fast.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+Draw = Callable[[Any, Any], None]
+"""Draws on matplotlib's Axes (first) what it is given (second)."""
+
+MANY = 20  # tasks: more numbers in a picture nobody can read
+COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f",
+)  # fmt: skip
+_DASHES = ("-", "--", ":", "-.")
+_ON_BRIGHT = "#010101"  # not black, which the page replaces by the colour of its text
+_SETTINGS: Any = MappingProxyType(  # whose keys some versions' type stubs list and others' do not
+    {
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "wsn-fast",  # the same ids each time
+        "text.parse_math": False,  # a name may have dollars
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
+)
+
+
+class Line(NamedTuple):
+    """One line of a diagram, in the colour of run ``number``: ``values`` over the tasks, None where there is none;
+    ``level`` is drawn across."""
+
+    number: int
+    label: str
+    values: Sequence[float | None]
+    level: float | None = None
+
+
+class Chart(NamedTuple):
+    """Lines over tasks, and what they mean."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    from_zero: bool = False
+
+
+# --- rendering --------------------------------------------------------------------------------------------
+def png(draw: Draw, results: Mapping[str, Any]) -> bytes:
+    """A picture for a file."""
+    return _render(draw, results, (_width(len(results["reuse"])), 4.5), "png")
+
+
+def svg(draw: Draw, content: Any, prefix: str, size: tuple[float, float]) -> str:
+    """A picture for a page: an ``<svg>`` element, hidden from screen readers, in the colour of the text around it.
+
+    Args:
+        draw: what to draw.
+        content: its argument.
+        prefix: makes the ids unlike those of other pictures on the page.
+        size: width and height in inches.
+    """
+    text = _render(draw, content, size, "svg").decode()
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    text = re.sub(r"\b(id=\"|href=\"#|url\(#)", lambda found: f"{found[0]}{prefix}-", text)
+    return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+
+
+def _render(draw: Draw, content: Any, size: tuple[float, float], kind: str) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    file = io.BytesIO()
+    with rc_context(dict(_SETTINGS)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's browser may have it
+        figure = Figure(figsize=size, layout="constrained")  # its canvas is that of the format it is saved in
+        axes = figure.add_subplot()
+        draw(axes, content)
+        if kind == "svg":
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(file, format=kind, transparent=True, metadata=nothing)
+        else:
+            figure.savefig(file, format=kind)
+    return file.getvalue()
+
+
+def _width(tasks: int) -> float:
+    return max(5.0, 1.5 + 0.55 * min(tasks, MANY))
+
+
+# --- one run ----------------------------------------------------------------------------------------------
+def accuracy_matrix(axes: Any, results: Mapping[str, Any]) -> None:
+    """Test accuracy on each task after each task."""
+    tasks = [str(task["task"]) for task in results["reuse"]]
+    _heat_map(axes, results["accuracy_matrix"], tasks, tasks, "test accuracy (%)")
+    axes.set(
+        xlabel="task",
+        ylabel="after training task",
+        title=f"ACC {results['acc']:.2f} %, BWT {results['bwt']:.2f}",
+    )
+
+
+def capacity(axes: Any, results: Mapping[str, Any]) -> None:
+    """What each task uses, new and reused, and what all use so far."""
+    tasks = [str(task["task"]) for task in results["reuse"]]
+    new = [task["new"] for task in results["reuse"]]
+    reused = [task["density"] - task["new"] for task in results["reuse"]]
+    axes.bar(tasks, reused, label="reused from earlier tasks", color=COLOURS[0])
+    axes.bar(tasks, new, bottom=reused, label="new", color=COLOURS[1])
+    axes.plot(tasks, owned(results["reuse"]), "k.-", label="owned by any task so far")
+    axes.set(
+        xlabel="task", ylabel="share of the gated weights (%)",
+        title=f"CAP {results['capacity_paper']:.1f} % (paper's), {results['capacity']:.1f} % (measured)",
+    )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    if len(tasks) > MANY:
+        axes.set_xticks(range(0, len(tasks), 10))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8)
+
+
+def overlap(axes: Any, results: Mapping[str, Any]) -> None:
+    """How much of each task's mask each other task shares."""
+    tasks = [str(task["task"]) for task in results["reuse"]]
+    _heat_map(axes, results["overlap"], tasks, tasks, "shared weights (%)")
+    axes.set(xlabel="are used by task as well", ylabel="weights of task", title="Overlap of the masks")
+
+
+def layer_reuse(axes: Any, results: Mapping[str, Any]) -> None:
+    """Per gated tensor and task, the share of the task's weights that earlier tasks own."""
+    _layers(axes, results, lambda tasks: [task["reuse"] for task in tasks], "reused (%)")
+    axes.set_title("Reuse")
+
+
+def layer_owned(axes: Any, results: Mapping[str, Any]) -> None:
+    """Per gated tensor, the share that the tasks up to each own."""
+    _layers(axes, results, owned, "owned (%)")
+    axes.set_title("Owned by any task so far")
+
+
+def owned(tasks: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The share of the weights that the tasks up to each own, in percent, from their ``new``."""
+    return [sum(task["new"] for task in tasks[: i + 1]) for i in range(len(tasks))]
+
+
+def colour(number: int) -> str:
+    """The colour of a run, by its number from 1."""
+    return COLOURS[(number - 1) % len(COLOURS)]
+
+
+# --- several runs -----------------------------------------------------------------------------------------
+def lines(axes: Any, chart: Chart) -> None:
+    """A line for each run, by the position of the task in its run."""
+    handles = []
+    longest = max(len(line.values) for line in chart.lines)
+    for line in chart.lines:
+        values = [float("nan") if value is None else value for value in line.values]
+        dashes = _DASHES[(line.number - 1) // len(COLOURS) % len(_DASHES)]
+        style = {"color": colour(line.number), "linestyle": dashes}
+        marker = "." if len(values) <= MANY else None
+        handles += axes.plot(range(len(values)), values, marker=marker, **style)
+        if line.level is not None:
+            axes.axhline(line.level, color=style["color"], linestyle=":", linewidth=0.9)
+    axes.set(xlabel="task, in order of training", ylabel=chart.unit, title=chart.title)
+    axes.set_xticks(range(0, longest, 1 if longest <= MANY else 10))
+    if chart.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(
+        handles, [line.label for line in chart.lines],
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8,
+    )  # fmt: skip
+
+
+# --- parts ------------------------------------------------------------------------------------------------
+def _layers(
+    axes: Any, results: Mapping[str, Any], values: Callable[[Sequence[Mapping[str, Any]]], list[float]], unit: str
+) -> None:
+    rows = [values(layer["tasks"]) for layer in results["layers"]]
+    names = [layer["name"] for layer in results["layers"]]
+    short = [name if len(name) <= 28 else "…" + name[-27:] for name in names]
+    _heat_map(axes, rows, [str(task["task"]) for task in results["reuse"]], short, unit)
+    axes.set_xlabel("task")
+
+
+def _heat_map(
+    axes: Any, rows: Sequence[Sequence[float | None]], columns: Sequence[str], names: Sequence[str], unit: str
+) -> None:
+    """Percentages as colours from 0 to 100, so that pictures of several runs compare, and as numbers while few."""
+    matrix = [[float("nan") if x is None else x for x in row] for row in rows]
+    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="none")
+    axes.figure.colorbar(image, ax=axes, label=unit)
+    axes.spines[:].set_visible(False)
+    for labels, axis in ((columns, axes.xaxis), (names, axes.yaxis)):
+        step = 1 if len(labels) <= 2 * MANY else 10
+        axis.set_ticks(range(0, len(labels), step), labels[::step])
+    if len(columns) > MANY or len(names) > MANY:
+        return
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            if value == value:
+                ink = _ON_BRIGHT if value > 60 else "white"
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=8)
