@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from wsn_fast import WSN, TaskHeads, convert, reference, topc_mask
+from wsn_fast import WSN, TaskHeads, capture_step, convert, reference, topc_mask
 from wsn_fast.optim import SubnetAdamW
 
 from .cases import UnavailableError, WrongResultError, check_same
@@ -253,13 +253,9 @@ class Ours(Competitor):
             heads = self.wsn.model.get_submodule(HEAD)
             assert isinstance(heads, TaskHeads)
             self.parameters[f"{HEAD}.weight"] = heads.head("second").get_parameter("weight")
-        self.restart()
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Put all parameters back to where every competitor starts."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.problem.start[name])
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(problem.start[name])
 
     def mask(self, name: str, scores: Tensor) -> Tensor:
         return topc_mask(scores, DENSITY, rule=self.layers[name].rule, backend=self.layers[name].backend)
@@ -305,40 +301,45 @@ class OursCompiled(Ours):
 
 
 class OursCaptured(Ours):
-    """The whole step as one CUDA graph by :func:`wsn_fast.capture.capture_step`; runs eagerly on a CPU."""
+    """The whole step as one CUDA graph by :func:`wsn_fast.capture_step`; as it is on a CPU."""
 
     name, captures = "ours, captured", True
+    settled = False
 
     def __init__(self, problem: Problem) -> None:
-        from wsn_fast.capture import capture_step
-
         super().__init__(problem)
-        if not problem.is_net:
-            self.wsn.model.register_forward_pre_hook(self._want_gradient)
-        self.run = capture_step(self.wsn, self.optimizer, self.loss)
+        self.run = capture_step(self.wsn, self.optimizer, self._compute)
 
-    def _want_gradient(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """Inside of a graph the batch is a copy, which requires no gradient by itself."""
-        self.x = inputs[0].detach().requires_grad_()
-        return (self.x,)
+    def _compute(self, x: Tensor, target: Tensor) -> Tensor:
+        self.x = x.detach().requires_grad_(not self.problem.is_net)  # in a graph, its own copy of the batch
+        with self.problem.autocast():
+            return self.loss(self.model(self.x), target)
 
     def step(self) -> None:
-        with self.problem.autocast():
-            self.run(self.problem.x, self.problem.target)
+        self.run(self.problem.x, self.problem.target)
 
     def settle(self) -> None:
+        """Step until replays have begun, and make what there is then the start: weights put back to the real one would
+        be changed ones, after which no step is a replay."""
         for _ in range(_CAPTURE_TRIES):
             if not self.run.captured:
                 self.step()
         if not self.run.captured:
-            raise UnavailableError(f"not captured: {self.run.reason}")
-        self.restart()
+            raise UnavailableError(self.run.reason)
+        self.check_later()
+        self.settled = True
+        self.problem.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         return self.mean_gradient(parameter)  # what a graph leaves in .grad is its own
+
+    def check_later(self) -> str:
+        if self.settled and not self.run.captured:
+            raise WrongResultError(f"the last step was no replay: {self.run.reason}")
+        return super().check_later()
 
 
 class OursOnePassCaptured(OursCaptured):

@@ -130,6 +130,7 @@ class Problem:
         """
         dtype = torch.float64 if exact else torch.float32
         net = copy.deepcopy(self.net).to(dtype)
+        net.load_state_dict({name: self.start[name] for name in net.state_dict()})
         x = (self.x.double() if exact else self.x.clone()).requires_grad_(not self.is_net)
         masked = {
             name: reference.select(masks[name], self.start[f"{name}.weight"].to(self.dtype)).to(dtype).requires_grad_()

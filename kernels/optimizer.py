@@ -280,20 +280,16 @@ def compile_cases() -> list[CompileCase]:
     pointers = ("fields_ptr", "gradients_ptr", "tensors_ptr", "programs_ptr", "state_ptr", "places_ptr")
     tables = dict.fromkeys(pointers, "*i64") | {"settings_ptr": "*fp32", "keys_ptr": "*u32"}
     tables |= {"tensors": "i32", "items_each": "i32"}
+    forms = list(itertools.product(FORMS, (0, 1), (True,), (True,), CONFIGS))
+    forms += list(itertools.product(FORMS, (0,), (False, True), (False, True), CONFIGS[:1]))
     cases = []
-    for (dtype, masked), rule, union, ready, config in itertools.product(FORMS, (0, 1), (0, 1), (0, 1), CONFIGS):
-        form = {"DTYPE": DTYPES[dtype], "DIGITS": DIGITS[dtype][rule], "STATE": STATE, "SETTINGS": SETTINGS}
-        form |= {"MAGNITUDE": rule == 0, "NEXT": bool(ready)}
-        name = f"{DTYPES[dtype]} {('|S|', 'S')[rule]}" + " next" * ready
-        form |= {
-            "GRAD": DTYPES[masked],
-            "MASKED": DTYPES[masked],
-            "SCALE": None,
-            "LIST_SHARE": config.share,
-            "BLOCK": config.block,
-        }
-        form |= {"LANES": 32 * config.num_warps, "HAS_UNION": bool(union), "GIVEN": False, "ALIGNED": True}
-        name += f" {DTYPES[masked]}" + " union" * union + f" {config.block} {config.share}"
+    for (dtype, masked), rule, union, ready, config in forms:
+        form = {"GRAD": DTYPES[masked], "DTYPE": DTYPES[dtype], "MASKED": DTYPES[masked], "SCALE": None}
+        form |= {"DIGITS": DIGITS[dtype][rule], "STATE": STATE, "SETTINGS": SETTINGS, "LIST_SHARE": config.share}
+        form |= {"BLOCK": config.block, "LANES": 32 * config.num_warps, "MAGNITUDE": rule == 0, "HAS_UNION": union}
+        form |= {"GIVEN": False, "NEXT": ready, "ALIGNED": True}
+        name = f"{DTYPES[masked]} {DTYPES[dtype]} {('|S|', 'S')[rule]}" + " next" * ready + " union" * union
+        name += f" {config.block}x{config.num_warps} 1/{config.share}"
         cases.append(CompileCase(f"adamw {name}", adamw_kernel, tables, form, num_warps=config.num_warps))
         momenta = {"WEIGHT_MOMENTUM": 1, "SCORE_MOMENTUM": 1}
         cases.append(CompileCase(f"sgd {name}", sgd_kernel, tables, form | momenta, num_warps=config.num_warps))

@@ -22,11 +22,12 @@ LEVELS = [
     {"autograd"},
     {"subnet", "heads", "per_task"},
     {"layers"},
-    {"convert", "dense", "explain", "masks"},
+    {"convert", "dense", "explain", "masks", "materialize"},
     {"ownership"},
     {"parts"},
     {"promise", "guard", "optim", "rows"},
     {"wsn"},
+    {"capture"},
     {""},
     {"train", "integrations", "doctor"},
 ]

@@ -3,11 +3,13 @@ bit."""
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .capture import CapturedStep, capture_step
 from .convert import convert
 from .dense import to_dense
 from .explain import explain
 from .heads import TaskHeads
 from .layers import FastSubnetConv1d, FastSubnetConv2d, FastSubnetConv3d, FastSubnetLinear
+from .materialize import materialize
 from .ops import topc_mask, topc_threshold
 from .ownership import OwnershipError
 from .promise import ForgottenError
@@ -20,6 +22,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "WSN",
+    "CapturedStep",
     "FastSubnetConv1d",
     "FastSubnetConv2d",
     "FastSubnetConv3d",
@@ -28,8 +31,10 @@ __all__ = [
     "OwnershipError",
     "TaskHeads",
     "__version__",
+    "capture_step",
     "convert",
     "explain",
+    "materialize",
     "to_dense",
     "topc_mask",
     "topc_threshold",

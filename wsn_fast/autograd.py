@@ -166,34 +166,31 @@ def _weight_gradient(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> Tenso
 
 
 class RawGate(torch.autograd.Function):
-    """The gate for the one-pass optimizers: ``RawGate.apply(weight, masked)`` is ``masked``, which was formed from the
-    weight, and hands G, the gradient of the masked weight, to the weight as it is. What Eq. 4 and 5 make of it is the
-    optimizer's business. G stays in bfloat16 where it was computed so, if the weight allows (``grad_dtype`` None), and
-    is added up in the dtype of the weight."""
+    """The gate for the one-pass optimizers: ``RawGate.apply(weight, masked, again)`` is ``masked``, which was formed
+    from the weight, and hands G, the gradient of the masked weight, to the weight as it is. What Eq. 4 and 5 make of it
+    is the optimizer's business. G stays in bfloat16 where it was computed so, if the weight allows (``grad_dtype``
+    None) and is not used ``again`` in this step: it is added up in the dtype of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, masked: Tensor) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, weight: Tensor, masked: Tensor, again: bool) -> Tensor:
+        ctx.weight, ctx.again = weight, again
         return masked.detach()  # the same memory and version, another tensor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
-        (raw,) = _first_order((_handed_over(grads[0], ctx.weight),), *grads[:1], *grads[:1])
-        return raw, None
+        (raw,) = _first_order((_handed_over(grads[0], ctx.weight, ctx.again),), *grads[:1], *grads[:1])
+        return raw, None, None
 
 
-def _handed_over(raw: Tensor, weight: Tensor) -> Tensor:
-    if raw.dtype is weight.dtype:
-        return raw
-    # GradScaler refuses to unscale float16.
-    keeps = raw.dtype is torch.bfloat16 and not torch.compiler.is_compiling() and weight.grad_dtype is None
-    if not keeps:
+def _handed_over(raw: Tensor, weight: Tensor, again: bool) -> Tensor:
+    if torch.compiler.is_compiling() or weight.grad_dtype is not None:
         return raw.to(weight.dtype)
-    if weight.grad is None:
-        return raw
-    if weight.grad.dtype is not weight.dtype:
+    if weight.grad is not None and weight.grad.dtype is not weight.dtype:
         weight.grad = weight.grad.to(weight.dtype)
-    return raw.to(weight.dtype)
+        again = True
+    # GradScaler refuses to unscale float16.
+    stays = raw.dtype is torch.bfloat16 and weight.grad is None and not again
+    return raw if stays else raw.to(weight.dtype)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):

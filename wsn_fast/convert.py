@@ -72,7 +72,8 @@ def convert(
     ``fnmatch`` pattern for the full name. One that matches nothing is an error: a typo must not pass silently.
 
     Args:
-        model: the model, which may be a single layer, on any device ("meta" too).
+        model: the model, which may be a single layer, on any device; on "meta" for large ones, which get their memory
+            later (:func:`wsn_fast.materialize`). Only scores need memory here.
         density: the fraction kept, in (0, 1], for all layers, or by name pattern: the first match counts, and every
             layer needs one (``"*"`` takes all the rest).
         rule: "magnitude" (the paper's code) or "value" (CLArena); see :func:`wsn_fast.topc_threshold`.

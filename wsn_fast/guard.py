@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import ops
 from .subnet import Gated, SubnetLayer
@@ -132,6 +133,8 @@ class OptimizerGuard:
                 )
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._knows_masks:  # torch's fused ones change parameters without telling autograd
+            increment_version([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
         self.settle()
         self.forget()
 

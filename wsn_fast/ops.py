@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .backends import parse_override, run
-from .backends.updates import SGD, AdamW, AdamWState, SGDState, Update
+from .backends.updates import SGD, AdamW, AdamWState, Plan, SGDState, Update
 
 RULES = ("magnitude", "value")
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -331,10 +331,11 @@ def adamw_step(
     for_weights: Sequence[AdamW],
     for_scores: Sequence[AdamW],
     backend: str | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """One AdamW update of gated tensors and their scores, of one device and one dtype, in place; see
     :func:`wsn_fast.backends.torch.adamw_step`."""
-    _of(updates, "adamw_step", backend).adamw_step(updates, states, for_weights, for_scores)
+    _of(updates, "adamw_step", backend).adamw_step(updates, states, for_weights, for_scores, plan)
     _changed(updates, states)
 
 
@@ -344,15 +345,16 @@ def sgd_step(
     for_weights: Sequence[SGD],
     for_scores: Sequence[SGD],
     backend: str | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """As :func:`adamw_step`, for SGD; see :func:`wsn_fast.backends.torch.sgd_step`."""
-    _of(updates, "sgd_step", backend).sgd_step(updates, states, for_weights, for_scores)
+    _of(updates, "sgd_step", backend).sgd_step(updates, states, for_weights, for_scores, plan)
     _changed(updates, states)
 
 
-def gradient_squares(updates: Sequence[Update], backend: str | None = None) -> Tensor:
+def gradient_squares(updates: Sequence[Update], backend: str | None = None, plan: Plan | None = None) -> Tensor:
     """The sums of the squares of the gradients that an update would form: of dW and dS of each tensor in turn."""
-    result: Tensor = _of(updates, "gradient_squares", backend).gradient_squares(updates)
+    result: Tensor = _of(updates, "gradient_squares", backend).gradient_squares(updates, plan)
     return result
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import ops
-from .backends.updates import SGD, WINDOW, AdamW, AdamWState, Next, SGDState, Update
+from .backends.updates import SGD, WINDOW, AdamW, AdamWState, Next, Plan, SGDState, Update
 from .subnet import Gated, RawPass, Ready, SubnetLayer
 
 
@@ -82,6 +83,7 @@ class _SubnetOptimizer(torch.optim.Optimizer):
     one_pass: bool = False
     _layers: Sequence[SubnetLayer] = ()
     _gated: frozenset[int] = frozenset()
+    _plans: dict[_Alike, Plan] | None = None
     _scale: Tensor | None = None
     _clipped: Sequence[tuple[Tensor, int]] = ()
 
@@ -151,8 +153,9 @@ class _SubnetOptimizer(torch.optim.Optimizer):
         updates = [pair.update(scale, pair.next()) for pair in pairs]
         self._gated = frozenset(id(t) for update in updates for t in (update.weight, update.scores))
         self._torch_step()
-        for (_, _, backend), indices in _alike(pairs).items():
-            self._update([pairs[i] for i in indices], [updates[i] for i in indices], backend)
+        increment_version(self._rest())  # of which fused optimizers do not tell autograd
+        for alike, indices in _alike(pairs).items():
+            self._update([pairs[i] for i in indices], [updates[i] for i in indices], alike.backend, self._plan(alike))
         for pair, update in zip(pairs, updates, strict=True):
             if update.next is not None:
                 layer, (name, param, score, *_) = pair.layer, pair.gate
@@ -162,6 +165,11 @@ class _SubnetOptimizer(torch.optim.Optimizer):
                 )
         return loss
 
+    def _rest(self) -> list[Tensor]:
+        """What torch's step updates."""
+        trained = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        return [p for p in trained if id(p) not in self._gated]
+
     def _pairs(self) -> Iterator[_Pair]:
         """The gated tensors with gradients that are updated here."""
         group_of = {id(param): group for group in self.param_groups for param in group["params"]}
@@ -170,19 +178,23 @@ class _SubnetOptimizer(torch.optim.Optimizer):
             if raw is not self.one_pass:
                 continue
             for gate in layer.gated():
-                if gate.param.grad is not None and (raw or gate.score.grad is not None):
-                    last = layer.last_pass.get(gate.name)
-                    if raw and last is None:
-                        raise RuntimeError(
-                            f"a {gate.name} has a gradient and its layer was not called since the last step: some "
-                            "module reads it past its mask. Exclude that layer from the conversion, or let the module "
-                            "call it."
-                        )
-                    groups = group_of[id(gate.param)], group_of[id(gate.score)]
-                    yield _Pair(layer, gate, *groups, last if raw else None)
+                if gate.param.grad is None or not (raw or gate.score.grad is not None):
+                    continue
+                if id(gate.param) not in group_of or id(gate.score) not in group_of:
+                    raise RuntimeError(
+                        f"a {gate.name} or its scores are not what this optimizer holds: parameters were replaced "
+                        "after it was built. Build it again"
+                    )
+                last = _checked_pass(layer, gate) if raw else None
+                yield _Pair(layer, gate, group_of[id(gate.param)], group_of[id(gate.score)], last)
 
-    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None) -> None:
+    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
         raise NotImplementedError
+
+    def _plan(self, alike: _Alike) -> Plan:
+        if self._plans is None:
+            self._plans = {}
+        return self._plans.setdefault(alike, {})
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
@@ -205,28 +217,28 @@ class _SubnetOptimizer(torch.optim.Optimizer):
         """
         if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm > 0:
             raise ValueError(f"max_norm must be a positive number, got {max_norm!r}")
-        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = self._settle_clipping()
         pairs = list(self._pairs()) if self.one_pass else []
         gated = {id(pair.gate.param) for pair in pairs}
-        rest = [p.grad for p in trained if id(p) not in gated and p.grad is not None]
-        parts = [torch.linalg.vector_norm(grad).square() for grad in rest]
-        for (_, _, backend), indices in _alike(pairs).items():
-            updates = [pairs[i].update(self._scale, None) for i in indices]
-            parts += ops.gradient_squares(updates, backend).unbind()
-        if not parts:
+        rest = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and id(p) not in gated
+        ]
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in rest]
+        for alike, indices in _alike(pairs).items():
+            updates = [pairs[i].update(before, None) for i in indices]
+            norms += ops.gradient_squares(updates, alike.backend, self._plan(alike)).sqrt().unbind()
+        if not norms:
             return torch.tensor(0.0)
-        device, dtype = parts[0].device, max((p.dtype for p in parts), key=lambda d: d.itemsize)
-        norm = torch.stack([part.to(device, dtype) for part in parts]).sum().sqrt()
+        device, dtype = norms[0].device, max((n.dtype for n in norms), key=lambda d: d.itemsize)
+        norm = torch.linalg.vector_norm(torch.stack([n.to(device, dtype) for n in norms]))
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of the gradients is {norm.item()}, so it cannot be clipped")
         scale = torch.clamp(float(max_norm) / (norm + 1e-6), max=1.0)
         for grad in rest:
             grad.mul_(scale.to(grad.device))
         if pairs:
-            self._scale = scale if self._scale is None else self._scale * scale
-            self._clipped = [
-                (p.grad, p.grad._version) for p in (pair.gate.param for pair in pairs) if p.grad is not None
-            ]
+            self._scale = scale if before is None else before * scale
+            self._clipped = [(p.grad, p.grad._version) for p in (q.gate.param for q in pairs) if p.grad is not None]
         return norm
 
     def _settle_clipping(self) -> Tensor | None:
@@ -264,12 +276,46 @@ class _SubnetOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
 
-def _alike(pairs: Sequence[_Pair]) -> dict[tuple[torch.device, torch.dtype, str | None], list[int]]:
-    """The pairs' numbers, by what one call can work on."""
-    sets: dict[tuple[torch.device, torch.dtype, str | None], list[int]] = {}
+def _checked_pass(layer: SubnetLayer, gate: Gated) -> RawPass:
+    """The forward pass that a raw gradient came from.
+
+    Raises:
+        RuntimeError: there is none, or what the gradient is to be combined with has changed since.
+    """
+    last = layer.last_pass.get(gate.name)
+    if last is None:
+        raise RuntimeError(
+            f"a {gate.name} has a gradient and its layer was not called since the last step: some module reads it past "
+            "its mask (exclude that layer from the conversion, or let the module call it), or this is a second step "
+            "with one gradient"
+        )
+    if last.stamp and last.stamp[:-1] != layer.stamp(gate.param, gate.score)[:-1]:  # whatever the next density
+        raise RuntimeError(
+            f"a {gate.name}, its scores or its rule changed between the forward pass and the step, which forms "
+            "the gradients in the one-pass mode: change them before the forward pass, or use one_pass=False"
+        )
+    if gate.score.grad is not None:
+        raise RuntimeError(
+            f"the scores of a {gate.name} have a gradient of their own, which has no place in the one-pass mode: use "
+            "one_pass=False for a loss that reads scores"
+        )
+    return last
+
+
+class _Alike(NamedTuple):
+    """What one call of a backend can work on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: str | None
+
+
+def _alike(pairs: Sequence[_Pair]) -> dict[_Alike, list[int]]:
+    """The numbers of the pairs that go into one call."""
+    sets: dict[_Alike, list[int]] = {}
     for i, pair in enumerate(pairs):
         param = pair.gate.param
-        sets.setdefault((param.device, param.dtype, pair.layer.backend), []).append(i)
+        sets.setdefault(_Alike(param.device, param.dtype, pair.layer.backend), []).append(i)
     return sets
 
 
@@ -350,7 +396,7 @@ class SubnetAdamW(_SubnetOptimizer, torch.optim.Adam):
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, decoupled_weight_decay=decoupled)
         self._attach(wsn, one_pass)
 
-    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None) -> None:
+    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
         states = [AdamWState(*self._moments(u.weight), *self._moments(u.scores)) for u in updates]
         steps = [self.state[param]["step"] for u in updates for param in (u.weight, u.scores)]
         if steps[0].is_cpu:
@@ -360,7 +406,7 @@ class SubnetAdamW(_SubnetOptimizer, torch.optim.Adam):
             torch._foreach_add_(steps, 1)
         for_weights = [self._settings(pair.group, step) for pair, step in zip(pairs, steps[::2], strict=True)]
         for_scores = [self._settings(pair.score_group, step) for pair, step in zip(pairs, steps[1::2], strict=True)]
-        ops.adamw_step(updates, states, for_weights, for_scores, backend)
+        ops.adamw_step(updates, states, for_weights, for_scores, backend, plan)
 
     def _moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """The running means of a parameter."""
@@ -411,11 +457,11 @@ class SubnetSGD(_SubnetOptimizer, torch.optim.SGD):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
         self._attach(wsn, one_pass)
 
-    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None) -> None:
+    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
         weights = [self._prepare(pair.group, u.weight) for pair, u in zip(pairs, updates, strict=True)]
         scores = [self._prepare(pair.score_group, u.scores) for pair, u in zip(pairs, updates, strict=True)]
         states = [SGDState(w, s) for (w, _), (s, _) in zip(weights, scores, strict=True)]
-        ops.sgd_step(updates, states, [settings for _, settings in weights], [s for _, s in scores], backend)
+        ops.sgd_step(updates, states, [settings for _, settings in weights], [s for _, s in scores], backend, plan)
 
     def _prepare(self, group: dict[str, Any], param: Tensor) -> tuple[Tensor | None, SGD]:
         """The momentum buffer of a parameter, None without momentum, and the settings of its next update."""

@@ -105,6 +105,21 @@ class ModelParts:
                 )
 
     @torch.no_grad()
+    def check_initialised(self) -> None:
+        """Raise ``RuntimeError`` naming the first tensor that is on the meta device, or gated tensor with NaN among its
+        values or scores: that is what they are before they are initialised (:meth:`SubnetLayer.initialise`)."""
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if tensor.is_meta:
+                raise RuntimeError(f"{name} is on the meta device: wsn_fast.materialize(model, device) gives it memory")
+        for name, gate in self.gated():
+            for what, tensor in (("", gate.param), ("_score", gate.score)):
+                if tensor.isnan().any():
+                    raise RuntimeError(
+                        f"{name}{what} has NaN among its values: after to_empty nothing was loaded into it and nothing "
+                        "initialised it, or it was spoilt since"
+                    )
+
+    @torch.no_grad()
     def check_finite(self) -> None:
         """Raise ``FloatingPointError`` naming the first gated tensor whose values or scores are not all finite."""
         for name, gate in self.gated():

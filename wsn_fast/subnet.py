@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -51,11 +51,12 @@ class Gated(NamedTuple):
 
 
 class RawPass(NamedTuple):
-    """What an optimizer needs to know of the forward pass whose raw gradient it takes: the threshold, and the dtype of
-    the masked tensor."""
+    """What an optimizer needs to know of the forward pass whose raw gradient it takes: the threshold, the dtype of the
+    masked tensor, and :meth:`SubnetLayer.stamp` as it was."""
 
     tau: Tensor
     dtype: torch.dtype
+    stamp: tuple[object, ...]
 
 
 class Ready(NamedTuple):
@@ -90,7 +91,7 @@ class SubnetLayer(nn.Module):
     GATED = ("weight", "bias")
     OWN = (
         "rule", "tasks", "_active_row", "_density", "task_density", "_backend", "row_tasks", "_raw_owner",
-        "last_pass", "ready",
+        "_raw_ids", "last_pass", "ready", "_score_init",
     )  # fmt: skip
     """The attributes that the dense parent does not have."""
 
@@ -116,8 +117,10 @@ class SubnetLayer(nn.Module):
         self._backend: str | None = None
         self.row_tasks: Tensor | None = None
         self._raw_owner: weakref.ref[object] | None = None
+        self._raw_ids: set[int] = set()
         self.last_pass: dict[str, RawPass] = {}
         self.ready: dict[str, Ready] = {}
+        self._score_init = check_score_init(score_init)
         for name in self.GATED:
             param = getattr(self, name)
             score = masks = None
@@ -171,6 +174,7 @@ class SubnetLayer(nn.Module):
                     gate.param.grad_dtype = gate.param.dtype if optimizer is None else None
             self.last_pass.clear()
             self.ready.clear()
+            self._raw_ids = {id(t) for gate in self.gated() for t in (gate.param, gate.score)}
         self._raw_owner = None if optimizer is None else weakref.ref(optimizer)
 
     @property
@@ -205,7 +209,8 @@ class SubnetLayer(nn.Module):
             if param is not None:
                 score = f"{name}_score"
                 scores = parameters[score] if score in parameters else getattr(self, score)
-                yield Gated(name, param, scores, buffers[f"{name}_masks"], buffers[f"{name}_union"])
+                # mypy cannot know that what belongs to a tensor is there when the tensor is.
+                yield Gated(name, param, scores, buffers[f"{name}_masks"], buffers[f"{name}_union"])  # type: ignore[arg-type]
 
     @torch.no_grad()
     def reset_scores(self, mode: str = "default") -> None:
@@ -213,16 +218,31 @@ class SubnetLayer(nn.Module):
         for biases, as in the paper's code; "N01" is standard normal; "U01" is uniform on [0, 1). Another mode is a
         ``ValueError``."""
         mode = check_score_init(mode)
-        # Both default initialisations are uniform within the same bound: gain(sqrt 5) * sqrt(3 / fan_in) = 1 /
-        # sqrt(fan_in).
-        bound = 1 / math.sqrt(self._fan_in())
         for gate in self.gated():
-            if mode == "default":
-                nn.init.uniform_(gate.score, -bound, bound)
-            elif mode == "N01":
-                nn.init.normal_(gate.score)
-            else:
-                nn.init.uniform_(gate.score)
+            self._draw(gate.score, mode)
+
+    def _draw(self, score: Tensor, mode: str) -> None:
+        if mode == "default":
+            # Both default initialisations are uniform within the same bound: gain(sqrt 5) * sqrt(3 / fan_in) = 1 /
+            # sqrt(fan_in).
+            bound = 1 / math.sqrt(self._fan_in())
+            nn.init.uniform_(score, -bound, bound)
+        elif mode == "N01":
+            nn.init.normal_(score)
+        else:
+            nn.init.uniform_(score)
+
+    @torch.no_grad()
+    def initialise(self, names: Iterable[str]) -> None:
+        """Initialise parameters that have just left the meta device, if they have: scores are drawn as the layer was
+        told when it was made, and weights and biases are NaN until they are loaded, so that none is used unnoticed."""
+        for name in names:
+            param = self._parameters[name]
+            if param is not None and not param.is_meta:
+                if name.endswith("_score"):
+                    self._draw(param, self._score_init)
+                else:
+                    param.fill_(math.nan)
 
     def _fan_in(self) -> int:
         return self.weight[0].numel()
@@ -271,28 +291,57 @@ class SubnetLayer(nn.Module):
         if packed is not None:
             return ops.gate_packed(param.detach(), packed, dtype, self._backend)
         score, union = getattr(self, f"{name}_score"), self._buffers[f"{name}_union"]
-        if torch.is_grad_enabled() and self.one_pass:
-            raw: Tensor = RawGate.apply(param, self._masked_ahead(name, param.detach(), score.detach(), dtype))
+        # Not for the parameters of another copy of the model (torch.func.functional_call).
+        mine = torch.compiler.is_compiling() or {id(param), id(score)} <= self._raw_ids
+        if torch.is_grad_enabled() and self.one_pass and mine:
+            # Autograd adds the gradients of several uses before the weight sees them.
+            again = name in self.last_pass
+            raw: Tensor = RawGate.apply(param, self._masked_ahead(name, param.detach(), score.detach(), dtype), again)
             return raw
         masked: Tensor = SubnetGate.apply(param, score, self.gate_density, self.rule, union, dtype, self._backend)
         return masked
 
     def _masked_ahead(self, name: str, param: Tensor, score: Tensor, dtype: torch.dtype) -> Tensor:
         """The gate for a one-pass optimizer: the one that it made ahead, if that is still the one."""
-        ready = None if torch.compiler.is_compiling() else self.ready.get(name)
-        if ready is not None and ready.masked.dtype is dtype and ready.stamp == self.stamp(param, score):
+        compiling = torch.compiler.is_compiling()
+        stamp = () if compiling else self.stamp(param, score)
+        ready = None if compiling else self.ready.get(name)
+        if ready is not None and ready.masked.dtype is dtype and ready.stamp == stamp:
             masked, tau = ready.masked, ready.tau
         else:
             masked, tau = ops.gate(param, score, self.gate_density, self.rule, dtype, self._backend)
-        self.last_pass[name] = RawPass(tau, dtype)
+        self.last_pass[name] = RawPass(tau, dtype, stamp)
         return masked
 
     def stamp(self, param: Tensor, score: Tensor) -> tuple[object, ...]:
         """What the gate of a tensor depends on, as far as Python can see: an edit through ``.data`` or NumPy does not
         show."""
         return (
-            param._version, score._version, param.data_ptr(), score.data_ptr(), self.gate_density, self.rule,
+            param._version, score._version, param.data_ptr(), score.data_ptr(), self.rule, self.gate_density,
         )  # fmt: skip
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Another dtype or device, written past autograd's eyes, and perhaps to the same address.
+        self.ready.clear()
+        on_meta = [name for name, param in self._parameters.items() if param is not None and param.is_meta]
+        super()._apply(fn, recurse)
+        self.initialise(on_meta)
+        return self
+
+    def is_ready(self) -> bool:
+        """Whether the gates that a one-pass optimizer made ahead are all still right; True without one."""
+        if not self.one_pass or self._active_row is not None:
+            return True
+        ready = [self.ready.get(gate.name) for gate in self.gated()]
+        gates = zip(ready, self.gated(), strict=True)
+        return all(r is not None and r.stamp == self.stamp(gate.param, gate.score) for r, gate in gates)
+
+    def restamp(self) -> None:
+        """Take the gates made ahead for those of the weights and scores of now: a replayed CUDA graph made them."""
+        for gate in self.gated():
+            if gate.name in self.ready:
+                stamp = self.stamp(gate.param, gate.score)
+                self.ready[gate.name] = self.ready[gate.name]._replace(stamp=stamp)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which autocast, if it is on, would run the dense layer; else that of the weight."""

@@ -137,7 +137,8 @@ class WSN(nn.Module):
         Raises:
             ValueError: the task was begun before; a density is outside (0, 1] or its pattern matches no layer; a width
                 is missing or another.
-            RuntimeError: another task is in progress.
+            RuntimeError: another task is in progress; a tensor is on the meta device, or a gated one has NaN: it was
+                never initialised.
             OwnershipError: a parameter or buffer that tasks share has no owner.
 
             Nothing has been changed then.
@@ -149,6 +150,7 @@ class WSN(nn.Module):
         if self._current is not None:
             raise RuntimeError(f"task {self._current.task!r} is in progress: end_task() before begin_task({task!r})")
         ownership.check_owned(self._parts.owned)
+        self._parts.check_initialised()
         self._parts.check_rows(len(self._records))
         densities = self._parts.task_densities(density)
         self._parts.check_tied(densities)

@@ -194,7 +194,7 @@ def test_a_threshold_in_the_window_is_found_there(device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["all_equal", "two_values", "mostly_nan", "normal"])
 def test_scores_that_rest_are_searched_once_or_twice(name: str, device: torch.device) -> None:
-    update = make(DISTRIBUTIONS[name](3000, torch.float32), "value", torch.float32, device)
+    update = make(DISTRIBUTIONS[name](1000, torch.float32), "value", torch.float32, device)
     for _ in range(6):
         run([update])
     hits, misses = counts(update)
@@ -203,17 +203,17 @@ def test_scores_that_rest_are_searched_once_or_twice(name: str, device: torch.de
 
 
 def test_a_common_score_beside_the_threshold_does_not_fill_the_list_for_ever(device: torch.device) -> None:
-    scores = torch.cat([torch.full((2000,), 0.5), torch.linspace(0.5001, 0.6, 2000)])
+    scores = torch.cat([torch.full((500,), 0.5), torch.linspace(0.5001, 0.6, 500)])
     update = make(scores, "magnitude", torch.float32, device, 0.51)
     for i in range(14):
-        update.scores[2000:] += 1e-6 * (i % 2)
+        update.scores[500:] += 1e-6 * (i % 2)
         run([update])
         assert_right(update, str(i))
     assert counts(update)[0] >= 9
 
 
 def test_a_threshold_that_drifts_is_followed(device: torch.device) -> None:
-    update = make(torch.randn(3000), "magnitude", torch.float32, device)
+    update = make(torch.randn(1000), "magnitude", torch.float32, device)
     for _ in range(12):
         update.scores.mul_(1.003)
         run([update])

@@ -57,6 +57,12 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
         assert bits(loaded.tensors[name]) == bits(tensor), name
 
 
+def test_names_come_back_in_the_order_in_which_they_were_saved(tmp_path: Path) -> None:
+    names = [f"model/heads.i{i}.weight" for i in (3, 1, 20, 0, 7, 11)]
+    path = checkpoint.save(tmp_path, 1, STATE, {name: torch.zeros(i) for i, name in enumerate(names)})
+    assert list(checkpoint.load(path).tensors) == names
+
+
 def test_masks_are_stored_compressed_and_other_tensors_are_not(tmp_path: Path) -> None:
     stored = safetensors.torch.load_file(checkpoint.save(tmp_path, 1, STATE, tensors()))
     assert bits(stored["model/0.weight_masks"])[:4] == b"\x28\xb5\x2f\xfd"  # zstd's magic number

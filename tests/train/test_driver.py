@@ -70,7 +70,7 @@ def test_a_run_writes_one_folder(settings: Callable[..., TrainConfig]) -> None:
     names = {"config.json", "metrics.jsonl", "results.json", "checkpoint", "accuracy_matrix.png", "capacity.png"}
     assert {path.name for path in folder.iterdir()} == {*names, ".lock"}
     assert json.loads((folder / "results.json").read_text()) == results
-    assert {*NUMBERS, "command", "config", "versions", "data_fingerprint"} == results.keys()
+    assert {*NUMBERS, "layers", "overlap", "command", "config", "versions", "data_fingerprint"} == results.keys()
     assert json.loads((folder / "config.json").read_text())["config"]["epochs"] == 3
     assert logged(s.out, "epoch")[-1].keys() == {
         "kind",
@@ -81,6 +81,7 @@ def test_a_run_writes_one_folder(settings: Callable[..., TrainConfig]) -> None:
         "val_acc",
         "lr",
         "seconds",
+        "captured_steps",
     }
     assert [entry["task"] for entry in logged(s.out, "epoch")] == [0, 0, 0, 1, 1, 1]
     assert [entry["test_acc"][-1] for entry in logged(s.out, "task")] == results["accuracy_matrix"][-1]
@@ -120,7 +121,7 @@ def test_the_optimizer_is_guarded(settings: Callable[..., TrainConfig], monkeypa
 def test_the_optimizer_is_the_one_asked_for(
     settings: Callable[..., TrainConfig], name: str, kind: type[torch.optim.Optimizer], decay: float
 ) -> None:
-    s = settings(optimizer=name, weight_decay=decay)
+    s = settings(optimizer=name, weight_decay=decay, one_pass=False)
     optimizer = loop.make_optimizer(start(s).wsn, s)
     assert type(optimizer) is kind
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.01, decay)
@@ -134,7 +135,7 @@ def test_a_one_pass_run_learns_the_same_and_forgets_nothing(
     s = settings(tasks=2, optimizer=name, weight_decay=0.01, one_pass=True)
     one_pass = start(s)
     assert type(loop.make_optimizer(one_pass.wsn, s)) is kind
-    torchs = start(settings(tasks=2, optimizer=name, weight_decay=0.01, out=s.out + "2")).finish()
+    torchs = start(settings(tasks=2, optimizer=name, weight_decay=0.01, one_pass=False, out=s.out + "2")).finish()
     found = one_pass.finish()
     assert found["bwt"] == 0.0
     assert found["acc"] == pytest.approx(torchs["acc"], abs=10)

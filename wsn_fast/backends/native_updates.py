@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .native_library import DTYPES, call, contiguous, dtype_code, packed_mask, rule_code, threshold_pointer
-from .updates import SGD, WINDOW, AdamW, AdamWState, Next, SGDState, Update
+from .updates import SGD, WINDOW, AdamW, AdamWState, Next, Plan, SGDState, Update
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
@@ -104,6 +104,7 @@ def adamw_step(
     states: Sequence[AdamWState],
     for_weights: Sequence[AdamW],
     for_scores: Sequence[AdamW],
+    plan: Plan | None = None,
 ) -> None:
     """:func:`wsn_fast.backends.torch.adamw_step`, in one pass over each tensor."""
     operands = _Operands()
@@ -125,6 +126,7 @@ def sgd_step(
     states: Sequence[SGDState],
     for_weights: Sequence[SGD],
     for_scores: Sequence[SGD],
+    plan: Plan | None = None,
 ) -> None:
     """:func:`wsn_fast.backends.torch.sgd_step`, in one pass over each tensor."""
     operands = _Operands()
@@ -141,7 +143,7 @@ def sgd_step(
     operands.settle()
 
 
-def gradient_squares(updates: Sequence[Update]) -> Tensor:
+def gradient_squares(updates: Sequence[Update], plan: Plan | None = None) -> Tensor:
     """The sums of the squares of dW and dS of each tensor in turn: float64 [2 * len(updates)]."""
     operands = _Operands()
     tensors = (_Gated * len(updates))(*(_gated(update._replace(next=None), operands) for update in updates))

@@ -18,7 +18,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from .shapes import Geometry
-from .updates import SGD, AdamW, AdamWState, SGDState, Update
+from .updates import SGD, AdamW, AdamWState, Plan, SGDState, Update
 
 
 def gate_key(scores: Tensor, rule: str) -> Tensor:
@@ -89,8 +89,10 @@ def adamw_step(
     states: Sequence[AdamWState],
     for_weights: Sequence[AdamW],
     for_scores: Sequence[AdamW],
+    plan: Plan | None = None,
 ) -> None:
-    """One update of several weights and their scores, in place. Weights in the packed union keep every bit."""
+    """One update of several weights and their scores, in place. Weights in the packed union keep every bit. A ``plan``
+    stays empty."""
 
     def adamw(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, s: AdamW) -> None:
         adam(
@@ -111,6 +113,7 @@ def sgd_step(
     states: Sequence[SGDState],
     for_weights: Sequence[SGD],
     for_scores: Sequence[SGD],
+    plan: Plan | None = None,
 ) -> None:
     """As :func:`adamw_step`, for SGD."""
 
@@ -130,7 +133,7 @@ def sgd_step(
             descend(update.scores, ds, state.scores_momentum, scores)
 
 
-def gradient_squares(updates: Sequence[Update]) -> Tensor:
+def gradient_squares(updates: Sequence[Update], plan: Plan | None = None) -> Tensor:
     """The sums of the squares of dW and dS of each tensor in turn, [2 * len(updates)]: float64 on the CPU, else
     float32."""
     sums = [grad.double().square().sum() for update in updates for grad in _gradients(update)]

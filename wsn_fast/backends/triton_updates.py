@@ -18,9 +18,8 @@ from torch import Tensor
 from ..kernels import optimizer, prepare, squares, update_table, warm
 from ..kernels._elementwise import ALIGNMENT
 from ..kernels.update_table import CONFIGS, FEW, Gated, UpdateTable, address
-from .updates import SGD, AdamW, AdamWState, SGDState, Update
+from .updates import SGD, AdamW, AdamWState, Plan, SGDState, Update
 
-Plan = dict[Any, Any]
 TABLES = 16
 """How many tables a plan keeps, beside those that a captured graph reads."""
 

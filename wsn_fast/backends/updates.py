@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+Plan = dict[Any, Any]
+"""What a backend keeps from call to call for one set of tensors, empty at first; its owner passes it again and again,
+and lets it live as long as a CUDA graph of such a call."""
 
 
 class Next(NamedTuple):

@@ -239,6 +239,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--optimizer", choices=config.OPTIMIZERS, help="sgd has momentum 0.9 (default: adam)")
     add("--lr", type=float, metavar="X", help=f"learning rate at the start of a task {_default('lr')}")
     add("--weight-decay", type=float, metavar="X", help=_default("weight_decay"))
+    add(
+        "--cuda-graph", choices=config.CUDA_GRAPH, help="the training step as one CUDA graph (default: where it can be)"
+    )
     add("--one-pass", action=argparse.BooleanOptionalAction, help="weights and scores in one pass over memory")
     patience = f"epochs without a better validation loss before lr falls {_default('lr_patience')}"
     add("--lr-patience", type=int, metavar="N", help=patience)

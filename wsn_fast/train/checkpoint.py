@@ -177,7 +177,7 @@ def _encode(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
         if name.endswith(_MASKS):
             compressed[name] = list(tensor.shape)
             stored[name] = _bytes(zstandard.ZstdCompressor().compress(stored[name].numpy().tobytes()))
-    texts = {"state": json.dumps(state), "compressed": json.dumps(compressed)}
+    texts = {"state": json.dumps(state), "compressed": json.dumps(compressed), "order": json.dumps(list(stored))}
     raw = safetensors.torch.save(stored, {"format": FORMAT, "digest": _BLANK, **texts})
     found = _DIGEST.search(raw)
     assert found is not None
@@ -197,7 +197,9 @@ def _decode(path: Path, raw: bytes) -> Checkpoint:
     state = json.loads(header["state"])
     if not isinstance(state, dict):
         raise TypeError(f"its state is a {type(state).__name__}")
-    return Checkpoint(path, _number(path) or 0, state, tensors)
+    # Safetensors returns them in no order, and the order of a model's names is that of an optimizer's state.
+    ordered = {name: tensors[name] for name in json.loads(header.get("order", "[]"))}
+    return Checkpoint(path, _number(path) or 0, state, ordered | tensors)
 
 
 def _digest(raw: bytes, at: int) -> bytes:

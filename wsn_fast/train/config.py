@@ -19,6 +19,7 @@ from wsn_fast.train.streams import KINDS
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DEVICES = ("auto", "cpu", "cuda")
+CUDA_GRAPH = ("auto", "off")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -53,6 +54,7 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "lr": 1e-3,
         "weight_decay": 0.0,
         "one_pass": True,
+        "cuda_graph": "auto",
         "lr_patience": 6,
         "lr_factor": 2.0,
         "lr_min": 1e-6,
@@ -73,6 +75,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "net": tuple(NETS),
         "optimizer": OPTIMIZERS,
         "device": DEVICES,
+        "cuda_graph": CUDA_GRAPH,
         "preset": tuple(PRESETS),
     }
 )
@@ -122,6 +125,7 @@ class TrainConfig:
         weight_decay: as the optimizer understands it, of weights and scores.
         one_pass: the library's optimizers (:mod:`wsn_fast.optim`) in their one-pass mode; False means torch's under the
             guard, which are slower and round differently.
+        cuda_graph: ``auto`` captures the training step where that is possible, ``off`` does not.
         lr_patience: epochs without a better validation loss before lr is divided.
         lr_factor: what it is divided by.
         lr_min: a task's training stops when lr falls below.
@@ -152,6 +156,7 @@ class TrainConfig:
     lr: float
     weight_decay: float
     one_pass: bool
+    cuda_graph: str
     lr_patience: int
     lr_factor: float
     lr_min: float
@@ -216,7 +221,7 @@ def resolve(
 
 def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     """The inverse of ``dataclasses.asdict``. Raises ``ValueError`` for missing, unknown or wrong settings."""
-    settings = {"one_pass": False, **settings}  # which the first runs did not have
+    settings = {"one_pass": False, "cuda_graph": "off", **settings}  # which the first runs did not have
     names = {field.name for field in fields(TrainConfig)}
     for problem, wrong in (("missing", names - settings.keys()), ("unknown", settings.keys() - names)):
         if wrong:

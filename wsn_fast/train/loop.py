@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsn_fast import WSN
+from wsn_fast import WSN, CapturedStep, capture_step
+from wsn_fast.capture import obstacle_of
 from wsn_fast.optim import SubnetAdamW, SubnetSGD
 from wsn_fast.train.config import TrainConfig
 
@@ -37,6 +38,13 @@ def make_optimizer(wsn: WSN, settings: TrainConfig) -> torch.optim.Optimizer:
     return wsn.guard(optimizer)
 
 
+def make_graph(wsn: WSN, optimizer: torch.optim.Optimizer, settings: TrainConfig) -> CapturedStep | None:
+    """The training step to capture, or None where nobody wants that or the device cannot."""
+    if settings.cuda_graph == "off" or obstacle_of(next(wsn.parameters()).device):
+        return None
+    return capture_step(wsn, optimizer, lambda x, y: F.cross_entropy(wsn(x), y))
+
+
 def sample_order(samples: int, seed: int, task: int, epoch: int) -> Tensor:
     """The order of an epoch's samples, int64 [samples], from these numbers alone: no state to resume."""
     digest = hashlib.blake2b(f"{seed}/{task}/{epoch}".encode(), digest_size=7).digest()
@@ -51,6 +59,7 @@ def train_epoch(
     y: Tensor,
     batches: tuple[Tensor, ...],
     after_batch: Callable[[], None],
+    graph: CapturedStep | None = None,
     on_split: Callable[[int], None] = lambda parts: None,
 ) -> float:
     """One pass over the data; the mask comes from the current scores at every step.
@@ -66,6 +75,7 @@ def train_epoch(
         y: labels [N].
         batches: row numbers of each batch, on the device of ``x``.
         after_batch: called after every step.
+        graph: does the steps for as long as memory suffices; None for steps as they are.
         on_split: called with the number of parts when that has gone up.
 
     Returns:
@@ -81,7 +91,10 @@ def train_epoch(
     for rows in batches:
         while True:
             try:
-                loss = _gradients(wsn, optimizer, x, y, rows.tensor_split(min(parts, len(rows))))
+                if graph is not None and parts == 1:
+                    loss = graph(x.index_select(0, rows), y.index_select(0, rows))
+                else:
+                    loss = _gradients(wsn, optimizer, x, y, rows.tensor_split(min(parts, len(rows))))
                 break
             except torch.OutOfMemoryError:
                 if parts >= len(rows):
@@ -89,7 +102,8 @@ def train_epoch(
             # Past the handler: what the failed attempt held went with the exception.
             parts *= 2
             on_split(parts)
-        optimizer.step()
+        if graph is None or parts > 1:
+            optimizer.step()
         total += loss * len(rows)
         after_batch()
     return total.item() / len(x)

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from wsn_fast import WSN, __version__
+from wsn_fast.capture import obstacle_of
 from wsn_fast.explain import explain
 from wsn_fast.masks import TaskMasks, TaskStats, capacity, overlap, task_stats
 from wsn_fast.train import figures, metrics
@@ -74,17 +75,23 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
-def begin_entry(wsn: WSN, optimizer: torch.optim.Optimizer, train_samples: int) -> dict[str, Any]:
+def begin_entry(
+    wsn: WSN, optimizer: torch.optim.Optimizer, train_samples: int, *, captures: bool = False
+) -> dict[str, Any]:
     """What ``metrics.jsonl`` keeps of the beginning of a task: the optimizer, and what runs each operation and why.
 
     Args:
         wsn: the model, with the task in progress.
         optimizer: its guarded optimizer, built: layers follow it.
         train_samples: samples per epoch.
+        captures: whether the training step is to be a CUDA graph.
     """
     layers: dict[tuple[str, str, str], list[str]] = {}
     for route in explain(wsn.model):
         layers.setdefault((route.operation, route.backend, route.reason), []).append(route.layer)
+    obstacle = obstacle_of(next(wsn.parameters()).device) or "cuda_graph is off"
+    backend, reason = ("CUDA graph", "if it can be captured") if captures else ("as it is", obstacle)
+    layers["whole step", backend, reason] = ["all"]
     return {
         "train_samples": train_samples,
         "optimizer": f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}",

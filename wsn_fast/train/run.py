@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wsn_fast import CapturedStep
 from wsn_fast.train import checkpoint, config
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError, write_atomic
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.lock import NAME as LOCK
 from wsn_fast.train.lock import FolderLock
-from wsn_fast.train.loop import evaluate, make_optimizer, sample_order, train_epoch
+from wsn_fast.train.loop import evaluate, make_graph, make_optimizer, sample_order, train_epoch
 from wsn_fast.train.report import Console, begin_entry, masks_of, plot, summarize, versions
 from wsn_fast.train.workshop import prepare
 
@@ -75,6 +76,7 @@ class Run:
         self.progress = Progress()
         self._best: Mapping[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
+        self._graph: CapturedStep | None = None
         self._number = 0
         self._saved_at = -math.inf
         self._parts = 1  # the most that a batch had to be split into
@@ -192,7 +194,9 @@ class Run:
                 best_epoch=0,
                 bad_epochs=0,
             )
-            self._log(kind="begin", task=task, **begin_entry(self.wsn, self._optimizer, len(train_x)))
+            self._graph = make_graph(self.wsn, self._optimizer, self.settings)
+            entry = begin_entry(self.wsn, self._optimizer, len(train_x), captures=self._graph is not None)
+            self._log(kind="begin", task=task, **entry)
         progress = self.progress
         batches = math.ceil(len(train_x) / self.settings.batch_size)
         self.console.task_started(task, len(self.stream), self.settings.epochs, batches, progress.epoch)
@@ -214,7 +218,7 @@ class Run:
                   test_acc=progress.matrix[-1], seconds=seconds)  # fmt: skip
         self.console.task_ended(task, len(self.stream), progress.matrix[-1][-1], progress.best_epoch, seconds)
         progress.task, progress.training = task + 1, False
-        self._best, self._optimizer = {}, None
+        self._best, self._optimizer, self._graph = {}, None, None
         self.save()
 
     def _train_epoch(self, train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> None:
@@ -223,7 +227,7 @@ class Run:
         order = sample_order(len(train_x), self.settings.seed, progress.task, progress.epoch)
         batches = torch.split(order.to(self.device), self.settings.batch_size)
         train_loss = train_epoch(
-            self.wsn, self._optimizer, train_x, train_y, batches, self.console.step, self._note_split
+            self.wsn, self._optimizer, train_x, train_y, batches, self.console.step, self._graph, self._note_split
         )
         progress.epoch += 1
         val_loss, val_acc = evaluate(self.wsn, val_x, val_y)
@@ -231,7 +235,8 @@ class Run:
         used_lr = progress.lr
         self._follow_validation(val_loss)
         self._log(kind="epoch", task=progress.task, epoch=progress.epoch, loss=train_loss, val_loss=val_loss,
-                  val_acc=val_acc, lr=used_lr, seconds=time.perf_counter() - started)  # fmt: skip
+                  val_acc=val_acc, lr=used_lr, seconds=time.perf_counter() - started,
+                  captured_steps=0 if self._graph is None else self._graph.replays)  # fmt: skip
         self.console.epoch_ended(progress.epoch, train_loss, val_acc, used_lr)
 
     def _follow_validation(self, val_loss: float) -> None:
@@ -330,6 +335,7 @@ class Run:
             self._optimizer = make_optimizer(self.wsn, self.settings)
             packed = checkpoint.unpack_optimizer(loaded.state["optimizer"], _part(loaded, "optimizer/"))
             self._optimizer.load_state_dict(packed)
+            self._graph = make_graph(self.wsn, self._optimizer, self.settings)
         torch.set_rng_state(loaded.tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in loaded.tensors:
             torch.cuda.set_rng_state(loaded.tensors["rng/cuda"], self.device)
