@@ -79,7 +79,7 @@ def _found(events: Iterable[Any], on_gpu: bool) -> list[tuple[str, float]]:
     """Name and microseconds of every run of a kernel, or of an operator without what it calls."""
     if on_gpu:
         kernels = (e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation)
-        return [(e.name, e.self_device_time_total) for e in kernels]
+        return [(e.name, e.time_range.elapsed_us()) for e in kernels]
     return [(e.name, e.self_cpu_time_total) for e in events]
 
 

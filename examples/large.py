@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,9 +120,7 @@ def mlp(weights: float, length: int, checkpointing: str = "none") -> Stack:
     return _stack(MLPBlock, 1, weights, length, checkpointing)
 
 
-def _stack(
-    block: Callable[[int], nn.Module], squares: int, weights: float, length: int, checkpointing: str
-) -> Stack:
+def _stack(block: Callable[[int], nn.Module], squares: int, weights: float, length: int, checkpointing: str) -> Stack:
     """A power of two for the width, such that there are at least eight blocks of ``squares`` width^2 weights."""
     width = max(HEAD_WIDTH, 1 << int(math.log2(math.sqrt(weights / (8 * squares)))))
     return Stack(block, width, math.ceil(weights / (squares * width**2)), length, checkpointing)
@@ -245,18 +244,18 @@ def measure(model: str, program: str, options: argparse.Namespace) -> Result:
     torch.manual_seed(0)
     gc.collect()
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
-    build = lambda: MODELS[model](options.weights, options.length, options.checkpointing)  # noqa: E731
+    build = partial(MODELS[model], options.weights, options.length, options.checkpointing)
     training = _PROGRAM_TYPES[program](build, device, options.density)
-    times: list[float] = []
-    parts: dict[str, int] = {}
-    losses = []
+    losses: list[float] = []
     for number, task in enumerate(TASKS):
         training.begin_task(task)
         generator = torch.Generator(device).manual_seed(number)
         x = torch.randn(options.batch, options.length, FEATURES, device=device, generator=generator)
         y = torch.randint(CLASSES, (options.batch,), device=device, generator=generator)
-        times = []
+        times: list[float] = []
         for step in range(_WARM_UP + options.steps):
             if on_gpu and step == _WARM_UP:
                 torch.cuda.reset_peak_memory_stats(device)
@@ -271,9 +270,7 @@ def measure(model: str, program: str, options: argparse.Namespace) -> Result:
         training.end_task()
     weights = sum(weight.numel() for weight in training.gated)
     per_weight = {part: size / weights for part, size in _with_rest(parts, peak).items()}
-    return Result(
-        model, program, weights, 1e3 * statistics.median(times), per_weight, losses, training.verify()
-    )  # fmt: skip
+    return Result(model, program, weights, 1e3 * statistics.median(times), per_weight, losses, training.verify())
 
 
 def _forward_backward(training: Dense, x: Tensor, y: Tensor) -> Tensor:
@@ -343,7 +340,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=float, help="at least; default 1e9 on a GPU, 2e6 on a CPU")
     parser.add_argument("--batch", type=int, default=8, help="default %(default)s")
     parser.add_argument("--length", type=int, help="positions; default 512 on a GPU, 16 on a CPU")
-    parser.add_argument("--steps", type=int, default=10, help="timed ones of each task; default %(default)s")
+    parser.add_argument("--steps", type=int, default=5, help="timed ones of each task; default %(default)s")
     parser.add_argument("--density", type=float, default=0.3, help="default %(default)s")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="default %(default)s")
     parser.add_argument(

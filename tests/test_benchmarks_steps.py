@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,6 +224,16 @@ def test_kernels_are_added_up_and_explained() -> None:
     assert update == Kernel("adamw_kernel", 2, 90.0, pytest.approx(0.9), update.role, pytest.approx(2 * 56.125 * 960))
     assert (sort.name, sort.role, sort.bytes) == ("at::native::sort", "torch's selection", None)
     assert (odd.role, odd.us) == ("", 5.0)
+
+
+def test_a_profile_of_a_gpu_has_its_kernels_alone() -> None:
+    def event(name: str, device: str, annotation: bool = False) -> SimpleNamespace:
+        span = SimpleNamespace(elapsed_us=lambda: 7.0)
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(name=name, device_type=kind, is_user_annotation=annotation, time_range=span)
+
+    events = [event("aten::mm", "CPU"), event("gemm", "CUDA"), event("Optimizer.step", "CUDA", annotation=True)]
+    assert profiles._found(events, on_gpu=True) == [("gemm", 7.0)]
 
 
 def test_a_large_kernel_that_nobody_knows_stands_out() -> None:
