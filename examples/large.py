@@ -1,7 +1,6 @@
 """A large model, converted and trained for two tasks: bytes per weight and step time beside the dense model's.
 
-    python examples/large.py                      # 1 G gated weights on a GPU, 2 M on a CPU
-    python examples/large.py --model mlp --weights 3e8 --checkpointing --json mlp.json
+    python examples/large.py  # a transformer and a stack of linear layers: 1 G gated weights on a GPU, 2 M on a CPU
 
 The subnet model is built and converted on the meta device and gets its memory once (:func:`wsn_fast.materialize`). The
 data are random: this measures, it teaches nothing. Autocast computes in bfloat16; parameters are float32.
@@ -147,7 +146,7 @@ class Dense:
         """Nothing ends."""
 
     def parts(self) -> dict[str, int]:
-        """The bytes of what training holds after a backward pass, by part."""
+        """The bytes of what training holds after a step, gradients included, by part."""
         parameters = list(self.model.parameters())
         return {
             "parameters": _bytes(parameters),
@@ -222,9 +221,9 @@ class Result:
         model, program: which.
         gated_weights: weights of the layers that are gated, or would be.
         step_ms: median time of a step of the last task.
-        bytes_per_weight: by part, at the end of a backward pass of the last task. "peak" is the most that the step had
-            allocated at any time, and "activations and the rest" what of it the parts do not explain; on a GPU only,
-            whose allocator knows.
+        bytes_per_weight: by part, after a step of the last task, gradients included. "peak" is the most that a step had
+            allocated at any time, and "activations and the rest" (autocast's copies of dense weights, say) what of it
+            the parts do not explain; on a GPU only, whose allocator knows.
         losses: the last loss of each task.
         promise: what ``verify`` said.
     """
@@ -243,43 +242,46 @@ def measure(model: str, program: str, options: argparse.Namespace) -> Result:
     device = torch.device(options.device)
     torch.manual_seed(0)
     gc.collect()
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    before = _allocated(device)
     build = partial(MODELS[model], options.weights, options.length, options.checkpointing)
     training = _PROGRAM_TYPES[program](build, device, options.density)
     losses: list[float] = []
     for number, task in enumerate(TASKS):
-        training.begin_task(task)
         generator = torch.Generator(device).manual_seed(number)
         x = torch.randn(options.batch, options.length, FEATURES, device=device, generator=generator)
         y = torch.randint(CLASSES, (options.batch,), device=device, generator=generator)
-        times: list[float] = []
-        for step in range(_WARM_UP + options.steps):
-            if on_gpu and step == _WARM_UP:
-                torch.cuda.reset_peak_memory_stats(device)
-            start = _now(device)
-            loss = _forward_backward(training, x, y)
-            if step + 1 == _WARM_UP:
-                parts = training.parts()
-            training.optimizer.step()
-            times += [_now(device) - start] if step >= _WARM_UP else []
-        losses.append(loss.item())
-        peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
+        training.begin_task(task)
+        for _ in range(_WARM_UP):
+            _step(training, x, y)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times, last = zip(*(_step(training, x, y) for _ in range(options.steps)), strict=True)
+        peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
+        losses.append(last[-1])
+        parts = training.parts()  # the gradients are still there
         training.end_task()
     weights = sum(weight.numel() for weight in training.gated)
     per_weight = {part: size / weights for part, size in _with_rest(parts, peak).items()}
     return Result(model, program, weights, 1e3 * statistics.median(times), per_weight, losses, training.verify())
 
 
-def _forward_backward(training: Dense, x: Tensor, y: Tensor) -> Tensor:
-    """The gradients of the loss, which is returned."""
+def _step(training: Dense, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """A training step: its seconds, and the loss."""
+    start = _now(x.device)
     training.optimizer.zero_grad()
     with torch.autocast(x.device.type, torch.bfloat16):
         loss = F.cross_entropy(training.model(x), y)
     loss.backward()
-    return loss.detach()
+    training.optimizer.step()
+    return _now(x.device) - start, loss.item()
+
+
+def _allocated(device: torch.device) -> int | None:
+    """The bytes in use on a GPU, after what is free went back to it; None on a CPU, whose allocator does not tell."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
 
 
 def _with_rest(parts: dict[str, int], peak: int | None) -> dict[str, int]:
@@ -354,8 +356,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the results there, too")
     options = parser.parse_args(arguments)
     large = torch.device(options.device).type == "cuda"
-    options.weights = options.weights or (1e9 if large else 2e6)
-    options.length = options.length or (512 if large else 16)
+    if options.weights is None:
+        options.weights = 1e9 if large else 2e6
+    if options.length is None:
+        options.length = 512 if large else 16
+    if min(options.weights, options.batch, options.length, options.steps) < 1:
+        parser.error("--weights, --batch, --length and --steps must be at least 1")
     return options
 
 

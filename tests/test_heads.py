@@ -25,8 +25,8 @@ def test_the_int_and_the_string_are_two_tasks() -> None:
 
 
 def test_names_that_modules_could_not_have() -> None:
-    heads = TaskHeads(5, 2, tasks=["a.b", "keys", "a b"])
-    assert heads.tasks == ["a.b", "keys", "a b"]
+    heads = TaskHeads(5, 2, tasks=["keys", "a.b", "a b", 10, 9])
+    assert heads.tasks == [9, 10, "a b", "a.b", "keys"]
 
 
 def test_later_heads_are_born_where_the_module_is() -> None:

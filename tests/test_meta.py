@@ -87,6 +87,18 @@ def test_scores_are_drawn_as_convert_was_told() -> None:
     assert torch.cat([s.flatten() for s in scores]).mean() == pytest.approx(0.5, abs=0.1)
 
 
+def test_a_seed_says_what_is_drawn() -> None:
+    script = "import torch; torch.manual_seed(0); from tests.test_meta import *; m = materialize(on_meta(), 'cpu'); "
+    script += "print([p.detach().double().sum().item() for p in m.parameters()])"
+    seen = set()
+    for hashes in ("1", "2", "3"):  # of strings, which must not matter
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hashes}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seen.add(done.stdout)
+    assert len(seen) == 1
+
+
 def test_what_was_tied_stays_tied() -> None:
     model = materialize(on_meta(), "cpu")
     assert model.third.weight is model.second.weight
@@ -185,7 +197,7 @@ def test_scores_on_meta_beside_loaded_weights_are_refused() -> None:
     (lambda: nn.Sequential(nn.Linear(6, 8, device="meta")).load_state_dict, ["0.bias"]),
     (lambda: nn.ParameterList([torch.empty(3, device="meta")]).load_state_dict, ["0"]),
     (lambda: trained(WSN(convert(nn.Sequential(nn.Linear(6, 8)), 0.5)), 0).to("meta").load_state_dict,
-     ["model.0.bias_masks", "model.0.weight_masks"]),
+     ["model.0.weight_masks", "model.0.bias_masks"]),
 ])  # fmt: skip
 def test_what_can_only_be_loaded_is_named_and_nothing_is_changed(make: object, names: list[str]) -> None:
     load = make()  # type: ignore[operator]

@@ -188,8 +188,9 @@ def _handed_over(raw: Tensor, weight: Tensor, again: bool) -> Tensor:
     if weight.grad is not None and weight.grad.dtype is not weight.dtype:
         weight.grad = weight.grad.to(weight.dtype)
         again = True
-    # GradScaler refuses to unscale float16.
-    stays = raw.dtype is torch.bfloat16 and weight.grad is None and not again
+    # GradScaler refuses to unscale float16. Hooks, and DDP's, expect the dtype of the weight.
+    watched = bool(weight._backward_hooks) or (torch.distributed.is_available() and torch.distributed.is_initialized())
+    stays = raw.dtype is torch.bfloat16 and weight.grad is None and not again and not watched
     return raw if stays else raw.to(weight.dtype)
 
 

@@ -51,7 +51,8 @@ class TaskHeads(nn.Module):
 
     @property
     def tasks(self) -> list[TaskId]:
-        """The tasks that have a head, in the order in which they were added."""
+        """The tasks that have a head: ints first, each kind in its order. Not in the order in which they were added,
+        which a resumed run need not repeat, and which would be that of an optimizer's state."""
         return [task_from_key(key) for key in self.heads]
 
     @property
@@ -80,6 +81,8 @@ class TaskHeads(nn.Module):
         like = self._birthplace
         head = nn.Linear(self.in_features, width, self.use_bias, device=like.device, dtype=like.dtype)
         self.heads[task_key(task)] = head
+        for one in sorted(self.tasks, key=lambda task: (isinstance(task, str), task)):
+            self.heads[task_key(one)] = self.heads.pop(task_key(one))
         return head
 
     def width(self, task: TaskId, out_features: int | None = None) -> int:
@@ -131,7 +134,6 @@ class TaskHeads(nn.Module):
                     task = task_from_key(key)
                     self._widths.pop(task, None)
                     self.add(task, state_dict[name].shape[0])
-                self.heads[key] = self.heads.pop(key)  # in the order of the state, as in an optimizer's
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -51,8 +51,8 @@ def materialize(model: M, device: torch.device | str) -> M:
     device = torch.device(device)
     if device.type == "meta":
         raise ValueError("device must be one with memory, got 'meta'")
-    names = dict.fromkeys(model.modules(), "") | {module: name for name, module in model.named_modules()}
-    missing = {module: {n for n, t in _tensors(module).items() if t.is_meta} for module in names}
+    names = {module: name for name, module in model.named_modules()}
+    missing = {module: [n for n, t in _tensors(module).items() if t.is_meta] for module in names}
     lost = [f"{names[module]}.{n}".lstrip(".") for module in names for n in _lost(module, missing[module])]
     if lost:
         raise ValueError(f"these tensors are on the meta device and can only be loaded (assign=True): {lost}")
@@ -60,10 +60,9 @@ def materialize(model: M, device: torch.device | str) -> M:
     for module in names:
         _allocate(module, missing[module], device, made)
     for module in reversed(names):
-        ours = _ours(module)
         if isinstance(module, SubnetLayer):
             module.initialise(n for n in missing[module] if n.endswith("_score"))
-        if missing[module] - ours:
+        if not _ours(module).issuperset(missing[module]):
             module.reset_parameters()  # there is one: nothing is lost
     return model.to(device)
 
@@ -82,16 +81,19 @@ def _ours(module: nn.Module) -> set[str]:
     return ours | ({"_birthplace"} if isinstance(module, TaskHeads) else set())
 
 
-def _lost(module: nn.Module, missing: set[str]) -> list[str]:
+def _lost(module: nn.Module, missing: list[str]) -> list[str]:
     """Those of the missing tensors that nothing here can make."""
     tensors, ours = _tensors(module), _ours(module)
-    theirs = tensors.keys() - ours
-    can_reset = theirs <= missing and callable(getattr(module, "reset_parameters", None))
-    of_finished_tasks = {n for n in missing & ours if n.endswith(("_masks", "_tasks")) and len(tensors[n])}
-    return sorted(of_finished_tasks | (set() if can_reset else missing - ours))
+    can_reset = callable(getattr(module, "reset_parameters", None)) and ours.issuperset(tensors.keys() - {*missing})
+
+    def can_make(name: str) -> bool:
+        of_finished_tasks = name.endswith(("_masks", "_tasks")) and len(tensors[name]) > 0
+        return not of_finished_tasks if name in ours else can_reset
+
+    return [name for name in missing if not can_make(name)]
 
 
-def _allocate(module: nn.Module, missing: set[str], device: torch.device, made: dict[Tensor, Tensor]) -> None:
+def _allocate(module: nn.Module, missing: list[str], device: torch.device, made: dict[Tensor, Tensor]) -> None:
     """Memory for what is missing; ``made`` has what took the place of which tensor."""
     tensors: tuple[dict[str, Tensor | None], ...] = (module._parameters, module._buffers)  # type: ignore[assignment]
     for store in tensors:

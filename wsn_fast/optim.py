@@ -83,9 +83,10 @@ class _SubnetOptimizer(torch.optim.Optimizer):
     one_pass: bool = False
     _layers: Sequence[SubnetLayer] = ()
     _gated: frozenset[int] = frozenset()
+    _promised: frozenset[int] = frozenset()
     _plans: dict[_Alike, Plan] | None = None
     _scale: Tensor | None = None
-    _clipped: Sequence[tuple[Tensor, int]] = ()
+    _clipped: Sequence[tuple[_Pair, Tensor, int]] = ()
 
     def _attach(self, wsn: Model, one_pass: bool) -> None:
         self.one_pass = one_pass
@@ -117,6 +118,7 @@ class _SubnetOptimizer(torch.optim.Optimizer):
                 for gate in layer.gated():
                     if self.one_pass or (gate.param.grad is not None and gate.score.grad is not None):
                         ids |= {id(gate.param), id(gate.score)}
+        self._promised = frozenset(ids)
         return ids
 
     def _takes_raw(self, layer: SubnetLayer) -> bool:
@@ -146,16 +148,19 @@ class _SubnetOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # All that may fail, before anything changes.
         pairs = list(self._pairs())
         scale = self._settle_clipping()
-        for pair in pairs:  # all that may fail, before anything changes
-            _check_group(pair.group), _check_group(pair.score_group)
+        for group in self.param_groups:
+            _check_group(group)
         updates = [pair.update(scale, pair.next()) for pair in pairs]
         self._gated = frozenset(id(t) for update in updates for t in (update.weight, update.scores))
-        self._torch_step()
-        increment_version(self._rest())  # of which fused optimizers do not tell autograd
+        self._check_promised()
         for alike, indices in _alike(pairs).items():
             self._update([pairs[i] for i in indices], [updates[i] for i in indices], alike.backend, self._plan(alike))
+        self._torch_step()
+        increment_version(self._rest())  # of which fused optimizers do not tell autograd
+        self._forget_clipping()
         for pair, update in zip(pairs, updates, strict=True):
             if update.next is not None:
                 layer, (name, param, score, *_) = pair.layer, pair.gate
@@ -164,6 +169,15 @@ class _SubnetOptimizer(torch.optim.Optimizer):
                     update.next.masked, update.next.tau, update.next.window, layer.stamp(param, score)
                 )
         return loss
+
+    def _check_promised(self) -> None:
+        """Whatever the guard left to this step has to be updated here, or not at all."""
+        promised, self._promised = self._promised, frozenset()
+        if any(id(p) in promised for p in self._rest()):
+            raise RuntimeError(
+                "a closure, or a hook before the step, changed which gated tensors have gradients, or to whom they "
+                "belong: do that before the step"
+            )
 
     def _rest(self) -> list[Tensor]:
         """What torch's step updates."""
@@ -238,32 +252,35 @@ class _SubnetOptimizer(torch.optim.Optimizer):
             grad.mul_(scale.to(grad.device))
         if pairs:
             self._scale = scale if before is None else before * scale
-            self._clipped = [(p.grad, p.grad._version) for p in (q.gate.param for q in pairs) if p.grad is not None]
+            grads = [(pair, pair.gate.param.grad) for pair in pairs]
+            self._clipped = [(pair, grad, grad._version) for pair, grad in grads if grad is not None]
         return norm
 
     def _settle_clipping(self) -> Tensor | None:
-        """The factor of the gradients at hand, which is used once."""
-        scale, clipped = self._scale, self._clipped
-        self._forget_clipping()
-        grads = (
-            {id(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
-            if clipped
-            else ()
-        )
-        mine = [(grad, version) for grad, version in clipped if id(grad) in grads]
-        if any(grad._version != version for grad, version in mine):
-            raise RuntimeError(
-                "gradients changed after clip_grad_norm_: clip after the last backward pass and unscale_"
-            )
-        return scale if mine else None
+        """The factor of the gradients at hand."""
+        mine = False
+        for pair, grad, version in self._clipped:
+            now = pair.gate.param.grad
+            replaced = now is not None and pair.layer.last_pass.get(pair.gate.name) is pair.last
+            if (now is grad and grad._version != version) or (now is not grad and replaced):
+                raise RuntimeError(
+                    "gradients changed after clip_grad_norm_: clip after the last backward pass and unscale_"
+                )
+            mine |= now is grad
+        return self._scale if mine else None
 
     def _forget_clipping(self) -> None:
         self._scale, self._clipped = None, ()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of ``torch.optim.Optimizer``."""
+        """As of ``torch.optim.Optimizer``, but that raw gradients become None in any case: a zero that came through no
+        forward pass would be an error."""
         self._forget_clipping()
         super().zero_grad(set_to_none)
+        for layer in self._layers if self.one_pass else ():
+            if self._takes_raw(layer):
+                for gate in layer.gated():
+                    gate.param.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of ``torch.optim.Optimizer``; the state may be that of torch's optimizer of the same kind.
@@ -352,15 +369,18 @@ class SubnetAdamW(_SubnetOptimizer, torch.optim.Adam):
     """``torch.optim.AdamW`` for a :class:`wsn_fast.WSN`: frozen weights are safe because nothing is stored to them.
 
     Build it after ``begin_task``, as any optimizer; the WSN guards it at once. Param groups, LR schedulers, closures,
-    ``state_dict`` (to and from torch's optimizer), accumulation and ``GradScaler`` are as ever. Layers that share
-    tensors, or that are frozen in part, are trained as torch's optimizer would, under the guard.
+    ``state_dict`` (to and from torch's optimizer with the same param groups), accumulation and ``GradScaler`` are as
+    ever. Layers that share tensors, or that are frozen in part, are trained as torch's optimizer would, under the
+    guard.
 
     With ``one_pass=True`` the gradients of gated tensors are those of the *masked* tensors while this optimizer is in
     use: ``weight.grad`` is G (in bfloat16 under bfloat16 autocast, in float32 once gradients accumulate), and the
     scores have none. ``torch.nn.utils.clip_grad_norm_`` would clip by the norm of G; use :meth:`clip_grad_norm_`. The
     gate of the next forward pass is made during the step and used if weight, scores, density and dtype are still the
     same then. Python sees every change of them but those through ``.data`` or NumPy: after such an edit the next
-    training step, and only that one, may still use the mask of before.
+    training step, and only that one, may still use the mask of before. A loss may not read gated tensors or scores
+    past their layers (a penalty on weights): the gradient of scores is refused, and that of weights cannot be told from
+    G. A copy of the optimizer is in the standard mode.
 
     Args:
         wsn: the model, with a task in progress.
@@ -406,7 +426,12 @@ class SubnetAdamW(_SubnetOptimizer, torch.optim.Adam):
             torch._foreach_add_(steps, 1)
         for_weights = [self._settings(pair.group, step) for pair, step in zip(pairs, steps[::2], strict=True)]
         for_scores = [self._settings(pair.score_group, step) for pair, step in zip(pairs, steps[1::2], strict=True)]
-        ops.adamw_step(updates, states, for_weights, for_scores, backend, plan)
+        try:
+            ops.adamw_step(updates, states, for_weights, for_scores, backend, plan)
+        except BaseException:
+            for step in steps:
+                step -= 1
+            raise
 
     def _moments(self, param: Tensor) -> tuple[Tensor, Tensor]:
         """The running means of a parameter."""
@@ -454,7 +479,7 @@ class SubnetSGD(_SubnetOptimizer, torch.optim.SGD):
     ) -> None:
         _check_group({"maximize": maximize})
         params = _groups(wsn, weight_decay, score_weight_decay)
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
         self._attach(wsn, one_pass)
 
     def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:

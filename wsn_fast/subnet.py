@@ -167,7 +167,7 @@ class SubnetLayer(nn.Module):
 
     @raw_owner.setter
     def raw_owner(self, optimizer: object | None) -> None:
-        if optimizer is not self.raw_owner:
+        if optimizer is not self.raw_owner or (optimizer is None and self._raw_owner is not None):
             for gate in self.gated():  # a gradient of the one kind is nothing for the other
                 gate.param.grad = gate.score.grad = None
                 if gate.param.is_leaf:  # raw gradients may stay in the compute dtype
@@ -310,6 +310,9 @@ class SubnetLayer(nn.Module):
             masked, tau = ready.masked, ready.tau
         else:
             masked, tau = ops.gate(param, score, self.gate_density, self.rule, dtype, self._backend)
+        before = self.last_pass.get(name)
+        if before is not None and getattr(self, name).grad is not None:
+            stamp = before.stamp  # a gradient waits that came from there: the step has to see what changed since
         self.last_pass[name] = RawPass(tau, dtype, stamp)
         return masked
 

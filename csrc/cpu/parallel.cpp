@@ -11,8 +11,6 @@
 #include <exception>
 #include <mutex>
 #include <thread>
-#include <vector>
-
 #ifdef _WIN32
 #include <process.h>
 #define getpid _getpid
@@ -20,7 +18,19 @@
 #include <unistd.h>
 #endif
 
+#if defined(__SSE__) || defined(_M_X64)
+#include <xmmintrin.h>
+#endif
+
 namespace {
+
+#if defined(__SSE__) || defined(_M_X64)
+unsigned rounding_mode() { return _mm_getcsr(); }
+void set_rounding_mode(unsigned mode) { _mm_setcsr(mode); }
+#else
+unsigned rounding_mode() { return 0; }
+void set_rounding_mode(unsigned) {}
+#endif
 
 struct Job {
   void (*part)(void *, int64_t);
@@ -28,7 +38,17 @@ struct Job {
   int64_t parts;
   int wanted;    // helpers that may still join; guarded by the pool's mutex, like busy
   int busy = 0;  // helpers at work
+  Job *following = nullptr;  // in the pool's list, which so needs no memory
+  const unsigned mode = rounding_mode();
   std::atomic<int64_t> next{0};
+
+  // The same arithmetic in every thread: of denormal numbers, say, under torch.set_flush_denormal.
+  void help() {
+    const unsigned own = rounding_mode();
+    set_rounding_mode(mode);
+    work();
+    set_rounding_mode(own);
+  }
 
   void work() {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < parts;) part(context, i);
@@ -44,7 +64,9 @@ class Pool {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       start_threads(helpers);
-      jobs_.push_back(&job);
+      Job **end = &jobs_;
+      while (*end) end = &(*end)->following;
+      *end = &job;
     }
     if (helpers == 1)
       work_.notify_one();
@@ -67,22 +89,28 @@ class Pool {
   void help() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      work_.wait(lock, [&] { return !jobs_.empty(); });
-      Job *const job = jobs_.front();
+      work_.wait(lock, [&] { return jobs_ != nullptr; });
+      Job *const job = jobs_;
       ++job->busy;
       if (--job->wanted == 0) remove(job);
       lock.unlock();
-      job->work();
+      job->help();
       lock.lock();
       if (--job->busy == 0) done_.notify_all();
     }
   }
 
-  void remove(Job *job) { jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), job), jobs_.end()); }
+  void remove(Job *job) {
+    for (Job **at = &jobs_; *at; at = &(*at)->following)
+      if (*at == job) {
+        *at = job->following;
+        return;
+      }
+  }
 
   std::mutex mutex_;
   std::condition_variable work_, done_;
-  std::vector<Job *> jobs_;
+  Job *jobs_ = nullptr;
   int threads_ = 0;
 };
 

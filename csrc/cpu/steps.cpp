@@ -34,6 +34,10 @@ int check_tensor(const wsn_gated &t, int num_threads) {
   if (t.dtype != WSN_FLOAT32 && t.dtype != WSN_FLOAT64) return WSN_ERROR_DTYPE;
   if (!wsn::is_dtype(t.grad_dtype) || (t.score_grad && t.grad_dtype != t.dtype)) return WSN_ERROR_DTYPE;
   if (!wsn::is_rule(t.rule)) return WSN_ERROR_RULE;
+  return WSN_OK;
+}
+
+int check_next(const wsn_gated &t) {
   if (t.n == 0 || t.next == nullptr) return WSN_OK;
   if (const int code = wsn::check(t.n, 1, t.next->masked, t.next->tau, t.next->window)) return code;
   if (!wsn::is_dtype(t.next->masked_dtype)) return WSN_ERROR_DTYPE;
@@ -64,9 +68,10 @@ class NextGate {
     if (next_.window[kSet] == 0) return false;
     before_ = wsn::threshold_key(gate_.scores, next_.tau);
     drift_ = distance(0, next_.window[kDrift]) * (next_.window[kDrift] < 0 ? -1 : 1);
+    half_ = next_.window[kHalfWidth] < 0 ? 0 : distance(0, next_.window[kHalfWidth]);
     gate_.tau = beyond(before_, drift_);
-    lo_ = beyond(gate_.tau, -next_.window[kHalfWidth]);
-    hi_ = beyond(gate_.tau, next_.window[kHalfWidth]);
+    lo_ = beyond(gate_.tau, -half_);
+    hi_ = beyond(gate_.tau, half_);
     return true;
   }
 
@@ -133,10 +138,10 @@ class NextGate {
   // At the threshold plus its drift, a running mean of how it moves; twice as wide as the last guess was wrong, and not
   // much narrower than before unless too many keys were inside.
   void choose_window(int64_t guess, int64_t tau) {
-    const int64_t half = next_.window[kHalfWidth], error = distance(guess, tau);
-    next_.window[kHalfWidth] = std::max(2 * error, length_ > room_ ? half / 4 : half - half / 8);
+    const int64_t error = distance(guess, tau);
+    next_.window[kHalfWidth] = std::max(2 * error, length_ > room_ ? half_ / 4 : half_ - half_ / 8);
     const int64_t moved = tau < before_ ? -distance(before_, tau) : distance(before_, tau);
-    next_.window[kDrift] = (7 * drift_ + moved) / 8;
+    next_.window[kDrift] = drift_ + (moved - drift_) / 8;
   }
 
   // Up to a quarter of all keys, so that nothing overflows.
@@ -156,7 +161,7 @@ class NextGate {
   int64_t room_;
   std::unique_ptr<wsn::Listed[]> list_;
   wsn::Gate gate_;
-  int64_t before_ = 0, drift_ = 0, lo_ = 0, hi_ = 0;
+  int64_t before_ = 0, drift_ = 0, half_ = 0, lo_ = 0, hi_ = 0;
   std::atomic<int64_t> below_{0}, same_{0}, length_{0};
 };
 
@@ -216,6 +221,7 @@ int step_all(const Item *items, int64_t count, Kernel kernel, int64_t bytes, int
   if (const int code = wsn::check(count, threads, items)) return code;
   for (int64_t i = 0; i < count; ++i) {
     if (const int code = check_tensor(items[i].tensor, threads)) return code;
+    if (const int code = check_next(items[i].tensor)) return code;
     if (const int code = check_states(items[i])) return code;
   }
   try {

@@ -67,7 +67,9 @@ def train(wsn: WSN, optimizer: torch.optim.Optimizer, on_split: Callable[[int], 
     """An epoch of batches of 10, 10 and 5 samples."""
     x, y = batches(1, 1, 25)[0]
     order = torch.arange(25).split(10)
-    return loop.train_epoch(wsn, optimizer, x.to(next(wsn.parameters()).dtype), y, order, lambda: None, on_split)
+    return loop.train_epoch(
+        wsn, optimizer, x.to(next(wsn.parameters()).dtype), y, order, lambda: None, on_split=on_split
+    )
 
 
 def second_task() -> tuple[WSN, Tensor]:

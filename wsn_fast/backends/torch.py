@@ -162,16 +162,19 @@ class _Step:
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        self._saved = None if update.union is None else update.weight.clone()
+        self._saved = self._frozen = None
+        if update.union is not None:  # all the memory that the way out needs
+            self._saved = update.weight.clone()
+            self._frozen = unpack(update.union, update.weight.numel()).view(update.weight.shape)
 
     def __enter__(self) -> tuple[Tensor, Tensor]:
         return _gradients(self._update)
 
     def __exit__(self, *error: object) -> None:
         u = self._update
-        if self._saved is not None and u.union is not None:
-            restore_frozen(u.weight, self._saved, u.union)
-        if u.next is not None:
+        if self._saved is not None and self._frozen is not None:
+            u.weight.copy_(torch.where(self._frozen, self._saved, u.weight, out=self._saved))
+        if u.next is not None and error[0] is None:
             u.next.tau.copy_(threshold(u.scores, u.next.rank, u.rule))
             u.next.masked.copy_(gate(u.weight, u.scores, u.next.tau, u.rule, u.next.masked.dtype))
             u.next.window[-1] += 1

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wsn_fast import ForgottenError, __version__
 from wsn_fast.ops import RULES
 from wsn_fast.subnet import SCORE_INITS
@@ -39,6 +41,10 @@ examples:
   wsn-fast report runs/*
 """
 
+_FAILURES = (
+    ValueError, OSError, ImportError, CheckpointError, FloatingPointError, ForgottenError, torch.OutOfMemoryError,
+)  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("wsn-fast: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, CheckpointError, FloatingPointError, ForgottenError) as error:
+    except _FAILURES as error:
         if args.debug:
             raise
         print(f"wsn-fast: error: {error}", file=sys.stderr)
