@@ -336,7 +336,7 @@ def test_a_bad_density_for_a_task_changes_nothing(trained: WSN, density: object)
     with pytest.raises(ValueError, match=r"must be a number in \(0, 1\]"):
         trained.begin_task(1, density=density)  # type: ignore[arg-type]
     assert trained.current_task is None
-    assert trained.model[-1].tasks == [7, 3]
+    assert trained.model[-1].tasks == [3, 7]
 
 
 def test_a_density_pattern_that_matches_nothing(trained: WSN) -> None:

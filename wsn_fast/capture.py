@@ -86,11 +86,13 @@ class CapturedStep:
         captured: whether the last call was a replay.
         reason: why, or why not.
         replays: how many calls were.
+        began_update: whether the last call came as far as to change something; one that raised before may be repeated.
     """
 
     captured: bool
     reason: str
     replays: int
+    began_update: bool
 
     def __init__(
         self, wsn: WSN, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Tensor], max_norm: float | None
@@ -104,7 +106,7 @@ class CapturedStep:
         self._wsn, self._optimizer, self._loss_fn, self._max_norm = wsn, optimizer, loss_fn, max_norm
         self._obstacle = obstacle_of(next(wsn.parameters()).device)
         self._forget()
-        self.replays = 0
+        self.replays, self.began_update = 0, False
         self.captured, self.reason = False, self._obstacle or "the first steps run as they are"
 
     def _forget(self) -> None:
@@ -117,6 +119,7 @@ class CapturedStep:
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """One training step on a batch. Returns the loss, 0-d, detached."""
+        self.began_update = False
         if self._obstacle:
             return self._as_it_is(batch, self._obstacle)
         self._wsn.check_step(self._optimizer)  # which a replay would not
@@ -151,6 +154,7 @@ class CapturedStep:
         torch.autograd.backward(loss)
         if self._max_norm is not None:
             clip_gradients(self._optimizer, self._max_norm)
+        self.began_update = True
         self._optimizer.step()
         return loss.detach()
 
@@ -183,6 +187,7 @@ class CapturedStep:
         graph = new_graph()
         try:
             self._loss = graph.record(work)
+            self.began_update = False
         except (RuntimeError, AssertionError) as error:  # an operation that cannot be captured; nothing has been done
             self._forget()
             self._obstacle = f"the step cannot be captured: {(str(error) or repr(error)).splitlines()[0]}"
@@ -200,6 +205,7 @@ class CapturedStep:
                 static.copy_(rate)
             else:
                 static.fill_(rate)
+        self.began_update = True
         self._graph.replay()
         self._note_changes()
         self.replays += 1

@@ -83,7 +83,7 @@ def test_missing_library_is_named_at_the_call(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_absent_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native_cuda.native, "_package_roots", lambda: iter([tmp_path]))
+    monkeypatch.setattr(native_cuda, "package_roots", lambda: iter([tmp_path]))
     library = native_cuda.load.__wrapped__()
     assert library.lib is None
     assert "not installed" in library.reason
@@ -99,7 +99,7 @@ def test_first_library_that_loads_is_taken(
         (root / native_cuda._FILE).parent.mkdir(parents=True)
     (roots[0] / native_cuda._FILE).write_bytes(b"broken")
     shutil.copy(emulation.lib._name, roots[1] / native_cuda._FILE)
-    monkeypatch.setattr(native_cuda.native, "_package_roots", lambda: iter(roots))
+    monkeypatch.setattr(native_cuda, "package_roots", lambda: iter(roots))
     assert str(roots[1]) in native_cuda.load.__wrapped__().reason
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from same_end import assert_same_end, metrics
 from small_models import batches, logits, mlp, run_tasks
 from torch import Tensor, nn
 
-from wsn_fast import WSN
+from wsn_fast import WSN, capture_step
 from wsn_fast.optim import SubnetAdamW, SubnetSGD
 from wsn_fast.train import loop, run
 from wsn_fast.train.config import TrainConfig, resolve
@@ -172,3 +173,27 @@ def test_no_memory_for_the_optimizers_step_stops_a_run_that_can_go_on(
     assert len(steps) == 50, "a step is not repeated"
     Run.resume(Path(stopped.out), Console(quiet=True)).finish()
     assert_same_end(Path(stopped.out), Path(straight.out))
+
+
+@pytest.mark.parametrize("in_update", [False, True])
+def test_a_captured_step_is_repeated_only_before_its_update(in_update: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it the batch would be trained on twice."""
+    wsn, _ = second_task()
+    optimizer = OPTIMIZERS["one-pass adamw"](wsn)
+    step = capture_step(wsn, optimizer, lambda x, y: torch.nn.functional.cross_entropy(wsn(x), y))
+    x, y = batches(1, 1, 25)[0]
+    splits: list[int] = []
+    if in_update:
+        monkeypatch.setattr(optimizer, "step", out_of_memory)
+    else:
+        limit_memory(monkeypatch, 5)
+
+    def epoch() -> float:
+        return loop.train_epoch(wsn, optimizer, x, y, torch.arange(25).split(10), lambda: None, step, splits.append)
+
+    if in_update:
+        with pytest.raises(torch.OutOfMemoryError):
+            epoch()
+        assert splits == []
+    else:
+        assert math.isfinite(epoch()) and splits == [2]

@@ -82,7 +82,7 @@ def train_epoch(
         The mean loss per sample, not finite if that of any batch was not.
 
     Raises:
-        torch.OutOfMemoryError: with a single sample, or in the optimizer's step, which cannot be repeated.
+        torch.OutOfMemoryError: with a single sample, or when the optimizer's step had begun, which cannot be repeated.
     """
     wsn.train()
     # Summed on the device: a number for the host at each step would stall a GPU.
@@ -97,7 +97,7 @@ def train_epoch(
                     loss = _gradients(wsn, optimizer, x, y, rows.tensor_split(min(parts, len(rows))))
                 break
             except torch.OutOfMemoryError:
-                if parts >= len(rows):
+                if parts >= len(rows) or (graph is not None and parts == 1 and graph.began_update):
                     raise
             # Past the handler: what the failed attempt held went with the exception.
             parts *= 2
