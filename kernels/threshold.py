@@ -227,7 +227,7 @@ def digit_kernel(
     if is_low | is_high:
         items = 0
     if items > 0:
-        prefix, _ = narrow(state_ptr + STATE, rank, DIGITS, PASS)
+        prefix, _equal = narrow(state_ptr + STATE, rank, DIGITS, PASS)
         counts = tl.zeros([BINS], tl.int32)
         for offset in range(0, items, BLOCK):
             offsets = offset + tl.arange(0, BLOCK)
@@ -258,11 +258,11 @@ def result_kernel(
     """Write the threshold of one tensor per program."""
     tensor = tl.program_id(0).to(tl.int64)
     state_ptr += tensor * (STATE + (len(DIGITS) << DIGITS[0]))
-    is_low, is_high, _, rank = locate(tensors_ptr + 6 * tensor, state_ptr, LIST_SHARE)
+    is_low, is_high, _in_list, rank = locate(tensors_ptr + 6 * tensor, state_ptr, LIST_SHARE)
     if is_low | is_high:
         key = tl.load(state_ptr + tl.where(is_low, 0, 1)).to(tl.uint32)
     else:
-        key, _ = narrow(state_ptr + STATE, rank, DIGITS, len(DIGITS))
+        key, _equal = narrow(state_ptr + STATE, rank, DIGITS, len(DIGITS))
     tl.store(tau_ptr + tensor, from_order_key(key, DTYPE, MAGNITUDE))
 
 

@@ -91,7 +91,7 @@ def begin_entry(
         layers.setdefault((route.operation, route.backend, route.reason), []).append(route.layer)
     obstacle = obstacle_of(next(wsn.parameters()).device) or "cuda_graph is off"
     backend, reason = ("CUDA graph", "if it can be captured") if captures else ("as it is", obstacle)
-    layers["whole step", backend, reason] = ["all"]
+    layers["whole step", backend, reason] = list(wsn.subnet_layers())
     return {
         "train_samples": train_samples,
         "optimizer": f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}",
