@@ -8,70 +8,18 @@ gradient of its masked weight, as the weight's ``.grad``, and one pass over the 
 from __future__ import annotations
 
 import inspect
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Real
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import ops
-from .backends.updates import SGD, WINDOW, AdamW, AdamWState, Next, Plan, SGDState, Update
-from .subnet import Gated, RawPass, Ready, SubnetLayer
-
-
-@runtime_checkable
-class Model(Protocol):
-    """What the optimizers ask of :class:`wsn_fast.WSN`."""
-
-    def parameters(self) -> Iterable[Tensor]:
-        """All parameters."""
-
-    def subnet_layers(self) -> dict[str, SubnetLayer]:
-        """The subnet layers by name."""
-
-    def guard(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Keep what finished tasks use."""
-
-
-Group = dict[str, Any]
-
-
-class _Pair(NamedTuple):
-    """A gated tensor with its layer, the param groups of the tensor and of its scores, and the forward pass whose raw
-    gradient it has, None for gradients of the usual kind."""
-
-    layer: SubnetLayer
-    gate: Gated
-    group: Group
-    score_group: Group
-    last: RawPass | None
-
-    def update(self, scale: Tensor | None, following: Next | None) -> Update:
-        """The operands of the update."""
-        _, param, score, _, union = self.gate
-        assert param.grad is not None
-        if self.last is not None:
-            return Update(param.grad, None, param, score, self.last.tau, union, self.layer.rule, scale, following)
-        return Update(param.grad, score.grad, param, score, None, union, self.layer.rule, scale, following)
-
-    def next(self) -> Next | None:
-        """Where the gate of the next forward pass goes: where the last one is, if it fits."""
-        if self.last is None:
-            return None
-        (name, param, score, _, _), dtype = self.gate, self.last.dtype
-        ready = self.layer.ready.get(name)
-        if ready is None or ready.tau.dtype is not score.dtype or ready.tau.device != score.device:
-            tau, window = score.new_empty(()), torch.zeros(WINDOW, dtype=torch.int64, device=score.device)
-        else:
-            tau, window = ready.tau, ready.window
-        masked = None if ready is None else ready.masked
-        if masked is None or (masked.shape, masked.dtype, masked.device) != (param.shape, dtype, param.device):
-            masked = torch.empty(param.shape, dtype=dtype, device=param.device)
-        return Next(masked, tau, ops.threshold_rank(param.numel(), self.layer.gate_density, self.layer.rule), window)
+from .backends.updates import SGD, AdamW, AdamWState, Plan, SGDState, Update
+from .pairs import Alike, Model, Pair, alike, check_group, checked_pass, param_groups
+from .subnet import Gated, Ready, SubnetLayer
 
 
 class _SubnetOptimizer(torch.optim.Optimizer):
@@ -84,9 +32,9 @@ class _SubnetOptimizer(torch.optim.Optimizer):
     _layers: Sequence[SubnetLayer] = ()
     _gated: frozenset[int] = frozenset()
     _promised: frozenset[int] = frozenset()
-    _plans: dict[_Alike, Plan] | None = None
+    _plans: dict[Alike, Plan] | None = None
     _scale: Tensor | None = None
-    _clipped: Sequence[tuple[_Pair, Tensor, int]] = ()
+    _clipped: Sequence[tuple[Pair, Tensor, int]] = ()
 
     def _attach(self, wsn: Model, one_pass: bool) -> None:
         self.one_pass = one_pass
@@ -152,12 +100,12 @@ class _SubnetOptimizer(torch.optim.Optimizer):
         pairs = list(self._pairs())
         scale = self._settle_clipping()
         for group in self.param_groups:
-            _check_group(group)
+            check_group(group)
         updates = [pair.update(scale, pair.next()) for pair in pairs]
         self._gated = frozenset(id(t) for update in updates for t in (update.weight, update.scores))
         self._check_promised()
-        for alike, indices in _alike(pairs).items():
-            self._update([pairs[i] for i in indices], [updates[i] for i in indices], alike.backend, self._plan(alike))
+        for kind, indices in alike(pairs).items():
+            self._update([pairs[i] for i in indices], [updates[i] for i in indices], kind.backend, self._plan(kind))
         self._torch_step()
         increment_version(self._rest())  # of which fused optimizers do not tell autograd
         self._forget_clipping()
@@ -184,7 +132,7 @@ class _SubnetOptimizer(torch.optim.Optimizer):
         trained = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
         return [p for p in trained if id(p) not in self._gated]
 
-    def _pairs(self) -> Iterator[_Pair]:
+    def _pairs(self) -> Iterator[Pair]:
         """The gated tensors with gradients that are updated here."""
         group_of = {id(param): group for group in self.param_groups for param in group["params"]}
         for layer in self._layers:
@@ -199,16 +147,16 @@ class _SubnetOptimizer(torch.optim.Optimizer):
                         f"a {gate.name} or its scores are not what this optimizer holds: parameters were replaced "
                         "after it was built. Build it again"
                     )
-                last = _checked_pass(layer, gate) if raw else None
-                yield _Pair(layer, gate, group_of[id(gate.param)], group_of[id(gate.score)], last)
+                last = checked_pass(layer, gate) if raw else None
+                yield Pair(layer, gate, group_of[id(gate.param)], group_of[id(gate.score)], last)
 
-    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
+    def _update(self, pairs: Sequence[Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
         raise NotImplementedError
 
-    def _plan(self, alike: _Alike) -> Plan:
+    def _plan(self, kind: Alike) -> Plan:
         if self._plans is None:
             self._plans = {}
-        return self._plans.setdefault(alike, {})
+        return self._plans.setdefault(kind, {})
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
@@ -238,9 +186,9 @@ class _SubnetOptimizer(torch.optim.Optimizer):
             p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and id(p) not in gated
         ]
         norms = [torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in rest]
-        for alike, indices in _alike(pairs).items():
+        for kind, indices in alike(pairs).items():
             updates = [pairs[i].update(before, None) for i in indices]
-            norms += ops.gradient_squares(updates, alike.backend, self._plan(alike)).sqrt().unbind()
+            norms += ops.gradient_squares(updates, kind.backend, self._plan(kind)).sqrt().unbind()
         if not norms:
             return torch.tensor(0.0)
         device, dtype = norms[0].device, max((n.dtype for n in norms), key=lambda d: d.itemsize)
@@ -289,80 +237,8 @@ class _SubnetOptimizer(torch.optim.Optimizer):
             ValueError: a param group of the state asks for ``amsgrad`` or ``maximize``.
         """
         for group in state_dict["param_groups"]:
-            _check_group(group)
+            check_group(group)
         super().load_state_dict(state_dict)
-
-
-def _checked_pass(layer: SubnetLayer, gate: Gated) -> RawPass:
-    """The forward pass that a raw gradient came from.
-
-    Raises:
-        RuntimeError: there is none, or what the gradient is to be combined with has changed since.
-    """
-    last = layer.last_pass.get(gate.name)
-    if last is None:
-        raise RuntimeError(
-            f"a {gate.name} has a gradient and its layer was not called since the last step: some module reads it past "
-            "its mask (exclude that layer from the conversion, or let the module call it), or this is a second step "
-            "with one gradient"
-        )
-    if last.stamp and last.stamp[:-1] != layer.stamp(gate.param, gate.score)[:-1]:  # whatever the next density
-        raise RuntimeError(
-            f"a {gate.name}, its scores or its rule changed between the forward pass and the step, which forms "
-            "the gradients in the one-pass mode: change them before the forward pass, or use one_pass=False"
-        )
-    if gate.score.grad is not None:
-        raise RuntimeError(
-            f"the scores of a {gate.name} have a gradient of their own, which has no place in the one-pass mode: use "
-            "one_pass=False for a loss that reads scores"
-        )
-    return last
-
-
-class _Alike(NamedTuple):
-    """What one call of a backend can work on."""
-
-    device: torch.device
-    dtype: torch.dtype
-    backend: str | None
-
-
-def _alike(pairs: Sequence[_Pair]) -> dict[_Alike, list[int]]:
-    """The numbers of the pairs that go into one call."""
-    sets: dict[_Alike, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        param = pair.gate.param
-        sets.setdefault(_Alike(param.device, param.dtype, pair.layer.backend), []).append(i)
-    return sets
-
-
-def _groups(wsn: object, weight_decay: float, score_weight_decay: object) -> list[dict[str, Any]]:
-    """The param groups: all parameters to train, or scores apart where their weight decay is another.
-
-    Raises:
-        TypeError: ``wsn`` is not a WSN.
-        ValueError: ``score_weight_decay`` is not a number of at least 0.
-    """
-    if not isinstance(wsn, Model):
-        raise TypeError(f"wsn must be a wsn_fast.WSN, got {type(wsn).__name__}")
-    number = isinstance(score_weight_decay, Real) and not isinstance(score_weight_decay, bool)
-    if not number or not 0 <= float(score_weight_decay) < math.inf:  # type: ignore[arg-type]
-        raise ValueError(f"score_weight_decay must be a number of at least 0, got {score_weight_decay!r}")
-    trained = [p for p in wsn.parameters() if p.requires_grad]
-    if score_weight_decay == weight_decay:
-        return [{"params": trained}]
-    scores = {id(gate.score) for layer in wsn.subnet_layers().values() for gate in layer.gated()}
-    return [
-        {"params": [p for p in trained if id(p) not in scores]},
-        {"params": [p for p in trained if id(p) in scores], "weight_decay": score_weight_decay},
-    ]
-
-
-def _check_group(group: dict[str, Any]) -> dict[str, Any]:
-    for name in ("amsgrad", "maximize"):
-        if group.get(name):
-            raise ValueError(f"{name} must be False, got {group[name]!r}: the subnet optimizers have no {name}")
-    return group
 
 
 class SubnetAdamW(_SubnetOptimizer, torch.optim.Adam):
@@ -411,12 +287,12 @@ class SubnetAdamW(_SubnetOptimizer, torch.optim.Adam):
         amsgrad: bool = False,
         maximize: bool = False,
     ) -> None:
-        _check_group({"amsgrad": amsgrad, "maximize": maximize})
-        params = _groups(wsn, weight_decay, score_weight_decay)
+        check_group({"amsgrad": amsgrad, "maximize": maximize})
+        params = param_groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, decoupled_weight_decay=decoupled)
         self._attach(wsn, one_pass)
 
-    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
+    def _update(self, pairs: Sequence[Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
         states = [AdamWState(*self._moments(u.weight), *self._moments(u.scores)) for u in updates]
         steps = [self.state[param]["step"] for u in updates for param in (u.weight, u.scores)]
         if steps[0].is_cpu:
@@ -477,12 +353,12 @@ class SubnetSGD(_SubnetOptimizer, torch.optim.SGD):
         one_pass: bool = False,
         maximize: bool = False,
     ) -> None:
-        _check_group({"maximize": maximize})
-        params = _groups(wsn, weight_decay, score_weight_decay)
+        check_group({"maximize": maximize})
+        params = param_groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
         self._attach(wsn, one_pass)
 
-    def _update(self, pairs: Sequence[_Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
+    def _update(self, pairs: Sequence[Pair], updates: Sequence[Update], backend: str | None, plan: Plan) -> None:
         weights = [self._prepare(pair.group, u.weight) for pair, u in zip(pairs, updates, strict=True)]
         scores = [self._prepare(pair.score_group, u.scores) for pair, u in zip(pairs, updates, strict=True)]
         states = [SGDState(w, s) for (w, _), (s, _) in zip(weights, scores, strict=True)]
