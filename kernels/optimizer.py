@@ -38,15 +38,16 @@ def _update_tile(
     g_ptr, ds_ptr, w_ptr, s_ptr, w1_ptr, w2_ptr, s1_ptr, s2_ptr, union_ptr, masked_ptr = operands
     lane = tl.arange(0, BLOCK)
     inside = lane < left if TAIL else None
-    # Loads come before the first store, as the compiler cannot know that none of these overlap. All but one: for it as
-    # well, sm_80 has too few registers.
+    # Loads come before the first store, as the compiler cannot know that none of these overlap. All but the last state
+    # where sm_80 (AdamW) or sm_100 (SGD with a next gate) would have too few registers for it as well.
+    LATE: tl.constexpr = NEXT and not ADAM
     g = tl.load(g_ptr + at + lane, mask=inside)
     w = tl.load(w_ptr + at + lane, mask=inside)
     s = tl.load(s_ptr + at + lane, mask=inside)
     ds = tl.load(ds_ptr + at + lane, mask=inside) if GIVEN else s
     w1 = tl.load(w1_ptr + at + lane, mask=inside) if WEIGHT_STATES > 0 else w
     w2 = tl.load(w2_ptr + at + lane, mask=inside) if ADAM else w
-    s1 = tl.load(s1_ptr + at + lane, mask=inside) if SCORE_STATES > 0 else s
+    s1 = tl.load(s1_ptr + at + lane, mask=inside) if SCORE_STATES > 0 and not LATE else s
     frozen = lane < 0
     if HAS_UNION:
         byte = tl.arange(0, BLOCK // 8)
@@ -61,8 +62,13 @@ def _update_tile(
         tl.store(s2_ptr + at + lane, convert(s2_new, w.dtype), mask=inside)
     else:
         w_new, w1_new = sgd(widen(w), dw, widen(w1), for_weight, WEIGHT_STATES > 0)
+        if LATE:
+            if WEIGHT_STATES > 0:
+                tl.store(w1_ptr + at + lane, convert(w1_new, w.dtype), mask=inside)
+            if SCORE_STATES > 0:
+                s1 = tl.load(s1_ptr + at + lane, mask=inside)
         s_new, s1_new = sgd(widen(s), ds, widen(s1), for_scores, SCORE_STATES > 0)
-    if WEIGHT_STATES > 0:
+    if WEIGHT_STATES > 0 and not LATE:
         tl.store(w1_ptr + at + lane, convert(w1_new, w.dtype), mask=inside)
     if SCORE_STATES > 0:
         tl.store(s1_ptr + at + lane, convert(s1_new, w.dtype), mask=inside)
