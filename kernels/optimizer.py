@@ -39,8 +39,8 @@ def _update_tile(
     lane = tl.arange(0, BLOCK)
     inside = lane < left if TAIL else None
     # Loads come before the first store, as the compiler cannot know that none of these overlap. All but the last state
-    # where sm_80 (AdamW) or sm_100 (SGD with a next gate) would have too few registers for it as well.
-    LATE: tl.constexpr = NEXT and not ADAM
+    # where sm_80 (AdamW) or sm_100 (SGD in float32 with a next gate) would have too few registers for it as well.
+    LATE: tl.constexpr = NEXT and not ADAM and w_ptr.dtype.element_ty == tl.float32
     g = tl.load(g_ptr + at + lane, mask=inside)
     w = tl.load(w_ptr + at + lane, mask=inside)
     s = tl.load(s_ptr + at + lane, mask=inside)
