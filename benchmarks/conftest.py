@@ -1,70 +1,74 @@
-"""``pytest benchmarks``: the options, and the cases that they choose."""
+"""``pytest benchmarks``: the options, the cases that they choose, and the table at the end."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
 
 from .provenance import provenance
+from .rows import Row, store
 from .shapes import PROFILES
-from .suite import cases
+from .suite import plan
+from .tables import summary
 
-# Triton's interpreter turns a loop's bounds from arrays of one element into integers, and computes with what is not
-# finite as it comes; torch.compile speaks of its own use of what it deprecates.
+ROWS = pytest.StashKey[list[Row]]()
+
+# Triton's interpreter turns a loop's bounds from arrays of one element into integers, and computes with values that are
+# not finite.
 _FILTERS = ("ignore:Conversion of an array with ndim:DeprecationWarning", "ignore:.*encountered in:RuntimeWarning")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What to measure."""
-    group = parser.getgroup("wsn_fast benchmarks")
-    group.addoption("--shapes", choices=sorted(PROFILES), default="small", help="which shapes to measure")
-    group.addoption("--device", default=None, help="cpu or cuda; the GPU if there is one")
-    group.addoption("--compile", action="store_true", help="also what goes through torch.compile, which takes a while")
-    group.addoption("--threads", type=int, default=None, help="torch.set_num_threads")
+    add = parser.getgroup("wsn_fast benchmarks").addoption
+    add("--shapes", choices=sorted(PROFILES), default="small", help="which shapes to measure")
+    add("--device", default=None, help="cpu or cuda; the GPU if there is one")
+    add("--threads", type=int, default=None, help="torch.set_num_threads")
+    add("--seconds", type=float, default=0.3, help="of measuring per case; 0 checks and times a single call")
+    add("--compile", action="store_true", help="also what goes through torch.compile, which takes a while")
+    add("--memory", action="store_true", help="also the peak memory of steps of large layers")
+    add("--results", type=Path, default=None, help="a JSON file to write the results to")
 
 
-def _device(config: pytest.Config) -> torch.device:
+def device_of(config: pytest.Config) -> torch.device:
+    """Where the cases run."""
     return torch.device(config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Threads, before anything computes."""
+    config.stash[ROWS] = []
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test per case."""
-    if "case" in metafunc.fixturenames:
+    if "planned" in metafunc.fixturenames:
         config = metafunc.config
-        shapes = PROFILES[config.getoption("--shapes")]
-        found = list(cases(shapes, _device(config), compiled=config.getoption("--compile")))
-        metafunc.parametrize("case", found, ids=str)
+        shapes, compiled = PROFILES[config.getoption("--shapes")], config.getoption("--compile")
+        rows, marks = plan(shapes, device_of(config), compiled=compiled), [*map(pytest.mark.filterwarnings, _FILTERS)]
+        metafunc.parametrize("planned", [pytest.param(row, id=str(row.case), marks=marks) for row in rows])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The interpreter's warnings are not ours."""
-    for item in items:
-        if "case" in getattr(item, "fixturenames", ()):
-            for text in _FILTERS:
-                item.add_marker(pytest.mark.filterwarnings(text))
-
-
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the cases run."""
-    return _device(request.config)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Stored results say where they come from, and not how the machine is called in its network."""
-    machine_info.clear()
-    machine_info.update(provenance(_device(config)), interpreted=os.environ.get("TRITON_INTERPRET") == "1")
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> Generator[None, None, None]:
+    """Print the table after everything else, and write the results."""
+    yield
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    facts = {**provenance(device_of(config)), "interpreted": os.environ.get("TRITON_INTERPRET") == "1"}
+    terminalreporter.section("benchmarks")
+    if not config.getoption("--seconds"):
+        terminalreporter.write_line("A single call of each was timed: these times mean nothing.")
+    for line in summary(facts, rows):
+        terminalreporter.write_line(line)
+    if config.getoption("--results"):
+        store(config.getoption("--results"), facts, rows)

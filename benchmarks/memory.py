@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from .baselines import COMPETITORS, Competitor
+from .competitors import Competitor
+from .ours import COMPETITORS
 from .problem import Problem
 from .provenance import ROOT
 from .shapes import LinearShape
@@ -43,14 +44,9 @@ def on_gpu(kind: type[Competitor], problem: Problem) -> dict[str, float]:
 
 def on_cpu(kind: type[Competitor], shape: object) -> dict[str, float]:
     """The same on a CPU; none for small layers and nets, where the kernel cannot reset a peak, or under
-    ``torch.compile``, whose compiler allocates in the same process.
-
-    Raises:
-        RuntimeError: the process failed, with its last words.
-    """
-    if not isinstance(shape, LinearShape) or shape.outputs * shape.inputs < LEAST_WEIGHTS:
-        return {}
-    if kind.compiled or not os.access(_RESET, os.W_OK):
+    ``torch.compile``, whose compiler allocates in the same process."""
+    large = isinstance(shape, LinearShape) and shape.outputs * shape.inputs >= LEAST_WEIGHTS
+    if not large or kind.compiled or not os.access(_RESET, os.W_OK):
         return {}
     sizes = [str(size) for size in (shape.outputs, shape.inputs, shape.rows)]
     command = [sys.executable, "-m", "benchmarks.memory", kind.name, *sizes, str(torch.get_num_threads())]

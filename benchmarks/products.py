@@ -1,244 +1,229 @@
-"""Cases of masked products without a training step: one task's mask, several tasks in one batch, convolutions."""
+"""What a masked product is to the tuner: operands, the kernel, the way by memory, and a check of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from wsn_fast import reference
-from wsn_fast.backends import choose
 from wsn_fast.backends import torch as portable
 
-from .cases import Case, Prepared, Work, check_close, compute_dtype, input_sets, name_of, total_bytes
-from .contenders import backend
-from .data import DENSITY
-from .shapes import ConvShape, Shapes
+from .cases import input_sets
+from .checks import check_close
+from .data import Weight
+from .library import kernels
+from .shapes import ConvShape
 
-RULE = "magnitude"
-FUSED = ("torch", "triton")
-SOURCES = ("packed", "scores")
+Results = Tensor | tuple[Tensor, ...]
+WAYS = tuple((source, backward) for source in ("packed", "scores") for backward in (False, True))
+"""Result and input gradient, from a packed mask and from scores."""
 
 
-class Weight(NamedTuple):
-    """A weight with its scores, their threshold, and masks: boolean and packed, and packed rows of several tasks."""
+class Product(ABC):
+    """A masked product at one shape, in a compute dtype. Subclasses say what its operands and its results are."""
 
-    weight: Tensor
-    scores: Tensor
-    tau: Tensor
-    mask: Tensor
-    packed: Tensor
-    task_masks: Tensor
+    operation: ClassVar[str]  # the name of the primitive in the backends
+    launcher: ClassVar[tuple[str, str]]  # the module of the Triton launcher in wsn_fast.kernels, and its name
+    names: ClassVar[tuple[str, ...]] = ("product",)  # of the results
+    source: str = "packed"  # where the mask comes from
+    backward: bool = False  # whether this is the gradient of the input
 
-    @classmethod
-    def random(cls, size: tuple[int, ...], device: torch.device, tasks: int = 1) -> Weight:
-        """fp32, scaled as layers are, so that results are of order one."""
-        weight = torch.randn(size, device=device) / weight_fan_in(size) ** 0.5
-        scores = torch.randn(size, device=device)
-        tau = reference.topc_threshold(scores, DENSITY)
-        mask = ~(scores.abs() < tau)
-        packed = portable.pack(mask)
-        return cls(weight, scores, tau, mask, packed, torch.stack([packed.roll(t) for t in range(tasks)]))
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
 
-    def source(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, str]:
-        """Where a product takes the mask from, as the primitives' arguments."""
-        return (self.packed, None, None, RULE) if name == "packed" else (None, self.scores, self.tau, RULE)
+    @abstractmethod
+    def operands(self) -> Any:
+        """New random operands, the weight as ``w``."""
 
-    def source_bytes(self, name: str) -> float:
-        """What a product must read of the weight and the mask."""
-        return self.weight.numel() * (4 + (1 / 8 if name == "packed" else 4))
+    @abstractmethod
+    def in_memory(self, o: Any) -> Results:
+        """The results by way of memory."""
 
-    def in_memory(self, source: str, dtype: torch.dtype, packed: Tensor | None = None) -> Tensor:
-        """The masked weight written out, by the backend that would be chosen."""
-        w = self.weight
-        if source == "packed":
-            mask = self.packed if packed is None else packed
-            return choose("gate_packed", w.device, w.dtype).backend.gate_packed(w, mask, dtype)
-        return choose("gate", w.device, w.dtype).backend.gate(w, self.scores, self.tau, RULE, dtype)
+    @abstractmethod
+    def definition(self, o: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The results in ``dtype`` by PyTorch, from the operands rounded to the compute dtype."""
+
+    @abstractmethod
+    def launch(self, o: Any, outputs: tuple[Tensor, ...], config: Any, splits: int, precision: str) -> None:
+        """Run the Triton kernel with a given tile; it writes ``outputs``."""
+
+    def grid(self, config: Any) -> tuple[int, int]:
+        """How many programs a tile makes, and how many steps of the sum each one takes; one step cannot be split."""
+        return 1, 1
+
+    def fitting(self, configs: Sequence[Any]) -> Sequence[Any]:
+        """The tiles that are worth a trial at this shape."""
+        return configs
+
+    def kernel(self) -> Callable[..., None]:
+        """The Triton launcher; raises ``UnavailableError`` where Triton cannot run."""
+        module, name = self.launcher
+        return getattr(kernels(module, self.device), name)
+
+    def workspace(self, rows: int, outputs: int, splits: int) -> Tensor | None:
+        """The fp32 memory of a sum in ``splits`` parts."""
+        numel = kernels("split_sum", self.device).workspace_numel(rows, outputs, splits)
+        return torch.empty(numel, dtype=torch.float32, device=self.device) if numel else None
+
+    def checker(self, o: Any) -> Callable[[tuple[Tensor, ...]], None]:
+        """A check of the results for ``o`` by the 2x rule; it raises ``WrongResultError``."""
+        torchs, exact = (self.definition(o, dtype) for dtype in (self.dtype, torch.float64))
+
+        def check(got: tuple[Tensor, ...]) -> None:
+            for name, one, theirs, right in zip(self.names, got, torchs, exact, strict=True):
+                check_close(one, theirs, right, name)
+
+        return check
+
+    def sets(self) -> list[Any]:
+        """As many operands as keep a GPU's L2 cache from holding the next ones."""
+        first = self.operands()
+        return [first, *(self.operands() for _ in range(input_sets(4 * first.w.weight.numel(), self.device) - 1))]
 
 
 class Operands(NamedTuple):
-    """A weight and a batch in the compute dtype; for a mixed batch the task of each row, and the rows of each task."""
+    """A weight, and a batch ``x`` in the compute dtype: of inputs, or of gradients of results."""
 
     w: Weight
     x: Tensor
-    tasks: Tensor | None = None
-    rows_of: Sequence[Tensor] = ()
 
 
-Product = Callable[[Operands], Tensor]
-Definition = Callable[[Operands, torch.dtype], Tensor]
-"""The result computed in a dtype by PyTorch, from the operands rounded to the compute dtype."""
+class LayerProduct(Product):
+    """What linear and convolutional layers share: they multiply ``x`` with a masked weight."""
+
+    weight_size: tuple[int, ...]
+    x_size: tuple[int, ...]
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product with a weight that is masked already."""
+        raise NotImplementedError
+
+    def operands(self) -> Operands:
+        x = torch.randn(self.x_size, device=self.device).to(self.dtype)
+        return Operands(Weight.random(self.weight_size, self.device), x)
+
+    def in_memory(self, o: Operands) -> Results:
+        return self.multiply(o.x, o.w.in_memory(self.source, self.dtype))
+
+    def definition(self, o: Operands, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (self.multiply(o.x.to(dtype), o.w.as_specified(self.dtype).to(dtype)),)
+
+    def launched_mask(self, o: Operands) -> dict[str, Any]:
+        """The mask as arguments of a launcher."""
+        mask = o.w.source(self.source)
+        return {"packed": mask.packed, "scores": mask.scores, "tau": mask.tau, "rule": mask.rule}
 
 
-def weight_fan_in(size: tuple[int, ...]) -> int:
-    """Terms of the sum behind one output."""
-    return torch.Size(size[1:]).numel()
+class LinearProduct(LayerProduct):
+    """``y = x @ (W*m).T``, or ``dx = dy @ (W*m)`` for ``backward``; W is [outputs, inputs] as ``size`` says."""
+
+    operation, launcher = "masked_linear", ("masked_matmul", "masked_matmul")
+
+    def __init__(
+        self, size: tuple[int, int], rows: int, source: str, backward: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(device, dtype)
+        self.rows, self.source, self.backward = rows, source, backward
+        self.terms, self.outputs = size if backward else (size[1], size[0])
+        self.weight_size, self.x_size = size, (rows, self.terms)
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight if self.backward else F.linear(x, weight)
+
+    def launch(self, o: Any, outputs: tuple[Tensor, ...], config: Any, splits: int, precision: str) -> None:
+        self.kernel()(
+            o.x, o.w.weight, outputs[0], **self.launched_mask(o), backward=self.backward, config=config,
+            splits=splits, workspace=self.workspace(self.rows, self.outputs, splits), precision=precision,
+        )  # fmt: skip
+
+    def grid(self, config: Any) -> tuple[int, int]:
+        tiles = -(-self.rows // config.block_m) * -(-self.outputs // config.block_o)
+        return tiles, -(-self.terms // config.block_r)
+
+    def fitting(self, configs: Sequence[Any]) -> Sequence[Any]:
+        """Tiles that hold the rows with little to spare."""
+        heights = sorted({c.block_m for c in configs})
+        fitting = [h for h in heights if h >= self.rows] or heights[-1:]
+        return [c for c in configs if c.block_m in fitting[:2]]
 
 
-def _prepare(
-    product: Product,
-    definition: Definition,
-    make: Callable[[], Operands],
-    source: str,
-    flops: float,
-    capture: bool = True,
-) -> Prepared:
-    first = make()
-    read = first.w.source_bytes(source) + total_bytes([first.x])
-    sets = [first, *(make() for _ in range(input_sets(read, first.x.device) - 1))]
-    results: list[Tensor] = []
+class TaskOperands(NamedTuple):
+    """A weight with the masks of several tasks and a batch; ``rows_of`` has the rows of each task in ``of_row``."""
 
-    def call(operands: Operands) -> None:
-        results[:] = [product(operands)]
-
-    def check() -> str:
-        check_close(results[0], definition(first, first.x.dtype), definition(first, torch.float64), "product")
-        return "fp64: at most twice torch's error"
-
-    y = definition(first, first.x.dtype)
-    calls = [partial(call, operands) for operands in sets]
-    return Prepared(calls, check, [Work(read + total_bytes([y]), flops)], capture=capture)
+    w: Weight
+    x: Tensor
+    of_row: Tensor
+    order: Tensor
+    rows_of: dict[int, Tensor]
 
 
-def _case(operation: str, contender: str, shape: str, device: torch.device, prepare: Callable[[], Prepared]) -> Case:
-    return Case(operation, contender, shape, name_of(compute_dtype(device)), prepare)
+class TaskProduct(LinearProduct):
+    """``y = x @ (W*m).T`` where every row has the mask of its own task, and the tasks are mixed."""
 
+    operation, launcher = "masked_linear_tasks", ("masked_matmul_tasks", "masked_matmul_tasks")
 
-# --- linear
-def linear_cases(shapes: Shapes, device: torch.device) -> Iterator[Case]:
-    """Forward and input gradient from a packed mask and from scores: fused, or by a masked weight in memory."""
-    for size in shapes.products:
-        for source in SOURCES:
-            for backward in (False, True):
-                for rows in shapes.product_rows:
-                    yield from _linear(size, source, backward, rows, device)
+    def __init__(self, size: tuple[int, int], rows: int, tasks: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(size, rows, "packed", False, device, dtype)
+        self.tasks = tasks
 
+    def operands(self) -> Any:
+        mixed = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))
+        of_row = (torch.arange(self.rows) % self.tasks)[mixed]
+        rows_of = {task: (of_row == task).nonzero().flatten().to(self.device) for task in of_row.unique().tolist()}
+        x = torch.randn(self.x_size, device=self.device).to(self.dtype)
+        of_row = of_row.to(self.device, torch.int32)
+        order = of_row.argsort().to(torch.int32)
+        return TaskOperands(Weight.random(self.weight_size, self.device, self.tasks), x, of_row, order, rows_of)
 
-def _linear(size: tuple[int, int], source: str, backward: bool, rows: int, device: torch.device) -> Iterator[Case]:
-    def make() -> Operands:
-        x = torch.randn(rows, size[0 if backward else 1], device=device).to(compute_dtype(device))
-        return Operands(Weight.random(size, device), x)
+    def in_memory(self, o: Any) -> Results:
+        return self._in_turn(o, lambda task: o.w.in_memory("packed", self.dtype, o.w.task_masks[task]), self.dtype)
 
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        return x @ weight if backward else F.linear(x, weight)
+    def definition(self, o: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        def masked(task: int) -> Tensor:
+            keep = portable.unpack(o.w.task_masks[task], o.w.weight.numel()).view(self.weight_size)
+            return o.w.as_specified(self.dtype, keep)
 
-    def fused(name: str, o: Operands) -> Tensor:
-        module = backend(name, "masked_linear", o.x.device, o.w.weight.dtype)
-        y: Tensor = module.masked_linear(o.x, o.w.weight, *o.w.source(source), None, backward)
-        return y
+        return (self._in_turn(o, masked, dtype),)
 
-    def definition(o: Operands, dtype: torch.dtype) -> Tensor:
-        masked = reference.select(o.w.mask, o.w.weight.to(o.x.dtype))
-        return multiply(o.x.to(dtype), masked.to(dtype))
-
-    contenders: dict[str, Product] = {f"{name} backend": partial(fused, name) for name in FUSED}
-    contenders["masked weight in memory"] = lambda o: multiply(o.x, o.w.in_memory(source, o.x.dtype))
-    operation = f"masked linear, {source}{', dx' if backward else ''}"
-    for contender, product in contenders.items():
-        prepare = partial(_prepare, product, definition, make, source, 2.0 * rows * size[0] * size[1])
-        yield _case(operation, contender, f"{size[0]}x{size[1]} b{rows}", device, prepare)
-
-
-# --- several tasks in one batch
-def task_cases(shapes: Shapes, device: torch.device) -> Iterator[Case]:
-    """Rows that belong to different tasks, mixed: one call, or a product per task."""
-    for size in shapes.products[:1]:
-        for rows in shapes.task_rows:
-            yield from _tasks(size, shapes.tasks, rows, device)
-
-
-def _tasks(size: tuple[int, int], tasks: int, rows: int, device: torch.device) -> Iterator[Case]:
-    mixed = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    of_row = (torch.arange(rows) % tasks)[mixed]
-    names = of_row.unique().tolist()
-
-    def make() -> Operands:
-        x = torch.randn(rows, size[1], device=device).to(compute_dtype(device))
-        rows_of = [(of_row == task).nonzero().flatten().to(device) for task in names]
-        return Operands(Weight.random(size, device, tasks), x, of_row.to(device, torch.int32), rows_of)
-
-    def fused(name: str, o: Operands) -> Tensor:
-        module = backend(name, "masked_linear_tasks", o.x.device, o.w.weight.dtype)
-        y: Tensor = module.masked_linear_tasks(o.x, o.w.weight, o.w.task_masks, o.tasks, None, None)
-        return y
-
-    def loop(o: Operands, masked: Callable[[int], Tensor], dtype: torch.dtype) -> Tensor:
-        y = torch.empty(rows, size[0], dtype=dtype, device=device)
-        for task, at in zip(names, o.rows_of, strict=True):
+    def _in_turn(self, o: TaskOperands, masked: Callable[[int], Tensor], dtype: torch.dtype) -> Tensor:
+        y = torch.empty(self.rows, self.outputs, dtype=dtype, device=self.device)
+        for task, at in o.rows_of.items():
             y[at] = F.linear(o.x[at].to(dtype), masked(task).to(dtype))
         return y
 
-    def definition(o: Operands, dtype: torch.dtype) -> Tensor:
-        def masked(task: int) -> Tensor:
-            keep = portable.unpack(o.w.task_masks[task], o.w.weight.numel()).view(size)
-            return reference.select(keep, o.w.weight.to(o.x.dtype))
-
-        return loop(o, masked, dtype)
-
-    def in_memory(o: Operands) -> Tensor:
-        return loop(o, lambda task: o.w.in_memory("packed", o.x.dtype, o.w.task_masks[task]), o.x.dtype)
-
-    contenders: dict[str, Product] = {f"{name} backend": partial(fused, name) for name in FUSED}
-    contenders["a masked weight per task"] = in_memory
-    for contender, product in contenders.items():
-        capture = contender != "torch backend"  # it asks on the host which tasks there are
-        flops = 2.0 * rows * size[0] * size[1]
-        prepare = partial(_prepare, product, definition, make, "packed", flops, capture)
-        yield _case(f"masked linear, {tasks} tasks", contender, f"{size[0]}x{size[1]} b{rows}", device, prepare)
+    def launch(self, o: TaskOperands, outputs: tuple[Tensor, ...], config: Any, splits: int, precision: str) -> None:
+        self.kernel()(
+            o.x, o.w.weight, outputs[0], packed=o.w.task_masks, tasks=o.of_row, order=o.order, config=config,
+            splits=splits, workspace=self.workspace(self.rows, self.outputs, splits), precision=precision,
+        )  # fmt: skip
 
 
-# --- convolutions
-def conv_cases(shapes: Shapes, device: torch.device) -> Iterator[Case]:
-    """Forward and input gradient: an implicit product, or a masked weight in memory and cuDNN."""
-    for shape in shapes.convs:
-        for source in SOURCES:
-            for backward in (False, True):
-                yield from _conv(shape, source, backward, device)
+class ConvProduct(LayerProduct):
+    """The convolution, or for ``backward`` the gradient of its input."""
 
+    operation, launcher = "masked_conv", ("implicit_conv", "masked_conv")
 
-def conv_operands(s: ConvShape, backward: bool, device: torch.device) -> Operands:
-    """Random ones; ``x`` is the gradient of the result for ``backward``."""
-    size = (s.batch, s.outputs, s.out_size, s.out_size) if backward else (s.batch, s.channels, s.size, s.size)
-    x = torch.randn(size, device=device).to(compute_dtype(device))
-    return Operands(Weight.random((s.outputs, s.channels // s.groups, s.kernel, s.kernel), device), x)
+    def __init__(self, size: ConvShape, source: str, backward: bool, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(device, dtype)
+        s = self.size = size
+        self.source, self.backward = source, backward
+        self.weight_size = (s.outputs, s.channels // s.groups, s.kernel, s.kernel)
+        self.x_size = (s.batch, s.outputs, s.out_size, s.out_size) if backward else s.input_size
 
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        s = self.size
+        if self.backward:
+            return conv2d_input(s.input_size, weight, x, s.stride, s.padding, 1, s.groups)
+        return F.conv2d(x, weight, None, s.stride, s.padding, 1, s.groups)
 
-def conv_arguments(s: ConvShape, backward: bool) -> tuple[Any, ...]:
-    """(bias, geometry, groups, input_shape) as ``masked_conv`` takes them."""
-    input_shape = [s.batch, s.channels, s.size, s.size] if backward else None
-    return None, ((s.stride,) * 2, (s.padding,) * 2, (1, 1)), s.groups, input_shape
-
-
-def conv_definition(s: ConvShape, backward: bool, o: Operands, dtype: torch.dtype) -> Tensor:
-    """cuDNN's, or on a CPU PyTorch's own, with the masked weight."""
-    return convolve(s, backward, o.x.to(dtype), reference.select(o.w.mask, o.w.weight.to(o.x.dtype)).to(dtype))
-
-
-def convolve(s: ConvShape, backward: bool, x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution, or the gradient of its input."""
-    if backward:
-        size = (s.batch, s.channels, s.size, s.size)
-        return conv2d_input(size, weight, x, s.stride, s.padding, 1, s.groups)
-    return F.conv2d(x, weight, None, s.stride, s.padding, 1, s.groups)
-
-
-def _conv(s: ConvShape, source: str, backward: bool, device: torch.device) -> Iterator[Case]:
-    def fused(name: str, o: Operands) -> Tensor:
-        module = backend(name, "masked_conv", o.x.device, o.w.weight.dtype)
-        y: Tensor = module.masked_conv(o.x, o.w.weight, *o.w.source(source), *conv_arguments(s, backward))
-        return y
-
-    contenders: dict[str, Product] = {f"{name} backend": partial(fused, name) for name in FUSED}
-    contenders["masked weight in memory"] = lambda o: convolve(s, backward, o.x, o.w.in_memory(source, o.x.dtype))
-    operation = f"masked conv, {source}{', dx' if backward else ''}"
-    flops = 2.0 * s.batch * s.outputs * s.out_size**2 * s.channels // s.groups * s.kernel**2
-    for contender, product in contenders.items():
-        make = partial(conv_operands, s, backward, device)
-        prepare = partial(_prepare, product, partial(conv_definition, s, backward), make, source, flops)
-        yield _case(operation, contender, str(s), device, prepare)
+    def launch(self, o: Operands, outputs: tuple[Tensor, ...], config: Any, splits: int, precision: str) -> None:
+        s = self.size
+        self.kernel()(
+            o.x, o.w.weight, outputs[0], **self.launched_mask(o), stride=(s.stride,) * 2, padding=(s.padding,) * 2,
+            dilation=(1, 1), groups=s.groups, backward=self.backward, config=config, precision=precision,
+        )  # fmt: skip

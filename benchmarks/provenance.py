@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 import platform
 import subprocess
@@ -62,19 +61,15 @@ def slug(name: str) -> str:
 def gpu_state() -> dict[str, str]:
     """Driver, clocks, temperature and power as ``nvidia-smi`` reads them now; empty without it."""
     answer = _output("nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader")
-    values = answer.splitlines()[0].split(", ") if answer else []
-    return dict(zip(("driver", *_GPU_FIELDS[1:]), values, strict=True)) if len(values) == len(_GPU_FIELDS) else {}
+    return dict(zip(("driver", *_GPU_FIELDS[1:]), answer.split("\n")[0].split(", "), strict=False)) if answer else {}
 
 
 def _commit() -> tuple[str, bool | None]:
     """The commit and whether files differ from it; ``("unknown", None)`` where nothing tells."""
-    named = os.environ.get(COMMIT_VARIABLE)
-    if named:
+    if named := os.environ.get(COMMIT_VARIABLE):
         return named.removesuffix("+dirty"), named.endswith("+dirty")
     commit = _output("git", "rev-parse", "HEAD")
-    if not commit:
-        return "unknown", None
-    return commit, bool(_output("git", "status", "--porcelain"))
+    return (commit, bool(_output("git", "status", "--porcelain"))) if commit else ("unknown", None)
 
 
 def _output(*command: str) -> str:
@@ -85,18 +80,14 @@ def _output(*command: str) -> str:
 
 
 def _triton_version() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
     try:
         return version("triton")
     except PackageNotFoundError:
-        return "unknown"
+        return None
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
+    return next(models, platform.processor() or platform.machine())

@@ -1,16 +1,20 @@
-"""Rows of a report: a case run, and what came of it. A wrong result never gets a time; a failure is a row as well."""
+"""Rows of results: a case is checked, timed and checked again. A wrong result gets no time; a failure is a row too."""
 
 from __future__ import annotations
 
 import gc
+import json
 import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import Case, Kernel, Prepared, Rates, UnavailableError, WrongResultError, floor_us, verify
+from .cases import Case, Prepared, verify
+from .checks import UnavailableError, WrongResultError
 from .timing import MIN_REPEATS, time_calls
 
 _LONG_FIRST_CALL = 1.0  # seconds: it may have been a compiler's
@@ -18,81 +22,47 @@ _LONG_FIRST_CALL = 1.0  # seconds: it may have been a compiler's
 
 @dataclass
 class Row:
-    """One line of a report.
-
-    Attributes:
-        section, operation, contender, shape, dtype: which case.
-        status: "ok", "wrong", "failed", "unavailable" (does not exist here) or "skipped" (no time left).
-        check: what the result was compared with, and how closely it agreed.
-        median_us, p20_us, p80_us, repeats, how: see :class:`benchmarks.timing.Timing`; None unless "ok".
-        floor_us: from the bytes and operations that the case must do and the rates of this device, this run.
-        notes: further numbers.
-        kernels: the profile of a call, for rows that have one.
-        error: why there is no time.
-    """
+    """One line of a report: a case, and what came of it."""
 
     section: str
     operation: str
     contender: str
     shape: str
     dtype: str
-    status: str = "failed"
-    check: str = ""
-    median_us: float | None = None
+    status: str = "failed"  # or "ok", "wrong", "unavailable" (does not exist here), "skipped" (no time left)
+    check: str = ""  # what the result was compared with
+    median_us: float | None = None  # times are None unless the status is "ok"
     p20_us: float | None = None
     p80_us: float | None = None
     repeats: int = 0
-    how: str = ""
-    floor_us: float | None = None
+    how: str = ""  # see benchmarks.timing.Timing
+    bytes: float = 0.0  # what one call must move and compute at least
+    flops: float = 0.0
     notes: dict[str, float] = field(default_factory=dict)
-    kernels: list[Kernel] = field(default_factory=list)
-    error: str = ""
+    error: str = ""  # why there is no time
 
     @classmethod
     def of(cls, section: str, case: Case, **fields: Any) -> Row:
         """The row of a case."""
         return cls(section, case.operation, case.contender, case.shape, case.dtype, **fields)
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Row:
-        """The inverse of :meth:`as_dict`."""
-        fields = {name: value for name, value in data.items() if name != "ratio"}
-        return cls(**fields | {"kernels": [Kernel(*kernel) for kernel in fields.get("kernels", ())]})
-
     @property
-    def group(self) -> tuple[str, str, str]:
-        """Rows of one group do the same work."""
-        return self.operation, self.shape, self.dtype
-
-    @property
-    def ratio(self) -> float | None:
-        """Time over floor."""
-        return self.median_us / self.floor_us if self.median_us and self.floor_us else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields and the ratio."""
-        return {**asdict(self), "ratio": self.ratio}
+    def is_fault(self) -> bool:
+        """Whether it is wrong or has failed."""
+        return self.status in ("wrong", "failed")
 
 
 def run_case(
-    section: str, case: Case, device: torch.device, rates: Rates | None, *, seconds: float, remaining: float
+    section: str, case: Case, device: torch.device, *, seconds: float, remaining: float, notes: bool = True
 ) -> Row:
-    """Prepare, check, time, check again.
+    """Prepare, check, time for about ``seconds``, check again; returns a row whatever happened.
 
-    Args:
-        section: the heading.
-        case: what to run.
-        device: where.
-        rates: of the device, for the floor.
-        seconds: about how long to measure.
-        remaining: seconds that the section has left; a case that would take longer is skipped, and the row says so.
-
-    Returns:
-        The row, whatever happened.
+    A case that would take longer than the ``remaining`` seconds is skipped, and the row says so. ``notes`` says whether
+    to measure peak memory and the like too.
     """
     row = Row.of(section, case)
     try:
-        _run(row, case, device, rates, seconds, remaining)
+        _run(row, case, device, seconds, remaining, notes)
     except UnavailableError as reason:
         row.status, row.error = "unavailable", scrubbed(reason)
     except WrongResultError as error:
@@ -100,7 +70,7 @@ def run_case(
     except Exception as error:  # of any kind: the report goes on, and says what happened
         row.status, row.error = "failed", scrubbed(f"{type(error).__name__}: {error}")
     if row.status != "ok":
-        row.median_us = row.p20_us = row.p80_us = row.floor_us = None
+        row.median_us = row.p20_us = row.p80_us = None
     return row
 
 
@@ -112,7 +82,8 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _run(row: Row, case: Case, device: torch.device, rates: Rates | None, seconds: float, remaining: float) -> None:
+def _run(row: Row, case: Case, device: torch.device, seconds: float, remaining: float, notes: bool) -> None:
+    """Fill in the check and the times, or that there is too little time left."""
     begin = time.perf_counter()
     torch.manual_seed(0)
     prepared = case.prepare()
@@ -128,9 +99,8 @@ def _run(row: Row, case: Case, device: torch.device, rates: Rates | None, second
     row.median_us, row.p20_us, row.p80_us, row.repeats, row.how = timing
     again = prepared.recheck() if prepared.recheck is not None else verify(prepared)
     row.check += "" if again == row.check else f"; after timing {again}"
-    row.notes = prepared.notes()
-    row.kernels = [] if prepared.kernels is None else prepared.kernels()
-    row.floor_us = None if rates is None else floor_us(prepared.work, rates, case.dtype)
+    row.bytes, row.flops = prepared.work
+    row.notes = prepared.notes() if notes else {}
     row.status = "ok"
 
 
@@ -145,3 +115,14 @@ def _timed(prepared: Prepared, device: torch.device) -> float:
 def scrubbed(text: object) -> str:
     """A message as it may be published: paths down to file names, and not endless."""
     return re.sub(r"(?:/[\w.+@-]+)+/(?=[\w.+-])", "", str(text)).strip()[:600]
+
+
+def store(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write results as JSON: ``facts`` says where they come from (:mod:`benchmarks.provenance`), ``rows`` has them."""
+    path.write_text(json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", "utf-8")
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The facts and rows that :func:`store` wrote."""
+    data = json.loads(path.read_text("utf-8"))
+    return data["facts"], [Row(**row) for row in data["rows"]]

@@ -1,4 +1,4 @@
-"""The one list of shapes: what ``pytest benchmarks``, the device report and the tuner measure."""
+"""The one list of shapes, for ``pytest benchmarks``, the device report and the tuner."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ class LinearShape:
 
     def __str__(self) -> str:
         return f"{self.outputs}x{self.inputs} b{self.rows}"
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Of the batch."""
+        return self.rows, self.inputs
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class ConvShape:
         return f"{name} b{self.batch}"
 
     @property
+    def input_size(self) -> tuple[int, ...]:
+        """Of the batch."""
+        return self.batch, self.channels, self.size, self.size
+
+    @property
     def out_size(self) -> int:
         """Height and width of the result."""
         return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
@@ -54,48 +64,26 @@ class NetShape:
         return f"{self.net} {'x'.join(map(str, self.inputs))} b{self.rows}"
 
     @property
-    def convolutional(self) -> bool:
-        """Whether it has convolutions."""
-        return self.net != "mlp"
+    def input_size(self) -> tuple[int, ...]:
+        """Of the batch."""
+        return self.rows, *self.inputs
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """One choice of shapes.
+    """One choice of shapes; the most telling ones come first."""
 
-    Attributes:
-        thresholds: numbers of scores of the selection.
-        worst: the number of scores of the selection on distributions other than the normal one; 0 for none.
-        many: how many tensors the selection takes in one call, and the sizes of the smallest and the largest.
-        kthvalue_limit: more scores than this are skipped by ``kthvalue``, which runs in a single block on a GPU.
-        elementwise: numbers of weights of the elementwise operations.
-        tasks: rows of packed masks in a union, and tasks in a mixed batch.
-        products: [outputs, inputs] of masked products without a training step.
-        product_rows: batch sizes of these.
-        grad_rows: batch sizes of the gradients of weight and scores; the first of ``products`` alone.
-        task_rows: batch sizes of products whose rows belong to different tasks.
-        convs: convolutions without a training step.
-        steps: linear layers for the training step, the most telling first.
-        more_steps: further ones.
-        conv_steps: convolutions for the training step.
-        nets: whole nets for the training step.
-    """
-
-    thresholds: tuple[int, ...]
-    worst: int
-    many: tuple[int, int, int]
-    kthvalue_limit: int
-    elementwise: tuple[int, ...]
-    tasks: int
-    products: tuple[tuple[int, int], ...]
-    product_rows: tuple[int, ...]
-    grad_rows: tuple[int, ...]
-    task_rows: tuple[int, ...]
-    convs: tuple[ConvShape, ...]
-    steps: tuple[LinearShape, ...]
-    more_steps: tuple[LinearShape, ...]
-    conv_steps: tuple[ConvShape, ...]
+    thresholds: tuple[int, ...]  # numbers of scores
+    worst: int  # number of scores of awkward distributions
+    many: tuple[int, int, int]  # how many tensors one call selects from, sizes of the smallest and the largest
+    kthvalue_limit: int  # kthvalue runs in a single block on a GPU: it is not tried with more scores
+    elementwise: tuple[int, ...]  # numbers of weights
+    tasks: int  # packed masks in a union
+    conv_steps: tuple[ConvShape, ...]  # convolutions
+    steps: tuple[LinearShape, ...]  # linear layers
+    more_steps: tuple[LinearShape, ...]  # further ones
     nets: tuple[NetShape, ...]
+    inference: tuple[NetShape, ...]  # nets for the inference of a finished task
 
 
 # The paper's data: Permuted MNIST, and the same with a larger batch; CIFAR-100 Superclass; 5-Datasets; CIFAR-100 Split;
@@ -108,75 +96,31 @@ LENET_LARGE = NetShape("lenet_large", (1, 32, 32), 12, 64)
 
 MILLION, LAYER, LARGE, HUGE = 1 << 20, 1 << 24, 1 << 26, 1 << 30  # 1.05 M, 16.8 M, 67 M and 1.07 G scores
 
-TINY = Shapes(  # code paths, not times: the report's dry run, in Triton's interpreter as well
-    thresholds=(1000,),
-    worst=300,
-    many=(3, 10, 200),
-    kthvalue_limit=500,
-    elementwise=(1000,),
-    tasks=3,
-    products=((24, 40),),
-    product_rows=(5,),
-    grad_rows=(5,),
-    task_rows=(5,),
-    convs=(ConvShape(2, 3, 6, 4, 3, padding=1),),
-    steps=(LinearShape(24, 40, 5),),
-    more_steps=(LinearShape(16, 24, 3),),
+TINY = Shapes(  # all code and no times: for dry runs, in Triton's interpreter as well
+    thresholds=(1000,), worst=300, many=(3, 10, 200), kthvalue_limit=500, elementwise=(1000,), tasks=3,
     conv_steps=(ConvShape(2, 3, 6, 4, 3, padding=1),),
+    steps=(LinearShape(24, 40, 5),), more_steps=(LinearShape(16, 24, 3),),
     nets=(NetShape("mlp", (1, 4, 4), 3, 5), NetShape("lenet", (1, 4, 4), 3, 5)),
-)
-SMALL = Shapes(  # a CPU, in a minute
-    thresholds=(100_000, MILLION),
-    worst=100_000,
-    many=(10, 100, 100_000),
-    kthvalue_limit=MILLION,
-    elementwise=(MILLION,),
-    tasks=5,
-    products=((512, 512),),
-    product_rows=(16,),
-    grad_rows=(16,),
-    task_rows=(16,),
-    convs=(ConvShape(8, 32, 16, 64, 3, padding=1),),
-    steps=(LinearShape(100, 784, 10), LinearShape(512, 512, 64)),  # the first is the paper's on Permuted MNIST
-    more_steps=(),
-    conv_steps=(ConvShape(8, 32, 16, 64, 3, padding=1),),
-    nets=(MLP, MLP_64, LENET),
-)
+    inference=(NetShape("mlp", (1, 4, 4), 3, 5),),
+)  # fmt: skip
+SMALL = Shapes(  # `pytest benchmarks`: under three minutes on two cores of a CPU
+    thresholds=(MILLION,), worst=100_000, many=(10, 100, 100_000), kthvalue_limit=MILLION, elementwise=(MILLION,),
+    tasks=5, conv_steps=(ConvShape(8, 32, 16, 64, 3, padding=1),),
+    steps=(LinearShape(1024, 1024, 64), LinearShape(2048, 2048, 64)), more_steps=(), nets=(MLP,), inference=(MLP_64,),
+)  # fmt: skip
 LARGE_CPU = Shapes(  # the published numbers of a CPU
-    thresholds=(MILLION, LAYER),
-    worst=LAYER,
-    many=(100, 1000, MILLION),
-    kthvalue_limit=LAYER,
-    elementwise=(LAYER,),
-    tasks=10,
-    products=((2048, 2048),),
-    product_rows=(1, 16, 64),
-    grad_rows=(64,),
-    task_rows=(64,),
-    convs=(ConvShape(64, 64, 32, 128, 3, padding=1),),
+    thresholds=(MILLION, LAYER), worst=LAYER, many=(100, 1000, MILLION), kthvalue_limit=LAYER, elementwise=(LAYER,),
+    tasks=10, conv_steps=(ConvShape(64, 64, 32, 128, 3, padding=1),),
     steps=(LinearShape(2048, 2048, 64), LinearShape(1024, 1024, 64), LinearShape(100, 784, 10)),
-    more_steps=(),
-    conv_steps=(ConvShape(64, 64, 32, 128, 3, padding=1),),
-    nets=(MLP, MLP_64, LENET, RESNET, ALEXNET),
-)
+    more_steps=(), nets=(MLP, MLP_64, LENET, RESNET, ALEXNET), inference=(MLP_64, ALEXNET),
+)  # fmt: skip
+_BATCHES = (256, 32, 4096, 16384)
 GPU = Shapes(  # the published numbers of a GPU
-    thresholds=(LAYER, MILLION, LARGE, HUGE),
-    worst=LAYER,
-    many=(100, 1000, 4 * MILLION),
-    kthvalue_limit=LAYER,
-    elementwise=(LAYER, LARGE),
-    tasks=16,
-    products=((4096, 4096), (4096, 16384)),
-    product_rows=(1, 16, 32, 64, 128, 256),
-    grad_rows=(32, 256, 4096, 16384),
-    task_rows=(16, 64, 256),
-    convs=(ConvShape(64, 64, 32, 128, 3, padding=1), ConvShape(64, 256, 16, 256, 3, padding=1)),
-    steps=tuple(LinearShape(4096, 4096, rows) for rows in (256, 32, 4096, 16384)),
-    more_steps=tuple(
-        LinearShape(*size, rows) for size in ((1024, 1024), (4096, 16384)) for rows in (256, 32, 4096, 16384)
-    ),
-    conv_steps=(ConvShape(64, 256, 16, 256, 3, padding=1),),
-    nets=(MLP, MLP_64, LENET, RESNET, ALEXNET, LENET_LARGE),
-)
+    thresholds=(LAYER, MILLION, LARGE, HUGE), worst=LAYER, many=(100, 1000, 4 * MILLION), kthvalue_limit=LAYER,
+    elementwise=(LAYER, LARGE), tasks=16, conv_steps=(ConvShape(64, 256, 16, 256, 3, padding=1),),
+    steps=tuple(LinearShape(4096, 4096, rows) for rows in _BATCHES),
+    more_steps=tuple(LinearShape(*size, rows) for size in ((1024, 1024), (4096, 16384)) for rows in _BATCHES),
+    nets=(MLP, MLP_64, LENET, RESNET, ALEXNET, LENET_LARGE), inference=(MLP_64, ALEXNET),
+)  # fmt: skip
 
 PROFILES = {"tiny": TINY, "small": SMALL, "large": LARGE_CPU, "gpu": GPU}

@@ -1,36 +1,23 @@
-"""Every case once: checked first, and timed only if it is right."""
+"""Every case once: checked, timed only if it is right, and checked again."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 
-from .cases import Case, UnavailableError, verify
+from .conftest import ROWS, device_of
+from .rows import run_case
+from .suite import Planned
+
+_LONGEST = 120.0  # seconds that a case may take
 
 
-def test_case(case: Case, device: torch.device, benchmark: Any) -> None:
-    """Prepare, check with poisoned memory, time, check again."""
-    try:
-        prepared = case.prepare()
-        verdict = verify(prepared)
-    except UnavailableError as reason:
-        pytest.skip(str(reason))
-    benchmark.group = case.group
-    benchmark.name = case.contender
-    names = ("operation", "shape", "dtype", "contender")
-    benchmark.extra_info.update({name: getattr(case, name) for name in names}, check=verdict)
-    call = prepared.calls[0]
-
-    def wait() -> None:  # by the host's clock; the device report leaves out what the host adds
-        call()
-        torch.cuda.synchronize(device)
-
-    benchmark(call if device.type == "cpu" else wait)
-    if prepared.recheck is not None:
-        prepared.recheck()
-    else:
-        verify(prepared)
-    if benchmark.enabled:
-        benchmark.extra_info.update(notes=prepared.notes())
+def test_case(planned: Planned, pytestconfig: pytest.Config) -> None:
+    """The row of the case goes into the table at the end of the run."""
+    seconds, notes = pytestconfig.getoption("--seconds"), pytestconfig.getoption("--memory")
+    device = device_of(pytestconfig)
+    row = run_case(planned.section, planned.case, device, seconds=seconds, remaining=_LONGEST, notes=notes)
+    pytestconfig.stash[ROWS].append(row)
+    if row.is_fault:
+        pytest.fail(f"{row.status}: {row.error}", pytrace=False)
+    if row.status != "ok":
+        pytest.skip(f"{row.status}: {row.error}")

@@ -1,14 +1,13 @@
-"""Times of device work and of host work: medians with quantiles, and how they were taken.
+"""The one timing of all benchmarks: medians with quantiles, and how they were taken.
 
-On a GPU the calls are captured in a CUDA graph and its replays are timed with events, so that launch gaps stay out.
-What cannot be captured is timed with events around eager calls, or by the host's clock if the call waits for the
-device itself; the result says which. Steps of whole nets are timed as a loop of eager calls. On a CPU it is the host's
-clock.
+On a GPU the calls are captured in a CUDA graph and its replays are timed with events, which leaves out the gaps between
+launches. What cannot be captured is timed with events around eager calls, or by the host's clock if the call waits for
+the device itself; the result says which. Steps of whole nets are timed as a loop of eager calls. On a CPU the host's
+clock is used.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,12 +19,11 @@ MIN_REPEATS, MAX_REPEATS = 3, 200
 _REPLAY_SECONDS = 2e-3  # long against the gap between replays
 _MAX_LOOPS = 64
 _LEAST_IN_A_LOOP = 5  # the first call of a row finds the device idle
-_FLUSH_BYTES = 512 << 20  # several times any L2
 
 
 class Timing(NamedTuple):
-    """Microseconds per call. ``how``: "graph", "loop", "events", "wall" or "host", with the reason if it is second
-    best."""
+    """Microseconds per call. ``how`` is "graph", "loop", "events", "wall" or "host"; "events" comes with the reason why
+    there is no graph."""
 
     median_us: float
     p20_us: float
@@ -35,35 +33,21 @@ class Timing(NamedTuple):
 
 
 def time_calls(
-    calls: Sequence[Call],
-    device: torch.device,
-    *,
-    seconds: float = 0.2,
-    capture: bool = True,
-    loop: bool = False,
-    flush: bool = False,
+    calls: Sequence[Call], device: torch.device, *, seconds: float = 0.2, capture: bool = True, loop: bool = False
 ) -> Timing:
-    """Time calls that do the same work on different data.
+    """Time calls that do the same work on different data; returns the quantiles over the repeats, per call.
 
     Args:
         calls: called in turn; several where the data of one would stay in the L2 cache.
         device: where they work.
         seconds: about how long to measure, with at least ``MIN_REPEATS`` repeats; 0 for a single one, in a dry run.
-        capture: whether they can be captured in a CUDA graph: no host synchronisation, no copy from the host. Without
-            it the host's clock is used, and includes what the host does.
-        loop: time eager calls in a row between two events, as a training loop makes them: what the host adds counts as
-            far as the device has to wait for it.
-        flush: write a buffer larger than the L2 cache before every single call, which is then timed by itself.
-
-    Returns:
-        The quantiles over the repeats, per call.
+        capture: whether they can be captured in a CUDA graph. Without it the host's clock is used.
+        loop: whether to time eager calls in a row between two events, as a training loop makes them.
     """
     if device.type == "cpu":
         return _clocked(calls, seconds, lambda: None, "host")
     if not capture and not loop:
         return _clocked(calls, seconds, torch.cuda.synchronize, "wall")
-    if flush:
-        return _flushed(calls, seconds)
     once = _once(calls)
     loops = max(1, min(_MAX_LOOPS, int(_REPLAY_SECONDS / once)))
     if loop:
@@ -73,7 +57,8 @@ def time_calls(
         graph = capture_graph(list(calls) * loops)
     except Exception as error:  # any kind: a library's refusal to be captured is a reason, not the end of the row
         torch.cuda.synchronize()
-        return _evented(_in_turn(calls), len(calls), once, seconds, f"events (no graph: {_first_line(error)})")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        return _evented(_in_turn(calls), len(calls), once, seconds, f"events (no graph: {reason})")
     return _evented(graph.replay, len(calls) * loops, once * loops, seconds, "graph")
 
 
@@ -114,7 +99,7 @@ def _once(calls: Sequence[Call]) -> float:
 
 def _evented(run: Call, calls_per_run: int, once: float, seconds: float, how: str) -> Timing:
     run()  # the first replay uploads the graph
-    repeats = _repeats(seconds, once)
+    repeats = max(MIN_REPEATS if seconds else 1, min(MAX_REPEATS, int(seconds / max(once, 1e-6))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -122,21 +107,6 @@ def _evented(run: Call, calls_per_run: int, once: float, seconds: float, how: st
         end.record()
     torch.cuda.synchronize()
     return _quantiles([start.elapsed_time(end) * 1e3 / calls_per_run for start, end in events], how)
-
-
-def _flushed(calls: Sequence[Call], seconds: float) -> Timing:
-    once = _once(calls[:1])
-    buffer = torch.empty(_FLUSH_BYTES // 4, device="cuda")
-    times = []
-    for i in range(_repeats(seconds, once)):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        buffer.fill_(float(i))
-        start.record()
-        calls[i % len(calls)]()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return _quantiles(times, "events, L2 flushed")
 
 
 def _clocked(calls: Sequence[Call], seconds: float, wait: Call, how: str) -> Timing:
@@ -154,18 +124,6 @@ def _clocked(calls: Sequence[Call], seconds: float, wait: Call, how: str) -> Tim
     return _quantiles(times, how)
 
 
-def _repeats(seconds: float, once: float) -> int:
-    return max(MIN_REPEATS if seconds else 1, min(MAX_REPEATS, int(seconds / max(once, 1e-6))))
-
-
 def _quantiles(times: list[float], how: str) -> Timing:
-    times = sorted(times)
-
-    def at(share: float) -> float:
-        return times[min(len(times) - 1, math.floor(share * len(times)))]
-
-    return Timing(at(0.5), at(0.2), at(0.8), len(times), how)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    median, low, high = (sorted(times)[int(share * len(times))] for share in (0.5, 0.2, 0.8))
+    return Timing(median, low, high, len(times), how)

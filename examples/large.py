@@ -1,9 +1,9 @@
-"""A large model, converted and trained for two tasks: bytes per weight and step time beside the dense model's.
+"""Convert a large model, train it for two tasks, and compare bytes per weight and step time with the dense model.
 
     python examples/large.py  # a transformer and a stack of linear layers: 1 G gated weights on a GPU, 2 M on a CPU
 
-The subnet model is built and converted on the meta device and gets its memory once (:func:`wsn_fast.materialize`). The
-data are random: this measures, it teaches nothing. Autocast computes in bfloat16; parameters are float32.
+The subnet model is built and converted on the meta device, and gets its memory once (:func:`wsn_fast.materialize`). The
+data are random, because only memory and time are measured. Autocast computes in bfloat16; parameters are float32.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wsn_fast import WSN, convert, materialize
-from wsn_fast.optim import SubnetAdamW
+from wsn_fast.optim.optimizers import SubnetAdamW
 
 PROGRAMS = ("dense", "standard", "one-pass")
-"""The dense model with fused AdamW, and ours with SubnetAdamW in either mode."""
+"""The dense model with fused AdamW, and the subnet model with SubnetAdamW in both modes."""
 TASKS = ("first", "second")
 CLASSES, FEATURES, HEAD_WIDTH = 10, 256, 64
 _WARM_UP = 2  # steps of each task that are not timed
@@ -38,7 +38,8 @@ _LEARNING_RATE = 1e-4
 
 # --- models
 class Attention(nn.Module):
-    """Self-attention whose projections are linear layers that are called, as masks need it. [B, L, width]."""
+    """Self-attention. Its projections are linear layers that are called, because otherwise masks would not be applied.
+    Input and output are [B, L, width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: attention, then a hidden layer of four times the width. 12 width^2 weights."""
+    """A pre-norm block: attention, then a hidden layer of four times the width. It has 12 width^2 weights."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -74,14 +75,14 @@ class MLPBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """Features into blocks, the mean over positions into a classifier: [B, L, FEATURES] -> [B, CLASSES].
+    """Blocks on embedded features, and a classifier on the mean over positions: [B, L, FEATURES] -> [B, CLASSES].
 
     Args:
         block: makes a block of a width.
-        width, depth: of the stack.
+        width, depth: the width and the number of the blocks.
         length: L.
-        checkpointing: "none"; or keep the input of each block alone and compute the rest again in the backward pass,
-            "non-reentrant" or "reentrant" (see ``torch.utils.checkpoint``).
+        checkpointing: "none" keeps all activations. "non-reentrant" and "reentrant" keep only the input of each block,
+            and compute the rest again in the backward pass (see ``torch.utils.checkpoint``).
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Stack(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise what is directly in here: :func:`wsn_fast.materialize` asks for it."""
+        """Initialise the module's own parameters. :func:`wsn_fast.materialize` calls it."""
         nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +121,8 @@ def mlp(weights: float, length: int, checkpointing: str = "none") -> Stack:
 
 
 def _stack(block: Callable[[int], nn.Module], squares: int, weights: float, length: int, checkpointing: str) -> Stack:
-    """A power of two for the width, such that there are at least eight blocks of ``squares`` width^2 weights."""
+    """Make the stack. The width is the largest power of two with which there are at least eight blocks of
+    ``squares`` width^2 weights."""
     width = max(HEAD_WIDTH, 1 << int(math.log2(math.sqrt(weights / (8 * squares)))))
     return Stack(block, width, math.ceil(weights / (squares * width**2)), length, checkpointing)
 
@@ -130,7 +132,7 @@ MODELS = {"transformer": transformer, "mlp": mlp}
 
 # --- programs: a model in training
 class Dense:
-    """The dense model: one classifier, which both tasks share, and torch's fused AdamW."""
+    """The dense model with torch's fused AdamW. Both tasks share one classifier."""
 
     def __init__(self, build: Callable[[], Stack], device: torch.device, density: float) -> None:
         with torch.device(device):
@@ -139,14 +141,14 @@ class Dense:
         self.optimizer: torch.optim.Optimizer
 
     def begin_task(self, task: str) -> None:
-        """A fresh optimizer."""
+        """Make a new optimizer."""
         self.optimizer = torch.optim.AdamW(self.model.parameters(), _LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def end_task(self) -> None:
-        """Nothing ends."""
+        """A dense model has nothing to do at the end of a task."""
 
     def parts(self) -> dict[str, int]:
-        """The bytes of what training holds after a step, gradients included, by part."""
+        """The bytes that training holds after a step, by part. Gradients are included."""
         parameters = list(self.model.parameters())
         return {
             "parameters": _bytes(parameters),
@@ -158,7 +160,7 @@ class Dense:
         return (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
 
     def verify(self) -> str:
-        """What is promised of finished tasks."""
+        """What is known about finished tasks."""
         return "nothing is promised"
 
 
@@ -184,14 +186,15 @@ class Subnet(Dense):
 
     def parts(self) -> dict[str, int]:
         gates = [gate for layer in self.layers for gate in layer.gated()]
-        ahead = [ready for layer in self.layers for ready in layer.ready.values()]
+        ready = [one for layer in self.layers for one in layer.gate_state.ready.values()]
+        ahead = [tensor for one in ready for tensor in (one.masked, one.next.tau, one.window) if tensor is not None]
         scores = _bytes(gate.score for gate in gates)
         found = super().parts()
         return found | {
             "parameters": found["parameters"] - scores,
             "scores": scores,
             "masks": _bytes(t for gate in gates for t in (gate.masks, gate.union) if t is not None),
-            "gates made ahead": _bytes(t for ready in ahead for t in (ready.masked, ready.tau, ready.window)),
+            "gates made ahead": _bytes(ahead),
         }
 
     def verify(self) -> str:
@@ -200,7 +203,7 @@ class Subnet(Dense):
 
 
 class OnePass(Subnet):
-    """The same, with one pass over the parameters."""
+    """The converted model with the one-pass mode of the optimizer."""
 
     one_pass = True
 
@@ -215,7 +218,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 # --- measuring
 @dataclass(frozen=True)
 class Result:
-    """What one program did with one model.
+    """The measurements of one program with one model.
 
     Attributes:
         model, program: which.
@@ -266,7 +269,7 @@ def measure(model: str, program: str, options: argparse.Namespace) -> Result:
 
 
 def _step(training: Dense, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """A training step: its seconds, and the loss."""
+    """Do a training step. Returns its seconds and the loss."""
     start = _now(x.device)
     training.optimizer.zero_grad()
     with torch.autocast(x.device.type, torch.bfloat16):
@@ -277,7 +280,8 @@ def _step(training: Dense, x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def _allocated(device: torch.device) -> int | None:
-    """The bytes in use on a GPU, after what is free went back to it; None on a CPU, whose allocator does not tell."""
+    """The bytes in use on a GPU, after free memory was given back. None on a CPU, because its allocator does not
+    count."""
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()
@@ -298,7 +302,7 @@ def _now(device: torch.device) -> float:
 
 # --- the table
 def table(results: Sequence[Result]) -> str:
-    """The results of one model, a column each."""
+    """The results of one model as a table, with a column per program."""
     parts = dict.fromkeys(part for result in reversed(results) for part in result.bytes_per_weight)
     last = [part for part in parts if part in ("activations and the rest", "peak", "sum of these")]
     rows = [
@@ -317,7 +321,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print a table for each model, write the JSON."""
+    """Measure, print a table for each model, and write the JSON file."""
     options = _options(arguments)
     results: list[Result] = []
     for model in options.model:

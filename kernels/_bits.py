@@ -1,8 +1,8 @@
 """Device functions on bits, without loads or stores: packed masks, and integer keys that order as scores do.
 
 A packed mask holds element ``i`` of the row-major flattened tensor in bit ``i % 8``, least significant first,
-of byte ``i // 8``. Keys are made by integer arithmetic alone, so that no flush to zero can merge denormals
-and every dtype does the same in the interpreter as on a GPU.
+of byte ``i // 8``. Keys are made by integer arithmetic alone. So denormal (tiny) numbers keep
+different keys where a processor treats them as zero, and every dtype does the same in the interpreter as on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def order_key(x, MAGNITUDE: tl.constexpr):
     MAGNITUDE.
 
     Every NaN has the same key, the largest; -0.0 has the key of +0.0. A key has as many significant bits as
-    the dtype, for MAGNITUDE one less.
+    the dtype, and with MAGNITUDE one bit less.
     """
     BITS: tl.constexpr = x.dtype.primitive_bitwidth
     INF: tl.constexpr = (1 << (BITS - 1)) - (1 << x.dtype.fp_mantissa_width)  # the bits of +inf

@@ -1,4 +1,5 @@
-"""What the elementwise kernels share: tile shapes, exact conversions, and tables for launches over many tensors."""
+"""What the elementwise kernels share: tile shapes, exact conversions of dtypes, and tables for launches over many
+tensors."""
 
 from __future__ import annotations
 
@@ -11,34 +12,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _layout as layout
+
 ALIGNMENT = 16
-"""Bytes: what a 128-bit load needs, and what Triton's own check of an argument looks for."""
+"""Bytes that an address has to be a multiple of for 128-bit loads. Triton checks its arguments for the same number."""
+
+FP_FUSION = {"enable_fp_fusion": True}
+"""Options of every launch: the compiler may fuse a multiplication and an addition into one instruction, which rounds
+once. The kernels were compiled and tested this way. A launch has to say it, because Triton 3.9 warns otherwise."""
 
 
 @dataclass(frozen=True)
 class Config:
     """One way to cut a flattened tensor: ``block`` elements to a program of ``num_warps`` warps.
 
-    4 elements a thread suit 32-bit results, 8 suit 16-bit ones: then a thread stores 128 bits at once, and its bits of
-    a packed mask reach it without a detour through shared memory.
-    """
+    4 elements for each thread suit 32-bit results, and 8 suit 16-bit ones: then a thread stores 128 bits at once, and
+    the bits of a packed mask get to their thread without shared memory."""
 
     block: int
     num_warps: int
 
 
 def grid(n: int, config: Config) -> tuple[int]:
-    """One program per block of ``n`` elements; no program for none."""
+    """The launch grid: one program for each block of ``n`` elements. It is empty for n = 0."""
     return (triton.cdiv(n, config.block),)
 
 
-_TRITON_DTYPES = {
+TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
 }
+"""Triton's dtype for each dtype that the elementwise kernels know."""
 
 
 class TensorTable(NamedTuple):
@@ -46,7 +53,7 @@ class TensorTable(NamedTuple):
 
     Attributes:
         addresses: int64 [kinds + 1, T]: a row of addresses for each kind of operand, then the numbers of elements.
-        blocks: int32 [programs, 2]: each program's tensor and its block within that tensor.
+        blocks: int32 [programs, BLOCK_COLUMNS]: each program's tensor and its block within that tensor.
         dtypes: Triton's dtype of each kind of operand, None for one that is left out.
         config: the tile shape that ``blocks`` was cut for.
         aligned: whether every address, but those of packed masks and of 0-d tensors, is a multiple of 16 bytes.
@@ -59,19 +66,19 @@ class TensorTable(NamedTuple):
     aligned: bool
 
     def to(self, device: torch.device | str) -> TensorTable:
-        """The same table on ``device``. A copy from the host: outside CUDA graph capture."""
+        """Copy the table from the host to ``device``. A CUDA graph cannot capture this copy."""
         return self._replace(addresses=self.addresses.to(device), blocks=self.blocks.to(device))
 
 
 def tensor_table(operands: Sequence[Sequence[Tensor] | None], config: Config) -> TensorTable:
-    """Describe T tensors to a kernel of many tensors, on the CPU; bring it to their device with ``TensorTable.to``.
+    """Describe T tensors to a kernel of many tensors. The table is on the CPU; ``TensorTable.to`` brings it to the
+    device.
 
-    The table holds addresses, not references: the caller keeps the tensors alive and in place while it is in use, as
-    for a captured graph.
+    The table holds addresses, not references. The caller keeps the tensors alive and in place as long as it is used.
 
     Args:
-        operands: for each kind of operand, in the order that the kernel names, its T contiguous tensors of one dtype,
-            or None. The first kind gives the numbers of elements.
+        operands: for each kind of operand its T contiguous tensors of one dtype, or None, in the order of the rows
+            that the kernel names. The first kind gives the numbers of elements, which are the last row.
         config: the tile shape.
     """
     given = [kind for kind in operands if kind is not None]
@@ -86,7 +93,7 @@ def tensor_table(operands: Sequence[Sequence[Tensor] | None], config: Config) ->
     return TensorTable(
         addresses=torch.tensor([*addresses, sizes]),
         blocks=blocks,
-        dtypes=tuple(None if kind is None else _TRITON_DTYPES[kind[0].dtype] for kind in operands),
+        dtypes=tuple(None if kind is None else TRITON_DTYPES[kind[0].dtype] for kind in operands),
         config=config,
         aligned=all(t.data_ptr() % ALIGNMENT == 0 for t in vectors),
     )
@@ -104,7 +111,8 @@ def widen(x):
 
 @triton.jit
 def convert(x, DTYPE: tl.constexpr):
-    """``x`` as DTYPE, rounded as ``Tensor.to`` rounds; untouched, NaN payloads too, if it is of that dtype already."""
+    """``x`` as DTYPE, rounded as ``Tensor.to`` rounds. What has that dtype is returned as it is, payloads of NaNs
+    included."""
     if x.dtype != DTYPE:
         x = widen(x)
         if DTYPE.primitive_bitwidth == 16:
@@ -123,10 +131,20 @@ def below(scores, tau, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def table_pointer(table_ptr, column, tensor, tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer in row ``column`` of a ``TensorTable``'s addresses."""
-    pointer = tl.load(table_ptr + column * tensors + tensor).to(tl.pointer_type(DTYPE))
-    if ALIGNED:  # the compiler cannot see it in a loaded address, and without it would split every vector
+def block_of(block_ptr, BLOCK: tl.constexpr):
+    """The tensor and the first element of this program, from ``TensorTable.blocks``."""
+    block_ptr += tl.program_id(0).to(tl.int64) * layout.BLOCK_COLUMNS
+    tensor = tl.load(block_ptr + layout.BLOCK_TENSOR)
+    return tensor, tl.load(block_ptr + layout.BLOCK_INDEX).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def table_pointer(
+    table_ptr, ROW: tl.constexpr, tensor, tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """The address of tensor ``tensor`` in row ROW of a table [rows, tensors], as a pointer to DTYPE."""
+    pointer = layout.field(table_ptr, ROW, tensor, tensors).to(tl.pointer_type(DTYPE))
+    if ALIGNED:  # the compiler cannot know this of a loaded address, and would make every wide load narrow
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 

@@ -1,4 +1,4 @@
-"""The exact top-c% threshold of several tensors at once, on order-preserving integer keys (WSN, Eq. 3).
+"""The exact threshold of the top fraction c of several tensors at once, on order-preserving integer keys (WSN, Eq. 3).
 
 tau is the key of a given rank among the ascending ``|S|`` or ``S``, NaN last. A radix select by counting
 would read the scores once per digit. Here they are read once, and the digits are counted on the few keys near
@@ -9,21 +9,22 @@ tau:
 2. ``window_kernel`` reads every score: it counts the keys below the window and those equal to its ends, and
    lists the keys strictly inside it, a few per cent.
 3. ``digit_kernel``, one launch per digit, most significant first, counts the digits of the listed keys that
-   agree with tau so far. The next launch reads from the counts where tau lies.
-4. ``result_kernel`` writes tau.
+   agree with tau so far. The last program of a tensor finds tau's digit from the counts, and tau from the last digit.
 
-Nothing is decided on the host, and the number of launches does not depend on the tensors. The sample decides
-only the time: where its window misses tau or holds too much, the digits are counted over all scores. The ends
-lie ``SIGMAS`` deviations from tau, which leaves that a chance below 3 in 100,000 for any distribution: a
-value frequent enough to overfill the list is an end of the window, and is counted and not listed. So inputs
-with many equal keys take no longer than random ones. A program counts in registers and adds to memory once;
-one atomic more per tile reserves its place in the list. The order of the list depends on timing, the result
-does not.
+Nothing is decided on the host, and the number of launches does not depend on the tensors. The sample decides only the
+time: where its window misses tau or holds too much, the digits are counted over all scores. The window reaches
+``SIGMAS`` standard deviations of the sampled rank to each side. How such a rank varies does not depend on the
+distribution of the scores, so the window misses tau with a probability below 3 in 100,000. A key that many scores share
+becomes an end of the window, where it is counted and not listed, so that it cannot fill the list. Therefore inputs with
+many equal keys take no longer than random ones. A program counts in registers and adds to memory once; one atomic more
+per tile reserves its place in the list. The order of the list depends on timing, the result does not.
+
+What changes from launch to launch is an argument at run time, so that each kernel is compiled once for a dtype and a
+rule. ``digit_kernel`` also serves :mod:`.warm_threshold`.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -31,122 +32,150 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _layout as layout
 from ._bits import from_order_key, order_key
-from ._compile import CompileCase
-from ._select_table import (
+from ._elementwise import FP_FUSION
+from ._window import clear_state, settle
+from .threshold_table import (
     CONFIGS,
-    DIGITS,
     DTYPES,
-    LIST_SHARE,
-    STATE,
     Config,
     Table,
     describe,
+    digit_shifts,
+    list_bits,
     make_table,
     programs_of,
-    state_size,
     workspace_size,
+    write_programs,
+    write_row,
 )
 
 __all__ = ["CONFIGS", "Config", "Table", "describe", "make_table", "programs_of", "select", "workspace_size"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tensors_ptr", "programs_ptr", "state_ptr", "tau", "scores", "n", "rank", "low_rank", "high_rank", "room",
+        "programs", "items_each", "magnitude", "writes_programs", "samples",
+    ]
+)  # fmt: skip
 def sample_kernel(
-    tensors_ptr,  # [T, 6] int64, Table.tensors
-    state_ptr,  # [T, STATE + len(DIGITS) * 2**DIGITS[0]] int64
+    tensors_ptr,  # [T, TENSOR_COLUMNS] int64, Table.tensors
+    programs_ptr,  # [P, PROGRAM_COLUMNS] int64, Table.programs
+    state_ptr,  # [T, STATE_SIZE] int64
+    tau: tl.int64,  # the address of the thresholds, [T] DTYPE
+    scores: tl.int64,  # the address of the scores of the only tensor, if its row is to be written; see Row
+    n: tl.int64,  # how many it has; 0 if the table has its rows already
+    rank: tl.int64,
+    low_rank: tl.int64,
+    high_rank: tl.int64,
+    room: tl.int64,
+    programs: tl.int64,
+    items_each,  # scores per program
+    magnitude,  # 1 for the rule "magnitude", else 0
+    writes_programs,  # 1 if Table.programs is to be written, else 0
+    samples,  # 1 if there is a search, else 0
     DTYPE: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    DIGITS: tl.constexpr,
-    STATE: tl.constexpr,
     SAMPLE: tl.constexpr,
 ):
-    """Clear the state of a tensor and write the window's ends, by bisection of the sample's keys."""
-    BINS: tl.constexpr = 1 << DIGITS[0]
-    BITS: tl.constexpr = DTYPE.primitive_bitwidth - MAGNITUDE
+    """Write what a table lacks of a tensor, clear the state of its search, and write the window's ends, by bisection of
+    the sample's keys. One program serves one tensor."""
     tensor = tl.program_id(0).to(tl.int64)
-    tensors_ptr += 6 * tensor
-    state_ptr += tensor * (STATE + len(DIGITS) * BINS)
-    x_ptr = tl.load(tensors_ptr).to(tl.pointer_type(DTYPE))
-    n = tl.load(tensors_ptr + 1)
-    low_rank = tl.load(tensors_ptr + 4)
-    high_rank = tl.load(tensors_ptr + 5)
+    row_ptr = tensors_ptr + layout.TENSOR_COLUMNS * tensor
+    if n > 0:
+        write_row(row_ptr, scores, n, rank, low_rank, high_rank, room, programs)
+        tl.debug_barrier()  # every thread reads below what one thread has written
+    if writes_programs > 0:
+        write_programs(row_ptr, programs_ptr, tensor, items_each)
+    if samples > 0:
+        tl.store(row_ptr + layout.TENSOR_TAU, tau + tensor * (DTYPE.primitive_bitwidth // 8))
+        _sample(row_ptr, layout.state_of(state_ptr, tensor), magnitude, DTYPE, SAMPLE)
 
-    # One position in each of SAMPLE equal parts, at a place in it that no regular pattern can follow.
+
+@triton.jit
+def _sample(row_ptr, state_ptr, magnitude, DTYPE: tl.constexpr, SAMPLE: tl.constexpr):
+    x_ptr = tl.load(row_ptr + layout.TENSOR_SCORES).to(tl.pointer_type(DTYPE))
+    n = tl.load(row_ptr + layout.TENSOR_NUMEL)
+    low_rank = tl.load(row_ptr + layout.TENSOR_LOW_RANK)
+    high_rank = tl.load(row_ptr + layout.TENSOR_HIGH_RANK)
+
+    # One position in each of SAMPLE equal parts, at a pseudo-random place in the part.
     i = tl.arange(0, SAMPLE)
     place = (i.to(tl.uint32) * 0x9E3779B9).to(tl.int64)
     spread = i.to(tl.int64) * n // SAMPLE + (place * (n // SAMPLE) >> 32)
-    key = order_key(tl.load(x_ptr + tl.where(n > SAMPLE, spread, i), mask=i < n, other=0.0), MAGNITUDE)
-    key = tl.where(i < n, key, 0xFFFFFFFF)  # below nothing
+    x = tl.load(x_ptr + tl.where(n > SAMPLE, spread, i), mask=i < n, other=0.0)
+    key = tl.where(magnitude > 0, order_key(x, True), order_key(x, False))
+    key = tl.where(i < n, key, 0xFFFFFFFF)  # larger than every key, so it is never counted as below
     low = tl.zeros((), tl.uint32)
     high = tl.zeros((), tl.uint32)
-    for bit in range(BITS):
-        step = tl.full((), 1, tl.uint32) << (BITS - 1 - bit)
+    bits = DTYPE.primitive_bitwidth - magnitude
+    for bit in range(bits):
+        step = tl.full((), 1, tl.uint32) << (bits - 1 - bit).to(tl.uint32)
         # Two counts in one sum; low is never above high.
         below = tl.sum(tl.where(key < low + step, 0x10001, tl.where(key < high + step, 0x10000, 0)), 0)
         low = tl.where((below & 0xFFFF) <= low_rank, low + step, low)
         high = tl.where((below >> 16) <= high_rank, high + step, high)
-
-    bins = tl.arange(0, BINS)
-    for i in tl.static_range(len(DIGITS)):
-        tl.store(state_ptr + STATE + i * BINS + bins, tl.zeros([BINS], tl.int64))
-    field = tl.arange(0, STATE)
-    ends = tl.where(field == 0, low.to(tl.int64), high.to(tl.int64))
-    tl.store(state_ptr + field, tl.where(field < 2, ends, 0))
+    clear_state(state_ptr, low.to(tl.int64), high.to(tl.int64), 0)
 
 
 @triton.jit
 def stretch(tensors_ptr, programs_ptr, items_each, DTYPE: tl.constexpr):
-    """What this program owns: (tensor, row of Table.tensors, first element, number of elements, address)."""
+    """The part of a tensor that this program works on: (tensor, pointer to its row of Table.tensors, first element,
+    number of elements, pointer to the first score)."""
     program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(programs_ptr + 2 * program)
-    start = tl.load(programs_ptr + 2 * program + 1)
-    row_ptr = tensors_ptr + 6 * tensor
-    items = tl.minimum(tl.load(row_ptr + 1) - start, items_each).to(tl.int32)
-    x_ptr = tl.load(row_ptr).to(tl.pointer_type(DTYPE))
+    programs_ptr += layout.PROGRAM_COLUMNS * program
+    tensor = tl.load(programs_ptr + layout.PROGRAM_TENSOR)
+    start = tl.load(programs_ptr + layout.PROGRAM_START)
+    row_ptr = tensors_ptr + layout.TENSOR_COLUMNS * tensor
+    items = tl.minimum(tl.load(row_ptr + layout.TENSOR_NUMEL) - start, items_each).to(tl.int32)
+    x_ptr = tl.load(row_ptr + layout.TENSOR_SCORES).to(tl.pointer_type(DTYPE))
     return tensor, row_ptr, start, items, x_ptr + start
 
 
 @triton.jit
-def _load_keys(x_ptr, offsets, end, items, MAGNITUDE: tl.constexpr):
-    """The keys of a tile that ends at ``end``. Beyond ``items`` they are the largest there is: counted after
-    every real key, where no rank reaches."""
-    if end <= items:  # apart: all tiles but a tensor's last do without the mask
-        x = tl.load(x_ptr + offsets)
-    else:
-        x = tl.load(x_ptr + offsets, mask=offsets < items, other=float("nan"))
-    return order_key(x, MAGNITUDE)
+def list_part(row_ptr, state_ptr, list_bits):
+    """The part of the list that belongs to this program, of at most ``2**list_bits`` keys: (where it begins among the
+    lists of all tensors, how many keys it has, how many parts there are)."""
+    first = (tl.program_id(0) - tl.load(row_ptr + layout.TENSOR_FIRST_PROGRAM)) << list_bits
+    listed = tl.load(state_ptr + layout.STATE_LISTED)
+    each = tl.full((), 1, tl.int64) << list_bits
+    items = tl.minimum(listed - first, each).to(tl.int32)
+    return tl.load(row_ptr + layout.TENSOR_LIST) + first, items, (listed + each - 1) >> list_bits
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tensors_ptr", "programs_ptr", "state_ptr", "lists_ptr", "items_each"],
+)
 def window_kernel(
-    tensors_ptr,  # [T, 6] int64, Table.tensors
-    programs_ptr,  # [P, 2] int64, Table.programs
-    state_ptr,  # [T, STATE + len(DIGITS) * 2**DIGITS[0]] int64
+    tensors_ptr,  # [T, TENSOR_COLUMNS] int64, Table.tensors
+    programs_ptr,  # [P, PROGRAM_COLUMNS] int64, Table.programs
+    state_ptr,  # [T, STATE_SIZE] int64
     lists_ptr,  # [Table.listed] uint32
     items_each,  # scores per program
     DTYPE: tl.constexpr,
     MAGNITUDE: tl.constexpr,
-    DIGITS: tl.constexpr,
-    STATE: tl.constexpr,
-    LIST_SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # the program's threads: each has a row of a tile to itself, and sums along it alone
 ):
     """Count the keys below the window and at its ends, and list those inside."""
     tensor, row_ptr, _, items, x_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
-    state_ptr += tensor * (STATE + (len(DIGITS) << DIGITS[0]))
-    low = tl.load(state_ptr).to(tl.uint32)
-    high = tl.load(state_ptr + 1).to(tl.uint32)
-    room = tl.load(row_ptr + 1) // LIST_SHARE
-    lists_ptr += tl.load(row_ptr + 3)
+    state_ptr = layout.state_of(state_ptr, tensor)
+    low = tl.load(state_ptr + layout.STATE_LOW).to(tl.uint32)
+    high = tl.load(state_ptr + layout.STATE_HIGH).to(tl.uint32)
+    room = tl.load(row_ptr + layout.TENSOR_ROOM)
+    lists_ptr += tl.load(row_ptr + layout.TENSOR_LIST)
 
     below = tl.zeros([LANES], tl.int32)
     at_low = tl.zeros([LANES], tl.int32)
     at_high = tl.zeros([LANES], tl.int32)
     tile = tl.arange(0, LANES)[:, None] + tl.arange(0, BLOCK // LANES)[None, :] * LANES
     for offset in range(0, items, BLOCK):
-        key = _load_keys(x_ptr, offset + tile, offset + BLOCK, items, MAGNITUDE)
+        if offset + BLOCK <= items:  # only the last tile of a tensor needs a bounds check
+            x = tl.load(x_ptr + offset + tile)
+        else:  # NaN has the largest key: it is counted after every real key, where no rank reaches
+            x = tl.load(x_ptr + offset + tile, mask=offset + tile < items, other=float("nan"))
+        key = order_key(x, MAGNITUDE)
         # Four 8-bit counters in one number take half the instructions. Equal ends count as the low one.
         kind = tl.where(key < high, 1 << 16, tl.where(key == high, 1 << 24, 0))
         kind = tl.where(key < low, 1, tl.where(key == low, 1 << 8, kind))
@@ -157,158 +186,184 @@ def window_kernel(
         at_high += (kinds >> 24) & 0xFF
         found = tl.sum(in_lane, 0)
         if found > 0:
-            begin = tl.atomic_add(state_ptr + 5, found.to(tl.int64), sem="relaxed")
+            begin = tl.atomic_add(state_ptr + layout.STATE_LISTED, found.to(tl.int64), sem="relaxed")
             if begin + found <= room:
                 before = tl.cumsum(in_lane, 0) - in_lane - 1
                 slot = before[:, None] + ((tl.cumsum(kind, 1) >> 16) & 0xFF)
                 tl.store(lists_ptr + begin + slot, key, mask=kind == (1 << 16))
-    tl.atomic_add(state_ptr + 2, tl.sum(below, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(state_ptr + 3, tl.sum(at_low, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(state_ptr + 4, tl.sum(at_high, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(state_ptr + layout.STATE_BELOW, tl.sum(below, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(state_ptr + layout.STATE_AT_LOW, tl.sum(at_low, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(state_ptr + layout.STATE_AT_HIGH, tl.sum(at_high, 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
-def locate(row_ptr, state_ptr, LIST_SHARE: tl.constexpr):
-    """Where tau is: (at the window's low end, at its high end, in the list, its rank there or overall)."""
-    rank = tl.load(row_ptr + 2)
-    at_low = tl.load(state_ptr + 3)
-    listed = tl.load(state_ptr + 5)
-    beyond_below = rank - tl.load(state_ptr + 2)
+def _locate(row_ptr, state_ptr):
+    """Where tau is.
+
+    Returns:
+        is_low: whether tau is the low end of the window.
+        is_high: whether it is the high end.
+        in_list: whether it is in the list.
+        rank: its rank in the list if it is there, else its rank among all keys.
+    """
+    rank = tl.load(row_ptr + layout.TENSOR_RANK)
+    at_low = tl.load(state_ptr + layout.STATE_AT_LOW)
+    listed = tl.load(state_ptr + layout.STATE_LISTED)
+    beyond_below = rank - tl.load(state_ptr + layout.STATE_BELOW)
     beyond_low = beyond_below - at_low
     beyond_list = beyond_low - listed
     is_low = (beyond_below >= 0) & (beyond_low < 0)
-    is_high = (beyond_list >= 0) & (beyond_list < tl.load(state_ptr + 4))
-    in_list = (beyond_low >= 0) & (beyond_list < 0) & (listed <= tl.load(row_ptr + 1) // LIST_SHARE)
+    is_high = (beyond_list >= 0) & (beyond_list < tl.load(state_ptr + layout.STATE_AT_HIGH))
+    fits = listed <= tl.load(row_ptr + layout.TENSOR_ROOM)
+    in_list = (beyond_low >= 0) & (beyond_list < 0) & fits
     return is_low, is_high, in_list, tl.where(in_list, beyond_low, rank)
 
 
 @triton.jit
-def narrow(counts_ptr, rank, DIGITS: tl.constexpr, PASSES: tl.constexpr):
-    """The first PASSES digits of the key of this rank, from the counts of as many passes, and the number of keys that
-    have them."""
-    BINS: tl.constexpr = 1 << DIGITS[0]
-    bins = tl.arange(0, BINS)
-    prefix = tl.zeros((), tl.uint32)
-    equal = tl.zeros((), tl.int64)
-    for i in tl.static_range(PASSES):
-        counts = tl.load(counts_ptr + i * BINS + bins)
-        digit = tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int32), 0)
-        rank -= tl.sum(tl.where(bins < digit, counts, 0), 0)
-        equal = tl.sum(tl.where(bins == digit, counts, 0), 0)
-        prefix = (prefix << DIGITS[i]) | digit.to(tl.uint32)
+def _count(
+    x_ptr, keys_ptr, in_list, offset, items, prefix, shift,
+    MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """How often each digit is at ``shift`` in the keys of the tile at ``offset`` that have the digits of ``prefix``
+    above it. The keys are in the list, or those of scores; a TAIL ends at ``items``."""
+    place = offset + tl.arange(0, BLOCK)
+    inside = place < items if TAIL else None
+    if in_list:
+        key = tl.load(keys_ptr + place, mask=inside)
+    else:
+        key = order_key(tl.load(x_ptr + place, mask=inside), MAGNITUDE)
+    digit = (key ^ prefix) >> shift
+    agrees = digit < layout.DIGIT_BINS
+    if TAIL:
+        agrees &= inside
+    return tl.histogram(digit.to(tl.int32), layout.DIGIT_BINS, mask=agrees)
+
+
+@triton.jit
+def _is_last(state_ptr, parts):
+    """Whether this program is the last of ``parts`` programs to come here, all of which count digits of one tensor.
+
+    What the last one then reads are the counts of all of them. Each program adds its counts, by atomics of all its
+    threads. The barrier puts them before the atomic of one thread on STATE_ARRIVED, whose release makes them visible
+    to the GPU before its own addition is. These additions form a chain of atomics, so the acquire of the last one
+    synchronises with every one before it, and the second barrier puts all reads of this program after it. Nobody waits:
+    a program that is not the last ends. So it does not matter how many programs run at a time, or in which order.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(state_ptr + layout.STATE_ARRIVED, tl.full((), 1, tl.int64), sem="acq_rel")
+    tl.debug_barrier()
+    return arrived == parts - 1
+
+
+@triton.jit
+def _take_digit(state_ptr, rank, prefix, shift):
+    """Find the digit of the key of ``rank`` from the counts, note it, and clear the counts for the next one.
+
+    Returns:
+        prefix: with the digit.
+        equal: how many keys agree with it.
+    """
+    bins = tl.arange(0, layout.DIGIT_BINS)
+    counts_ptr = state_ptr + layout.STATE_COUNTS + bins
+    counts = tl.load(counts_ptr)
+    passed = tl.load(state_ptr + layout.STATE_PASSED)
+    digit = tl.sum((tl.cumsum(counts, 0) <= rank - passed).to(tl.int32), 0)
+    passed += tl.sum(tl.where(bins < digit, counts, 0), 0)
+    equal = tl.sum(tl.where(bins == digit, counts, 0), 0)
+    prefix = prefix | (digit.to(tl.uint32) << shift)
+    tl.debug_barrier()  # every thread has read
+    tl.store(counts_ptr, tl.zeros([layout.DIGIT_BINS], tl.int64))
+    tl.store(state_ptr + layout.STATE_PREFIX, prefix.to(tl.int64))
+    tl.store(state_ptr + layout.STATE_PASSED, passed)
+    tl.store(state_ptr + layout.STATE_ARRIVED, tl.zeros((), tl.int64))
     return prefix, equal
 
 
 @triton.jit
+def _finish(row_ptr, state_ptr, key, equal, hit, DTYPE: tl.constexpr, MAGNITUDE: tl.constexpr):
+    """Write the threshold, whose key is known, and what follows from it for a tensor that keeps a window."""
+    tau_ptr = tl.load(row_ptr + layout.TENSOR_TAU).to(tl.pointer_type(DTYPE))
+    tl.store(tau_ptr, from_order_key(key, DTYPE, MAGNITUDE))
+    window = tl.load(row_ptr + layout.TENSOR_WINDOW)
+    if window != 0:
+        room = tl.load(row_ptr + layout.TENSOR_ROOM)
+        settle(window.to(tl.pointer_type(tl.int64)), state_ptr, room, key, equal, hit, DTYPE, MAGNITUDE)
+
+
+@triton.jit(
+    do_not_specialize=["tensors_ptr", "programs_ptr", "state_ptr", "lists_ptr", "items_each", "list_bits", "shift"],
+)
 def digit_kernel(
-    tensors_ptr,  # [T, 6] int64, Table.tensors
-    programs_ptr,  # [P, 2] int64, Table.programs
-    state_ptr,  # [T, STATE + len(DIGITS) * 2**DIGITS[0]] int64
+    tensors_ptr,  # [T, TENSOR_COLUMNS] int64, Table.tensors
+    programs_ptr,  # [P, PROGRAM_COLUMNS] int64, Table.programs
+    state_ptr,  # [T, STATE_SIZE] int64
     lists_ptr,  # [Table.listed] uint32
     items_each,  # scores per program
+    list_bits,  # listed keys per program: 2**list_bits
+    shift,  # how many bits of a key lie below this launch's digit; 0 in the last launch
     DTYPE: tl.constexpr,
     MAGNITUDE: tl.constexpr,
-    DIGITS: tl.constexpr,
-    STATE: tl.constexpr,
-    LIST_SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PASS: tl.constexpr,
-    SHIFT: tl.constexpr,  # how many bits of a key lie below this pass's digit
 ):
-    """Count digit PASS of the keys that agree with the threshold in every digit before it."""
-    BINS: tl.constexpr = 1 << DIGITS[PASS]
+    """Count a digit of the keys that agree with the threshold in every digit before it. The last program of a tensor
+    finds the threshold's digit, and after the last digit it writes the threshold."""
     tensor, row_ptr, start, items, x_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
-    state_ptr += tensor * (STATE + (len(DIGITS) << DIGITS[0]))
-    is_low, is_high, in_list, rank = locate(row_ptr, state_ptr, LIST_SHARE)
-    if in_list:
-        lists_ptr += tl.load(row_ptr + 3) + start // LIST_SHARE
-        left = tl.load(state_ptr + 5) - start // LIST_SHARE
-        items = tl.minimum(left, items_each // LIST_SHARE).to(tl.int32)
-    if is_low | is_high:
+    state_ptr = layout.state_of(state_ptr, tensor)
+    is_low, is_high, in_list, rank = _locate(row_ptr, state_ptr)
+    parts = tl.load(row_ptr + layout.TENSOR_PROGRAMS)
+    if is_low | is_high:  # nothing is to be counted
         items = 0
+        if (shift == 0) & (start == 0):
+            key = tl.load(state_ptr + tl.where(is_low, layout.STATE_LOW, layout.STATE_HIGH)).to(tl.uint32)
+            equal = tl.load(state_ptr + tl.where(is_low, layout.STATE_AT_LOW, layout.STATE_AT_HIGH))
+            _finish(row_ptr, state_ptr, key, equal, True, DTYPE, MAGNITUDE)
+    if in_list:
+        first, items, parts = list_part(row_ptr, state_ptr, list_bits)
+        lists_ptr += first
     if items > 0:
-        prefix, _equal = narrow(state_ptr + STATE, rank, DIGITS, PASS)
-        counts = tl.zeros([BINS], tl.int32)
-        for offset in range(0, items, BLOCK):
-            offsets = offset + tl.arange(0, BLOCK)
-            if in_list:
-                key = tl.load(lists_ptr + offsets, mask=offsets < items, other=0xFFFFFFFF)
-            else:
-                key = _load_keys(x_ptr, offsets, offset + BLOCK, items, MAGNITUDE)
-            digit = ((key >> SHIFT) & (BINS - 1)).to(tl.int32)
-            if PASS == 0:
-                counts += tl.histogram(digit, BINS)
-            else:
-                counts += tl.histogram(digit, BINS, mask=(key >> (SHIFT + DIGITS[PASS])) == prefix)
-        counts_ptr = state_ptr + STATE + (PASS << DIGITS[0]) + tl.arange(0, BINS)
+        prefix = tl.load(state_ptr + layout.STATE_PREFIX).to(tl.uint32)
+        counts = tl.zeros([layout.DIGIT_BINS], tl.int32)
+        whole = items // BLOCK * BLOCK
+        for offset in range(0, whole, BLOCK):
+            counts += _count(x_ptr, lists_ptr, in_list, offset, items, prefix, shift, MAGNITUDE, BLOCK, TAIL=False)
+        for offset in range(whole, items, BLOCK // 4):
+            counts += _count(x_ptr, lists_ptr, in_list, offset, items, prefix, shift, MAGNITUDE, BLOCK // 4, TAIL=True)
+        counts_ptr = state_ptr + layout.STATE_COUNTS + tl.arange(0, layout.DIGIT_BINS)
         tl.atomic_add(counts_ptr, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
-
-
-@triton.jit
-def result_kernel(
-    tensors_ptr,  # [T, 6] int64, Table.tensors
-    state_ptr,  # [T, STATE + len(DIGITS) * 2**DIGITS[0]] int64
-    tau_ptr,  # [T] DTYPE
-    DTYPE: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    DIGITS: tl.constexpr,
-    STATE: tl.constexpr,
-    LIST_SHARE: tl.constexpr,
-):
-    """Write the threshold of one tensor per program."""
-    tensor = tl.program_id(0).to(tl.int64)
-    state_ptr += tensor * (STATE + (len(DIGITS) << DIGITS[0]))
-    is_low, is_high, _in_list, rank = locate(tensors_ptr + 6 * tensor, state_ptr, LIST_SHARE)
-    if is_low | is_high:
-        key = tl.load(state_ptr + tl.where(is_low, 0, 1)).to(tl.uint32)
-    else:
-        key, _equal = narrow(state_ptr + STATE, rank, DIGITS, len(DIGITS))
-    tl.store(tau_ptr + tensor, from_order_key(key, DTYPE, MAGNITUDE))
+        if _is_last(state_ptr, parts):
+            key, equal = _take_digit(state_ptr, rank, prefix, shift)
+            if shift == 0:
+                _finish(row_ptr, state_ptr, key, equal, in_list, DTYPE, MAGNITUDE)
 
 
 def select(*, table: Table, tau: Tensor, workspace: Tensor, rule: str) -> None:
-    """Write the threshold of every tensor: 8 launches for float32, 6 for 16-bit scores, and no host sync.
+    """Write the threshold of every tensor: 6 launches for float32, 4 for 16-bit scores, and no host sync.
 
     Args:
-        table: of :func:`make_table`, on the current device.
+        table: of :func:`make_table` or :func:`describe`, on the current device.
         tau: [T], contiguous, of the scores' dtype: the thresholds are written here, zero as +0.0.
         workspace: [>= workspace_size(table)] int64, any contents, for one call at a time.
         rule: "magnitude" or "value".
     """
-    tensors, programs, dtype, _, config = table
-    digits = DIGITS[dtype][rule == "value"]
-    states = len(tensors) * state_size(dtype)
-    form: dict[str, Any] = {"DTYPE": DTYPES[dtype], "MAGNITUDE": rule == "magnitude", "DIGITS": digits}
-    form |= {"STATE": STATE, "tensors_ptr": tensors, "state_ptr": workspace}
-    tiles: dict[str, Any] = {"programs_ptr": programs, "lists_ptr": workspace[states:].view(torch.uint32)}
-    tiles |= {"LIST_SHARE": LIST_SHARE, "items_each": config.items, "num_warps": config.num_warps}
-    every_tensor, every_program = (len(tensors),), (len(programs),)
-    sample_kernel[every_tensor](**form, SAMPLE=config.sample, num_warps=4)
-    window_kernel[every_program](**form, **tiles, BLOCK=config.window_block, LANES=32 * config.num_warps)
-    for i in range(len(digits)):
-        shift = sum(digits[i + 1 :])
-        digit_kernel[every_program](**form, **tiles, BLOCK=config.digit_block, PASS=i, SHIFT=shift)
-    result_kernel[every_tensor](**form, tau_ptr=tau, LIST_SHARE=LIST_SHARE, num_warps=1)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every form that :func:`select` can launch with ``CONFIGS``."""
-    tensors = {"tensors_ptr": "*i64", "state_ptr": "*i64"}
-    tiles = {**tensors, "programs_ptr": "*i64", "lists_ptr": "*u32", "items_each": "i32"}
-    cases = []
-    for dtype, rule, config in itertools.product(DTYPES, (0, 1), CONFIGS):
-        digits, warps, name = DIGITS[dtype][rule], config.num_warps, f"{DTYPES[dtype]} {('|S|', 'S')[rule]}"
-        form = {"DTYPE": DTYPES[dtype], "MAGNITUDE": rule == 0, "DIGITS": digits, "STATE": STATE}
-        sample = {**form, "SAMPLE": config.sample}
-        cases.append(CompileCase(f"sample {name}", sample_kernel, tensors, sample, num_warps=4))
-        form["LIST_SHARE"] = LIST_SHARE
-        result = {**tensors, "tau_ptr": f"*{DTYPES[dtype]}"}
-        cases.append(CompileCase(f"result {name}", result_kernel, result, form, num_warps=1))
-        window = {**form, "BLOCK": config.window_block, "LANES": 32 * warps}
-        label = f"window {name} {config.window_block}"
-        cases.append(CompileCase(label, window_kernel, tiles, window, num_warps=warps))
-        for i in range(len(digits)):
-            digit = {**form, "BLOCK": config.digit_block, "PASS": i, "SHIFT": sum(digits[i + 1 :])}
-            label = f"digit {i} {name} {config.digit_block}"
-            cases.append(CompileCase(label, digit_kernel, tiles, digit, num_warps=warps))
-    return list({case.name: case for case in cases}.values())
+    tensors, programs, dtype, _, config, row = table
+    states = len(tensors) * layout.STATE_SIZE.value
+    form: dict[str, Any] = {"tensors_ptr": tensors, "programs_ptr": programs, "state_ptr": workspace}
+    form |= {"items_each": config.items, "DTYPE": DTYPES[dtype]}
+    sample_kernel[(len(tensors),)](
+        **form,
+        **row._asdict(),
+        tau=tau.data_ptr(),
+        magnitude=int(rule == "magnitude"),
+        writes_programs=int(row.n > 0),
+        samples=1,
+        SAMPLE=config.sample,
+        num_warps=4,
+        **FP_FUSION,
+    )
+    form |= {"lists_ptr": workspace[states:].view(torch.uint32), "MAGNITUDE": rule == "magnitude"}
+    form |= {"num_warps": config.num_warps}
+    every_program = (len(programs),)
+    window_kernel[every_program](**form, BLOCK=config.window_block, LANES=32 * config.num_warps, **FP_FUSION)
+    bits = list_bits(config)
+    for shift in digit_shifts(dtype):
+        digit_kernel[every_program](**form, list_bits=bits, shift=shift, BLOCK=config.digit_block, **FP_FUSION)

@@ -1,8 +1,8 @@
-"""The table that one launch over many gated tensors reads, written on the device by launches alone.
+"""The table from which one launch over many gated tensors reads where these tensors are.
 
-Nothing is copied from the host, so that a captured graph may write the table too: addresses are arguments of
-``write_kernel``. What stays in place from step to step is described once; the gradients have a table of their own,
-written again where one moved.
+Kernels write the table (see :mod:`.addresses`). Nothing is copied from the host, so that a captured graph can write the
+table too. This table describes what stays in place from step to step, and is written once. The addresses of the
+gradients are in a smaller table, which is written again when a gradient has moved.
 """
 
 from __future__ import annotations
@@ -16,25 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._compile import CompileCase
-from ._elementwise import ALIGNMENT, check_operands, check_packed, check_threshold
-from ._select_table import DTYPES, state_size
+from . import _layout as layout
+from ._elementwise import ALIGNMENT, FP_FUSION, check_operands, check_packed, check_threshold
+from .addresses import address, write
+from .threshold import sample_kernel
+from .threshold_table import COMPLETE, DTYPES
+from .threshold_table import CONFIGS as SEARCH_CONFIGS
 
-FIELDS = 14
-"""Rows of :attr:`UpdateTable.fields`: addresses of the weight, the scores, two states of either, the union, the masked
-weight, the next threshold, the window and the two step counts; the first program; n."""
-
-VECTORS = (0, 1, 2, 3, 4, 5, 7)  # the rows with addresses of n floats
-FIRST_PROGRAM = 12
-WINDOW = 8
-"""Numbers in a window; see :mod:`.warm`."""
-
-SETTINGS = 16
-"""float32 numbers per tensor: eight for the weight, eight for the scores."""
-
-SELECT_FIELDS = 6  # of ``_select_table.Table.tensors``
-WRITE = 32
-BLOCK = 256
+VECTORS = (
+    layout.FIELD_WEIGHT,
+    layout.FIELD_SCORES,
+    layout.FIELD_WEIGHT_STATE_1,
+    layout.FIELD_WEIGHT_STATE_2,
+    layout.FIELD_SCORES_STATE_1,
+    layout.FIELD_SCORES_STATE_2,
+    layout.FIELD_MASKED,
+)
+"""The rows of ``UpdateTable.fields`` that hold addresses of n floats."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,11 @@ class Config:
 
     Attributes:
         block: elements that a program updates at a time, a power of two: 4 per thread, which makes 128 bits of float32.
-        items: elements per program, a multiple of ``block``; at most 255 per thread.
+        items: elements per program, a power of two and a multiple of ``block``; at most 255 per thread.
         num_warps: of the kernels that update and gate.
-        digit_block: scores or keys that a program of the search reads at a time.
-        share: a list has room for one in so many keys of its tensor, at 12 bytes each.
+        digit_block: scores or keys that a program of the search reads at a time. It is that of the search for a first
+            threshold, so that both use the same compiled kernel.
+        share: the list of a tensor has room for 1/share of its keys, share a power of two; an entry takes 12 bytes.
     """
 
     block: int
@@ -55,16 +54,19 @@ class Config:
     digit_block: int
     share: int
 
+    @property
+    def list_bits(self) -> int:
+        """A program's part of a list has 2 to the power of this many keys."""
+        return (self.items // self.share).bit_length() - 1
 
-CONFIGS = (Config(512, 8192, 4, 4096, 32), Config(512, 1024, 4, 1024, 4))
-"""Every choice there is. The second is for few elements: more programs finish them sooner, and memory is no matter."""
+
+CONFIGS = (Config(512, 8192, 4, 4096, 32), Config(512, 1024, 4, 4096, 4))
+"""Every choice there is. The second one is for few elements: it gives them more programs, which finish sooner, and its
+longer lists take little memory then."""
 
 FEW = 2**20
-"""Elements, of all tensors of a launch together, below which the second is the better one: 1024 of its programs."""
-
-
-FORMS = ((torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16))
-"""The dtypes of weights and masked weights that are compiled for the tests."""
+"""If all tensors of a launch together have fewer elements than this, the second of ``CONFIGS`` is used. The launch then
+has about 1024 programs at most."""
 
 
 class Next(NamedTuple):
@@ -77,7 +79,7 @@ class Next(NamedTuple):
 
 
 class Gated(NamedTuple):
-    """A gated tensor of n elements: what stays in place from update to update.
+    """What the kernels need of a gated tensor of n elements and what stays in place from update to update.
 
     Attributes:
         weight: contiguous float32, bfloat16 or float16.
@@ -102,9 +104,9 @@ class UpdateTable(NamedTuple):
     """The arguments of launches over T gated tensors, each operand of one dtype.
 
     Attributes:
-        fields: int64 [FIELDS, T].
-        tensors: int64 [T, SELECT_FIELDS], for the search: address of the scores, n, rank, start of list, two unused.
-        programs: int64 [P, 2]: tensor and first element of every program.
+        fields: int64 [FIELDS, T]: addresses and numbers, in the rows that ``_layout.FIELD_...`` names.
+        tensors: int64 [T, TENSOR_COLUMNS], for the search of the threshold.
+        programs: int64 [P, PROGRAM_COLUMNS]: tensor and first element of every program.
         dtype: of weights, scores and states.
         masked: the dtype of the masked weights, None without ``next``.
         steps: the dtype of the step counts, or None.
@@ -128,65 +130,11 @@ class UpdateTable(NamedTuple):
     config: Config
 
 
-@triton.jit(do_not_specialize=["count", *(f"v{i}" for i in range(WRITE))])
-def write_kernel(
-    out_ptr,  # [count] int64
-    count,  # at most 32
-    v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64, v7: tl.int64,
-    v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64, v12: tl.int64, v13: tl.int64, v14: tl.int64,
-    v15: tl.int64, v16: tl.int64, v17: tl.int64, v18: tl.int64, v19: tl.int64, v20: tl.int64, v21: tl.int64,
-    v22: tl.int64, v23: tl.int64, v24: tl.int64, v25: tl.int64, v26: tl.int64, v27: tl.int64, v28: tl.int64,
-    v29: tl.int64, v30: tl.int64, v31: tl.int64,
-):  # fmt: skip
-    """Write the arguments side by side."""
-    values = (
-        v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15, v16,
-        v17, v18, v19, v20, v21, v22, v23, v24, v25, v26, v27, v28, v29, v30, v31,
-    )  # fmt: skip
-    for i in tl.static_range(len(values)):
-        tl.store(out_ptr + i, tl.cast(values[i], tl.int64), mask=i < count)
-
-
-@triton.jit(do_not_specialize=["tensors", "items_each", "programs"])
-def programs_kernel(
-    first_ptr,  # [tensors] int64: the first program of each tensor
-    programs_ptr,  # [programs, 2] int64, UpdateTable.programs
-    tensors,
-    items_each,  # elements per program
-    programs,
-    BLOCK: tl.constexpr,
-):
-    """Write what every program owns."""
-    program = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = program < programs
-    tensor = tl.zeros([BLOCK], tl.int64)
-    for i in range(1, tensors):
-        tensor += (tl.load(first_ptr + i) <= program).to(tl.int64)
-    first = tl.load(first_ptr + tensor, mask=inside)
-    tl.store(programs_ptr + 2 * program, tensor, mask=inside)
-    tl.store(programs_ptr + 2 * program + 1, (program - first) * items_each, mask=inside)
-
-
-def write(out: Tensor, values: Sequence[int], known: Sequence[int] | None = None) -> None:
-    """Write ``values`` to ``out``, int64 and contiguous, by a launch for every 32 of them.
-
-    Args:
-        out: as many elements as there are values.
-        values: what to write.
-        known: what is there already, or need not be: where 32 values agree with it, nothing is launched.
-    """
-    assert out.numel() == len(values) and out.is_contiguous()
-    for i in range(0, len(values), WRITE):
-        part = values[i : i + WRITE]
-        if known is not None and list(part) == list(known[i : i + WRITE]):
-            continue
-        arguments = {f"v{k}": value for k, value in enumerate([*part, *[0] * (WRITE - len(part))])}
-        write_kernel[(1,)](out_ptr=out.view(-1)[i:], count=len(part), **arguments, num_warps=1)
-
-
 def table_size(sizes: Sequence[int], config: Config) -> int:
     """Elements of the int64 buffer that :func:`make_table` needs for tensors of these sizes."""
-    return (FIELDS + SELECT_FIELDS) * len(sizes) + 2 * sum(triton.cdiv(n, config.items) for n in sizes)
+    programs = sum(triton.cdiv(n, config.items) for n in sizes)
+    per_tensor = layout.FIELDS + layout.TENSOR_COLUMNS.value
+    return per_tensor * len(sizes) + layout.PROGRAM_COLUMNS.value * programs
 
 
 def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config = CONFIGS[0]) -> UpdateTable:
@@ -198,31 +146,41 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config = CONFIGS[
         config: the tile sizes.
     """
     count, head = len(gated), gated[0]
-    rows, select = [], []
+    rows, search = [], []
     programs = listed = 0
     for one in gated:
         _check(one, head)
-        n, rank = one.weight.numel(), one.next.rank if one.next else 0
-        rows.append([*map(address, _operands(one)), programs, n])
-        select += [address(one.scores), n, rank, listed, 0, 0]
-        programs += triton.cdiv(n, config.items)
-        listed += n // config.share if one.next else 0
-    fields, tensors, owners = buffer.split([FIELDS * count, SELECT_FIELDS * count, 2 * programs])
-    write(fields, [row[i] for i in range(FIELDS) for row in rows])
-    write(tensors, select)
-    programs_kernel[(triton.cdiv(programs, BLOCK),)](
-        first_ptr=fields[FIRST_PROGRAM * count :],
+        rows.append(_field_row(one, programs))
+        row = _search_row(one, programs, listed, config)
+        search += row
+        programs += row[layout.TENSOR_PROGRAMS]
+        listed += row[layout.TENSOR_ROOM]
+    columns, pair = layout.TENSOR_COLUMNS.value, layout.PROGRAM_COLUMNS.value
+    fields, tensors, owners = buffer.split([layout.FIELDS * count, columns * count, pair * programs])
+    write(fields, [value for row in zip(*rows, strict=True) for value in row])
+    write(tensors, search)
+    fields = fields.view(layout.FIELDS, count)
+    # There is no search now. But this kernel, which can also write which programs work on a tensor, serves the search
+    # for a first threshold, and so it is compiled already.
+    sample_kernel[(count,)](
+        tensors_ptr=tensors,
         programs_ptr=owners,
-        tensors=count,
+        state_ptr=tensors,
+        **COMPLETE._asdict(),
+        tau=0,
         items_each=config.items,
-        programs=programs,
-        BLOCK=BLOCK,
+        magnitude=0,
+        writes_programs=1,
+        samples=0,
+        DTYPE=DTYPES[head.weight.dtype],
+        SAMPLE=SEARCH_CONFIGS[0].sample,
         num_warps=4,
+        **FP_FUSION,
     )
     return UpdateTable(
-        fields.view(FIELDS, count),
-        tensors.view(count, SELECT_FIELDS),
-        owners.view(programs, 2),
+        fields,
+        tensors.view(count, columns),
+        owners.view(programs, pair),
         dtype=head.weight.dtype,
         masked=head.next.masked.dtype if head.next else None,
         steps=head.steps[0].dtype if head.steps else None,
@@ -235,11 +193,11 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config = CONFIGS[
 
 
 class Workspace(NamedTuple):
-    """What the launches of one update share; any contents before, for one update at a time.
+    """Memory that the launches of one update share. It may hold anything before, and serves one update at a time.
 
     Attributes:
-        settings: float32 [T, SETTINGS].
-        state: int64 [T * state_size(dtype)], or [0] without ``next``.
+        settings: float32 [T, SETTINGS], flattened.
+        state: int64 [T * STATE_SIZE], or [0] without ``next``.
         keys: uint32 [UpdateTable.listed].
         places: int64 [UpdateTable.listed].
     """
@@ -252,33 +210,63 @@ class Workspace(NamedTuple):
 
 def workspace_size(table: UpdateTable) -> int:
     """Elements of the int64 buffer for :func:`workspace`."""
-    state = state_size(table.dtype) if table.masked else 0
-    return (state + SETTINGS // 2) * len(table.tensors) + table.listed + -(-table.listed // 2)
+    state = layout.STATE_SIZE.value if table.masked else 0
+    return (state + layout.SETTINGS.value // 2) * len(table.tensors) + table.listed + -(-table.listed // 2)
 
 
 def workspace(table: UpdateTable, buffer: Tensor) -> Workspace:
     """The parts of ``buffer``, int64 [workspace_size(table)]."""
     count = len(table.tensors)
-    state = count * state_size(table.dtype) if table.masked else 0
-    parts = buffer.split([count * SETTINGS // 2, state, table.listed, -(-table.listed // 2)])
+    state = count * layout.STATE_SIZE.value if table.masked else 0
+    parts = buffer.split([count * layout.SETTINGS.value // 2, state, table.listed, -(-table.listed // 2)])
     return Workspace(parts[0].view(torch.float32), parts[1], parts[3].view(torch.uint32), parts[2])
 
 
-def address(tensor: Tensor | None) -> int:
-    """What a table holds for a tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def key(one: Gated) -> tuple[int, ...]:
-    """What a table would hold for a tensor: equal for tensors that can share it."""
-    return (*map(address, _operands(one)), one.weight.numel(), one.next.rank if one.next else 0)
+    """What a table would hold for a tensor. Tensors with equal keys can share a table."""
+    following = (one.next.rank, address(one.next.tau), address(one.next.window)) if one.next else ()
+    return (*_field_row(one, 0), *following)
 
 
-def _operands(one: Gated) -> list[Tensor | None]:
-    """The tensors of ``UpdateTable.fields``, in its order."""
-    states = [[*given, None, None][:2] for given in (one.weight_states, one.scores_states)]
-    places = [one.next.masked, one.next.tau, one.next.window] if one.next else [None] * 3
-    return [one.weight, one.scores, *states[0], *states[1], one.union, *places, *(one.steps or (None, None))]
+def _field_row(one: Gated, first_program: int) -> list[int]:
+    """The column of ``UpdateTable.fields`` for a tensor."""
+    row = [0] * layout.FIELDS
+    for index, tensor in _operands(one):
+        row[index] = address(tensor)
+    row[layout.FIELD_FIRST_PROGRAM] = first_program
+    row[layout.FIELD_NUMEL] = one.weight.numel()
+    return row
+
+
+def _search_row(one: Gated, first_program: int, listed: int, config: Config) -> list[int]:
+    """The row of ``UpdateTable.tensors`` for a tensor."""
+    row, n = [0] * layout.TENSOR_COLUMNS.value, one.weight.numel()
+    row[layout.TENSOR_SCORES] = address(one.scores)
+    row[layout.TENSOR_NUMEL] = n
+    row[layout.TENSOR_FIRST_PROGRAM], row[layout.TENSOR_PROGRAMS] = first_program, triton.cdiv(n, config.items)
+    if one.next:
+        row[layout.TENSOR_RANK] = one.next.rank
+        row[layout.TENSOR_LIST], row[layout.TENSOR_ROOM] = listed, n // config.share
+        row[layout.TENSOR_TAU], row[layout.TENSOR_WINDOW] = address(one.next.tau), address(one.next.window)
+    return row
+
+
+def _operands(one: Gated) -> list[tuple[tl.constexpr, Tensor | None]]:
+    """Each tensor with its row in ``UpdateTable.fields``."""
+    weight_states, scores_states = ([*given, None, None][:2] for given in (one.weight_states, one.scores_states))
+    weight_step, scores_step = one.steps or (None, None)
+    return [
+        (layout.FIELD_WEIGHT, one.weight),
+        (layout.FIELD_SCORES, one.scores),
+        (layout.FIELD_WEIGHT_STATE_1, weight_states[0]),
+        (layout.FIELD_WEIGHT_STATE_2, weight_states[1]),
+        (layout.FIELD_SCORES_STATE_1, scores_states[0]),
+        (layout.FIELD_SCORES_STATE_2, scores_states[1]),
+        (layout.FIELD_UNION, one.union),
+        (layout.FIELD_MASKED, one.next and one.next.masked),
+        (layout.FIELD_WEIGHT_STEP, weight_step),
+        (layout.FIELD_SCORES_STEP, scores_step),
+    ]
 
 
 def _check(one: Gated, head: Gated) -> None:
@@ -287,23 +275,12 @@ def _check(one: Gated, head: Gated) -> None:
     check_operands(n, *vectors)
     check_packed(n, one.union)
     assert n > 0 and dtype in DTYPES and all(vector.dtype is dtype for vector in vectors)
-    assert all((a is None) == (b is None) for a, b in zip(_operands(one), _operands(head), strict=True))
+    pairs = zip(_operands(one), _operands(head), strict=True)
+    assert all((mine is None) == (other is None) for (_, mine), (_, other) in pairs)
     assert one.steps is None or head.steps is None or all(step.dtype is head.steps[0].dtype for step in one.steps)
     if one.next and head.next:
         check_operands(n, one.next.masked)
         check_threshold(one.next.tau, one.scores)
         assert one.next.masked.dtype is head.next.masked.dtype and one.next.masked.dtype in DTYPES
-        assert one.next.window.dtype is torch.int64 and one.next.window.shape == (WINDOW,)
+        assert one.next.window.dtype is torch.int64 and one.next.window.shape == (layout.WINDOW_SIZE,)
         assert 0 <= one.next.rank < n
-
-
-def compile_cases() -> list[CompileCase]:
-    """The two kernels that write a table."""
-    values = {f"v{i}": "i64" for i in range(WRITE)}
-    sizes = dict.fromkeys(("tensors", "items_each", "programs"), "i32")
-    return [
-        CompileCase("write", write_kernel, {"out_ptr": "*i64", "count": "i32", **values}, {}, num_warps=1),
-        CompileCase(
-            "programs", programs_kernel, {"first_ptr": "*i64", "programs_ptr": "*i64", **sizes}, {"BLOCK": BLOCK}
-        ),
-    ]

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from distributions import DENSITIES, DISTRIBUTIONS, DTYPES, RULES, assert_same_mask
+from host_waits import no_sync
 from small_models import batches, convnet
 from torch import nn
 
-from wsn_fast import WSN, FastSubnetConv2d, FastSubnetLinear, TaskHeads, explain, reference, topc_mask
-from wsn_fast.subnet import SubnetLayer
+from wsn_fast import WSN, FastSubnetConv2d, FastSubnetLinear, TaskHeads, explain, topc_mask
+from wsn_fast.nn.gated import SubnetLayer
+from wsn_fast.reference import specification
 
 pytestmark = pytest.mark.gpu
-
-
-@contextmanager
-def no_sync() -> Iterator[None]:
-    """Any host synchronisation inside the block is an error."""
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -38,7 +27,7 @@ def test_masks_are_those_of_the_specification(name: str, dtype: torch.dtype, rul
         scores = DISTRIBUTIONS[name](n, dtype)
         on_gpu = scores.cuda()
         for density in DENSITIES:
-            expected = reference.topc_mask(scores, density, rule=rule)
+            expected = specification.topc_mask(scores, density, rule=rule)
             assert_same_mask(topc_mask(on_gpu, density, rule=rule).cpu(), expected, f"{name} n={n} c={density}")
 
 

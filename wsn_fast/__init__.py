@@ -3,17 +3,20 @@ bit."""
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .capture import CapturedStep, capture_step
-from .convert import convert
-from .dense import to_dense
+from .continual.fingerprints import ForgottenError
+from .continual.loading import StateError
+from .continual.ownership import OwnershipError
+from .continual.probe import UnmaskedReadError
+from .continual.renames import RenamedError, rename_state
+from .continual.wsn import WSN
+from .convert import convert, materialize, to_dense
 from .explain import explain
-from .heads import TaskHeads
-from .layers import FastSubnetConv1d, FastSubnetConv2d, FastSubnetConv3d, FastSubnetLinear
-from .materialize import materialize
+from .nn.conv import FastSubnetConv1d, FastSubnetConv2d, FastSubnetConv3d
+from .nn.conv_transpose import FastSubnetConvTranspose1d, FastSubnetConvTranspose2d, FastSubnetConvTranspose3d
+from .nn.heads import TaskHeads
+from .nn.linear import FastSubnetLinear
 from .ops import topc_mask, topc_threshold
-from .ownership import OwnershipError
-from .promise import ForgottenError
-from .wsn import WSN
+from .optim.capture import CapturedStep, capture_step
 
 try:
     __version__ = version("wsn-fast")
@@ -26,15 +29,22 @@ __all__ = [
     "FastSubnetConv1d",
     "FastSubnetConv2d",
     "FastSubnetConv3d",
+    "FastSubnetConvTranspose1d",
+    "FastSubnetConvTranspose2d",
+    "FastSubnetConvTranspose3d",
     "FastSubnetLinear",
     "ForgottenError",
     "OwnershipError",
+    "RenamedError",
+    "StateError",
     "TaskHeads",
+    "UnmaskedReadError",
     "__version__",
     "capture_step",
     "convert",
     "explain",
     "materialize",
+    "rename_state",
     "to_dense",
     "topc_mask",
     "topc_threshold",

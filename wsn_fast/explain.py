@@ -1,4 +1,4 @@
-"""What runs each operation of each layer, and why."""
+"""Explains which backend runs each operation of each layer, and why."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import products
 from .backends import choose
-from .layers import FastSubnetTransposedLinear
-from .subnet import SubnetLayer
+from .nn.gated import SubnetLayer
+from .ops.fusion import Fusion
 
 STEP = ("threshold", "gate", "gate_packed", "gate_backward")
-"""The primitives that a layer calls in training and in evaluation."""
+"""The primitives that every layer calls."""
 
 
 class Route(NamedTuple):
@@ -21,9 +20,10 @@ class Route(NamedTuple):
 
     Attributes:
         layer: the layer's name in the model.
-        operation: a primitive of :mod:`wsn_fast.backends.torch`, or "product (...)".
+        operation: a primitive of :mod:`wsn_fast.backends.torch`, "one-pass step", "product (training)" or "product
+            (finished task)".
         backend: "torch", "triton" or "native".
-        reason: why.
+        reason: why this backend runs it.
     """
 
     layer: str
@@ -33,7 +33,7 @@ class Route(NamedTuple):
 
 
 class Explanation(list[Route]):
-    """The routes of a model; ``str`` of it is a table."""
+    """The routes of a model; its ``str`` is a table."""
 
     def __str__(self) -> str:
         head = Route("layer", "operation", "backend", "reason")
@@ -46,15 +46,15 @@ class Explanation(list[Route]):
 
 
 def explain(model: nn.Module, *, dtype: torch.dtype | None = None) -> Explanation:
-    """Which backend runs what in each subnet layer of ``model``, on the device where it is, and why.
+    """Say which backend runs each operation of each subnet layer of ``model`` on its present device, and why.
 
     Args:
-        model: any module with subnet layers, or a layer.
-        dtype: the compute dtype, as under autocast; None for that of each layer's weight.
+        model: any module with subnet layers, or one such layer.
+        dtype: the compute dtype, as under autocast; None means the dtype of each layer's weight.
 
     Returns:
-        A :class:`Route` for each operation; print it for a table. An override (``layer.backend``, the environment
-        variable ``WSN_FAST_BACKEND``) shows in the reasons.
+        A list with a :class:`Route` for each operation; it prints as a table. The reasons name an override
+        (``layer.backend`` or the environment variable ``WSN_FAST_BACKEND``) if there is one.
 
     Raises:
         ValueError: ``model`` has no subnet layer.
@@ -78,22 +78,13 @@ def explain(model: nn.Module, *, dtype: torch.dtype | None = None) -> Explanatio
     return routes
 
 
-def _fusion(layer: SubnetLayer, dtype: torch.dtype, source: str) -> products.Fusion:
-    weight, backend = layer.weight, layer.backend
+def _fusion(layer: SubnetLayer, dtype: torch.dtype, source: str) -> Fusion:
     if layer.one_pass and source == "scores":
-        return products.Fusion(0, "a one-pass optimizer takes the gradient of the masked weight")
-    if isinstance(layer, (nn.Linear, FastSubnetTransposedLinear)):
-        n, k = weight.shape
-        return products.linear_fusion("masked_linear", weight.device, dtype, source, n, k, backend)
-    if weight.ndim > 4:
-        return products.Fusion(0, "there is no fused convolution in 3-d")
-    fusion = products.conv_fusion(weight.device, dtype, source, None, backend)
-    if fusion.rows or choose("masked_conv", weight.device, dtype, backend).name != "triton":
-        return fusion
-    return products.Fusion(0, "but for input shapes at which the implicit convolution was measured to be faster")
+        return Fusion(0, "a one-pass optimizer needs the masked weight and its gradient in memory")
+    return layer.fusion(dtype, source)
 
 
-def _product(fusion: products.Fusion) -> tuple[str, str]:
+def _product(fusion: Fusion) -> tuple[str, str]:
     if fusion.rows == 0:
         return "torch", f"masked weight in memory, then torch's product: {fusion.reason}"
     return "triton", f"mask applied while the weight is loaded: {fusion.reason}"

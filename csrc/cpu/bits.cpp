@@ -5,11 +5,13 @@
 #include <cstring>
 
 #include "checks.hpp"
+#include "kernels.hpp"
 #include "parallel.hpp"
 #include "wsn_fast.h"
 
 using wsn::check;
 using wsn::parallel_for;
+using wsn::parallel_for_all;
 
 namespace {
 
@@ -20,9 +22,20 @@ inline uint64_t popcount64(uint64_t x) {
   return (x * kOnes) >> 56;
 }
 
+// The pointers are arguments: what a lambda holds could be written through a pointer to bytes, so that the compiler would
+// load it again for every byte.
+void or_bytes(uint8_t *dst, const uint8_t *src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = uint8_t(dst[i] | src[i]);
+}
+
 // Blocks without a frozen element, the most at first, are not touched.
 template <class U>
 void restore(char *param, const char *saved, const uint8_t *bits, int64_t begin, int64_t end) {
+  if (bits == nullptr) {
+    const int64_t first = begin * int64_t(sizeof(U));
+    std::memcpy(param + first, saved + first, size_t(end - begin) * sizeof(U));
+    return;
+  }
   alignas(64) U values[wsn::kBlock], kept[wsn::kBlock];
   alignas(64) uint8_t frozen[wsn::kBlock];
   for (int64_t i = begin; i < end; i += wsn::kBlock) {
@@ -36,6 +49,18 @@ void restore(char *param, const char *saved, const uint8_t *bits, int64_t begin,
       values[j] = U((kept[j] & mask) | (values[j] & ~mask));
     }
     std::memcpy(param + i * int64_t(sizeof(U)), values, size_t(n) * sizeof(U));
+  }
+}
+
+using Restore = void (*)(char *, const char *, const uint8_t *, int64_t, int64_t);
+
+Restore restore_of(const wsn_restore_item &t) {
+  switch (t.itemsize) {
+    case 1: return restore<uint8_t>;
+    case 2: return restore<uint16_t>;
+    case 4: return restore<uint32_t>;
+    case 8: return restore<uint64_t>;
+    default: return nullptr;
   }
 }
 
@@ -80,7 +105,7 @@ int wsn_unpack_bits(const uint8_t *packed, int64_t n, uint8_t *mask, int num_thr
 int wsn_or_bits(uint8_t *dst, const uint8_t *src, int64_t nbytes, int num_threads) {
   if (const int code = check(nbytes, num_threads, dst, src)) return code;
   parallel_for(nbytes, 3, num_threads, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) dst[i] |= src[i];
+    or_bytes(dst + begin, src + begin, end - begin);
   });
   return WSN_OK;
 }
@@ -88,16 +113,9 @@ int wsn_or_bits(uint8_t *dst, const uint8_t *src, int64_t nbytes, int num_thread
 int wsn_union_bits(const uint8_t *packed, int64_t rows, int64_t nbytes, uint8_t *out, int num_threads) {
   if (rows < 1) return WSN_ERROR_SIZE;
   if (const int code = check(nbytes, num_threads, packed, out)) return code;
-  parallel_for(nbytes, rows, num_threads, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += wsn::kBlock) {  // a block of the result stays in the cache for all rows
-      const size_t count = size_t(std::min(wsn::kBlock, end - i));
-      std::memcpy(out + i, packed + i, count);
-      for (int64_t row = 1; row < rows; ++row) {
-        const uint8_t *source = packed + row * nbytes + i;
-        for (size_t j = 0; j < count; ++j) out[i + int64_t(j)] |= source[j];
-      }
-    }
-  });
+  const auto kernel = wsn::kernels().unite;
+  parallel_for(nbytes, rows + 1, num_threads,
+               [=](int64_t begin, int64_t end) { kernel(packed, rows, nbytes, begin, end, out); });
   return WSN_OK;
 }
 
@@ -117,16 +135,25 @@ int wsn_popcount_bits(const uint8_t *packed, int64_t nbytes, int64_t *out, int n
 
 int wsn_restore_frozen(void *param, const void *saved, const uint8_t *union_mask, int itemsize, int64_t n,
                        int num_threads) {
-  if (const int code = check(n, num_threads, param, saved, union_mask)) return code;
-  using Restore = void (*)(char *, const char *, const uint8_t *, int64_t, int64_t);
-  const Restore run = itemsize == 1   ? restore<uint8_t>
-                      : itemsize == 2 ? restore<uint16_t>
-                      : itemsize == 4 ? restore<uint32_t>
-                      : itemsize == 8 ? restore<uint64_t>
-                                      : nullptr;
-  if (run == nullptr) return WSN_ERROR_DTYPE;
-  parallel_for(n, 2 * itemsize, num_threads, [=](int64_t begin, int64_t end) {
-    run(static_cast<char *>(param), static_cast<const char *>(saved), union_mask, begin, end);
-  });
+  if (const int code = check(n, num_threads, union_mask)) return code;
+  const wsn_restore_item item = {param, saved, union_mask, itemsize, n};
+  return wsn_restore_frozen_many(&item, 1, num_threads);
+}
+
+int wsn_restore_frozen_many(const wsn_restore_item *items, int64_t count, int num_threads) {
+  if (const int code = check(count, num_threads, items)) return code;
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const wsn_restore_item &t = items[i];
+    if (const int code = check(t.n, 1, t.param, t.saved)) return code;
+    if (restore_of(t) == nullptr) return WSN_ERROR_DTYPE;
+    bytes += 2 * t.itemsize * t.n;
+  }
+  parallel_for_all(
+      count, bytes, num_threads, [&](int64_t i) { return items[i].n; },
+      [&](int64_t i, int64_t begin, int64_t end) {
+        const wsn_restore_item &t = items[i];
+        restore_of(t)(static_cast<char *>(t.param), static_cast<const char *>(t.saved), t.union_mask, begin, end);
+      });
   return WSN_OK;
 }

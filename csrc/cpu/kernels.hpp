@@ -102,6 +102,8 @@ struct Kernels {
   void (*squares)(const Gradients &, int64_t begin, int64_t end, double *sums);
   // The gate again, of those of the list with lo <= key < hi.
   void (*amend)(const Gate &, const Listed *list, int64_t count, int64_t lo, int64_t hi);
+  // The bytes [begin, end) of the OR of rows that lie nbytes apart. out overlaps no row.
+  void (*unite)(const uint8_t *packed, int64_t rows, int64_t nbytes, int64_t begin, int64_t end, uint8_t *out);
 };
 
 extern const Kernels kernels_plain, kernels_avx2, kernels_avx512;

@@ -622,7 +622,41 @@ void amend(const wsn::Gate &g, const wsn::Listed *list, int64_t count, int64_t l
   }
 }
 
+// --- packed masks ----------------------------------------------------------------------------------------------------
+
+// The OR of kRows rows, and of what is there already unless they are the first.
+template <int kRows, bool kFirst>
+void unite_rows(const uint8_t *from, int64_t nbytes, int64_t n, uint8_t *WSN_RESTRICT to) {
+  WSN_NO_OVERLAP
+  for (int64_t j = 0; j < n; ++j) {
+    uint8_t bits = kFirst ? uint8_t(0) : to[j];
+    for (int row = 0; row < kRows; ++row) bits = uint8_t(bits | from[row * nbytes + j]);
+    to[j] = bits;
+  }
+}
+
+// A part of the result stays in the second-level cache while all rows pass, some at a time and in long stretches.
+void unite(const uint8_t *packed, int64_t rows, int64_t nbytes, int64_t begin, int64_t end, uint8_t *out) {
+  constexpr int64_t kPart = 64 * kBlock;
+  constexpr int kAtOnce = 4;
+  for (int64_t i = begin; i < end; i += kPart) {
+    const int64_t n = end - i < kPart ? end - i : kPart;
+    const uint8_t *from = packed + i;
+    int64_t left = rows;
+    if (left >= kAtOnce) {
+      unite_rows<kAtOnce, true>(from, nbytes, n, out + i);
+      from += kAtOnce * nbytes, left -= kAtOnce;
+    } else {
+      unite_rows<1, true>(from, nbytes, n, out + i);
+      from += nbytes, --left;
+    }
+    for (; left >= kAtOnce; left -= kAtOnce, from += kAtOnce * nbytes)
+      unite_rows<kAtOnce, false>(from, nbytes, n, out + i);
+    for (; left > 0; --left, from += nbytes) unite_rows<1, false>(from, nbytes, n, out + i);
+  }
+}
+
 }  // namespace
 
-const wsn::Kernels wsn::WSN_KERNELS = {count_upto,       collect,       sample,  gate,   backward,
-                                       step<AdamWStep>, step<SgdStep>, squares, amend};
+const wsn::Kernels wsn::WSN_KERNELS = {count_upto,       collect,       sample,  gate,  backward,
+                                       step<AdamWStep>, step<SgdStep>, squares, amend, unite};

@@ -4,11 +4,12 @@
  *   - Every function that returns a wsn_status returns WSN_OK, or an error that wsn_error_message puts in words. On an
  *     error nothing has been written.
  *   - Sizes and counts are int64_t. A pointer may be NULL where its size is 0, and where its comment says so. Element
- *     pointers need no alignment. An output may be an input itself where a comment says so; else they overlap nothing.
+ *     pointers need no alignment. An output must not overlap any other argument, except where a comment says that it
+ *     may be the same buffer as an input.
  *   - num_threads >= 1 is an upper bound and comes last: small inputs are done in the calling thread. Every result is
  *     the same, to the bit, for every number of threads.
- *   - Functions may be called from any number of threads at once, and in a child of fork(). What is kept between calls
- *     is a pool of sleeping threads, started when a call first needs them: do not unload the library.
+ *   - Functions may be called from any number of threads at once, and in a child of fork(). The library keeps
+ *     a pool of sleeping threads, which the first call that needs them starts: do not unload the library.
  *   - Buffers belong to the caller.
  *
  * The gate: keep(i) = not (key[i] < tau)
@@ -35,7 +36,7 @@
 #endif
 
 /* Raised with every incompatible change of this header; a loader refuses a library of another version. */
-#define WSN_ABI_VERSION 3
+#define WSN_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -59,11 +60,13 @@ typedef enum wsn_rule { WSN_MAGNITUDE = 0, WSN_VALUE = 1 } wsn_rule;
 /* The WSN_ABI_VERSION that the library was built with. */
 WSN_API int wsn_abi_version(void);
 
-/* An English sentence for a wsn_status, or for any other int one that says so. Static storage, never NULL. */
+/* Returns an English sentence for each wsn_status, and "unknown error code" for any other int. Static storage, never
+ * NULL. */
 WSN_API const char *wsn_error_message(int code);
 
-/* Use instruction sets up to this one (0 plain, 1 AVX2 with FMA, 2 AVX-512) where the machine and the build have it;
- * negative leaves it as it is. Returns the one in use. At first it is the best. For tests and comparisons. */
+/* Use instruction sets up to this one (0 plain, 1 AVX2 with FMA, 2 AVX-512) where the machine and the build have it.
+ * A negative level changes nothing. Returns the level in use, which is the best one by default. For tests and
+ * comparisons. */
 WSN_API int wsn_limit_instructions(int level);
 
 /* --- the gate ---------------------------------------------------------------------------------------------------- */
@@ -80,7 +83,7 @@ WSN_API int wsn_keep(const void *scores, int dtype, const void *tau, int rule, u
 WSN_API int wsn_gate(const void *weight, int weight_dtype, const void *scores, int scores_dtype, const void *tau,
                      int rule, void *out, int out_dtype, uint8_t *packed, int64_t n, int num_threads);
 
-/* out = bit ? weight : +0.0 in out_dtype. */
+/* out[i] = bit i of packed ? weight[i] : +0.0 in out_dtype. */
 WSN_API int wsn_gate_packed(const void *weight, int weight_dtype, const uint8_t *packed, void *out, int out_dtype,
                             int64_t n, int num_threads);
 
@@ -94,9 +97,43 @@ WSN_API int wsn_gate_backward(const void *grad, int grad_dtype, const void *weig
                               const void *scores, int scores_dtype, const void *tau, int rule,
                               const uint8_t *union_mask, void *dweight, void *dscores, int64_t n, int num_threads);
 
+/* wsn_threshold and wsn_gate for one of many tensors. Like those of wsn_backward_item, all members have 64 bits, so that
+ * a caller can fill a table of them as an array of integers. */
+typedef struct wsn_gate_item {
+  const void *weight, *scores;
+  void *tau;    /* receives the threshold */
+  void *masked; /* receives keep ? weight : +0.0, in masked_dtype */
+  int64_t n;    /* at least 1 */
+  int64_t rank;
+  int64_t weight_dtype, scores_dtype, masked_dtype, rule;
+} wsn_gate_item;
+
+WSN_API int wsn_gates(const wsn_gate_item *items, int64_t count, int num_threads);
+
+/* wsn_gate_backward for one of many tensors; the same members may be NULL. */
+typedef struct wsn_backward_item {
+  const void *grad, *weight, *scores, *tau;
+  const uint8_t *union_mask;
+  void *dweight, *dscores;
+  int64_t n;
+  int64_t grad_dtype, weight_dtype, scores_dtype, rule;
+} wsn_backward_item;
+
+WSN_API int wsn_gates_backward(const wsn_backward_item *items, int64_t count, int num_threads);
+
 /* param = bit of union_mask ? saved : param, bit for bit, over n elements of itemsize 1, 2, 4 or 8 bytes. */
 WSN_API int wsn_restore_frozen(void *param, const void *saved, const uint8_t *union_mask, int itemsize, int64_t n,
                                int num_threads);
+
+/* wsn_restore_frozen for one of many tensors. A NULL union_mask means that every bit is set. */
+typedef struct wsn_restore_item {
+  void *param;
+  const void *saved;
+  const uint8_t *union_mask;
+  int64_t itemsize, n;
+} wsn_restore_item;
+
+WSN_API int wsn_restore_frozen_many(const wsn_restore_item *items, int64_t count, int num_threads);
 
 /* --- optimizer steps ---------------------------------------------------------------------------------------------- */
 
@@ -104,19 +141,20 @@ WSN_API int wsn_restore_frozen(void *param, const void *saved, const uint8_t *un
 typedef struct wsn_next {
   void *masked;    /* n elements of masked_dtype: keep ? weight : +0.0, as wsn_gate writes them */
   void *tau;       /* receives the threshold, as wsn_threshold writes it; may be the tau that the step reads */
-  int64_t *window; /* [WSN_WINDOW], all 0 at first and else as the last step with these scores left it. The more the
-                      threshold is where it was, the less time it takes; the result is exact whatever this holds. The
-                      last two count the steps that found it there and those that searched. */
+  int64_t *window; /* [WSN_WINDOW]: set it to 0 before the first step with these scores, and pass it unchanged to the
+                      later ones. A step is faster if the threshold has moved little. The result is exact whatever this
+                      holds. window[6] counts the steps that found the threshold in the window, window[7] those that
+                      searched all scores. */
   int64_t rank;    /* of the threshold, as for wsn_threshold */
   int32_t masked_dtype;
 } wsn_next;
 
 enum { WSN_WINDOW = 8 };
 
-/* A tensor and its gradients. weight, scores and score_grad are in one dtype, float32 or float64; all have n elements. */
+/* A tensor and its gradients. weight, scores and score_grad are float32 or float64, all of one dtype and n elements. */
 typedef struct wsn_gated {
-  const void *grad;          /* that of the masked weight, as for wsn_gate_backward; with score_grad, that of the weight */
-  const void *score_grad;    /* NULL: both gradients are formed from grad, in the same pass */
+  const void *grad;          /* of the masked weight, as for wsn_gate_backward; of the weight if score_grad is given */
+  const void *score_grad;    /* of the scores, or NULL: both gradients are formed from grad, in the same pass */
   void *weight;
   void *scores;
   const void *tau;           /* of the forward pass; may be NULL with score_grad */
@@ -143,8 +181,9 @@ typedef struct wsn_sgd {
   int32_t first;
 } wsn_sgd;
 
-/* A tensor, its running means, and the settings for its weight and its scores. The means of frozen weights decay with a
- * gradient of zero. A mean, or a momentum buffer, that becomes denormal is set to 0. */
+/* A tensor, its running means, and the settings for its weight and its scores. For a frozen weight the step
+ * uses a gradient of 0: its means decay and the weight stays. A mean, or a momentum buffer, that becomes denormal is
+ * set to 0. */
 typedef struct wsn_adamw_item {
   wsn_gated tensor;
   void *weight_avg, *weight_avg_sq, *scores_avg, *scores_avg_sq;
@@ -177,7 +216,7 @@ WSN_API int wsn_unpack_bits(const uint8_t *packed, int64_t n, uint8_t *mask, int
 /* dst |= src over nbytes bytes. dst and src may be the same buffer. */
 WSN_API int wsn_or_bits(uint8_t *dst, const uint8_t *src, int64_t nbytes, int num_threads);
 
-/* out = the OR of rows >= 1 rows of nbytes bytes, one after the other. */
+/* out[i] = the OR of packed[r * nbytes + i] over 0 <= r < rows, for 0 <= i < nbytes; rows >= 1. */
 WSN_API int wsn_union_bits(const uint8_t *packed, int64_t rows, int64_t nbytes, uint8_t *out, int num_threads);
 
 /* Write to *out how many of the 8 * nbytes bits are set. out is never NULL, even where nbytes is 0. */

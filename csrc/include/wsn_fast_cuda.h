@@ -3,8 +3,9 @@
  * Conventions
  *   - Functions return a wsn_cuda_status, or WSN_CUDA_ERROR_RUNTIME + e where e is a cudaError_t;
  *     wsn_cuda_error_message puts either in words. On an error of this library itself nothing has been queued.
- *   - Sizes and counts are int64_t. The arrays of a call are read by the host before it returns; the buffers that
- *     they and the other pointers name are on the current device, and belong to the caller.
+ *   - Sizes and counts are int64_t. `scores`, `sizes`, `ranks` and `bytes` point to memory of the host, which a call
+ *     reads or writes before it returns. The addresses in `scores` and all other pointers are on the current device.
+ *     All buffers belong to the caller.
  *   - Nothing is allocated and the host waits for nothing. The work is queued on `stream`, a cudaStream_t of the
  *     current device (NULL: the default stream), and may be captured in a CUDA graph: a call copies nothing to the
  *     device, its description of the tensors travels in the kernels' arguments.
@@ -48,10 +49,11 @@ typedef enum wsn_cuda_dtype { WSN_CUDA_FLOAT32 = 0, WSN_CUDA_BFLOAT16 = 1, WSN_C
 /* The keys that are ordered: |S| or S. NaN is the largest key, and -0.0 equals +0.0. */
 typedef enum wsn_cuda_rule { WSN_CUDA_MAGNITUDE = 0, WSN_CUDA_VALUE = 1 } wsn_cuda_rule;
 
-/* What the library remembers of one tensor from call to call, on the device. The first four are for the user. */
+/* What the library remembers of one tensor from call to call, on the device. The first four are for the user, the
+ * others are private. */
 typedef struct wsn_cuda_select_record {
   int64_t hits;   /* warm calls whose window held the threshold: the scores were read once */
-  int64_t misses; /* warm calls whose window did not: counting began anew, over all scores */
+  int64_t misses; /* warm calls whose window did not: the search started again, over all scores */
   int64_t colds;  /* calls without a window: warm = 0, the first call, or thresholds that move too far to follow */
   int64_t inside; /* keys found inside the windows of the warm calls, together */
   int64_t rank, below;
@@ -61,7 +63,8 @@ typedef struct wsn_cuda_select_record {
 /* The WSN_CUDA_ABI_VERSION that the library was built with. */
 WSN_CUDA_API int wsn_cuda_abi_version(void);
 
-/* An English sentence for a returned code, or for any other int one that says so. Static storage, never NULL. */
+/* Returns an English sentence for each returned code, and "unknown error" for any other int. Static storage, never
+ * NULL. */
 WSN_CUDA_API const char *wsn_cuda_error_message(int code);
 
 /* *bytes = size of the state of `count` tensors: that many wsn_cuda_select_record, and 16 KiB of counters for each. */
@@ -76,11 +79,11 @@ WSN_CUDA_API int wsn_cuda_select_workspace_bytes(const int64_t *sizes, int64_t c
  *
  *   scores     host array of addresses, each a multiple of the element's size only.
  *   warm       not 0: count inside a window around the threshold that `state` remembers first. The result is exact
- *              either way. One launch more, and the scores are read once where the window holds the threshold; cold,
- *              they are read twice.
+ *              either way. A warm call needs one more launch, and reads the scores once if the window holds the
+ *              threshold. A cold call reads them twice.
  *   chunk      scores per block, a multiple of 1024 in [1024, 1048576]. If no tensor has more, one launch does it all.
  *   state      wsn_cuda_select_state_bytes(count) bytes, 16-byte aligned, zero before their first use. For one call at
- *              a time; a later call with the same `count` may go on with it, whatever its tensors.
+ *              a time; a later call with the same `count` may use it again, also for other tensors.
  *   workspace  workspace_bytes bytes with any contents, 16-byte aligned, for one call at a time; may be NULL if 0.
  *   tau        [count] of the scores' format, aligned as an element.
  */

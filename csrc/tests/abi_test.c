@@ -83,7 +83,50 @@ static void check_errors_of_gate(void) {
   CHECK(wsn_gate_backward(x, 0, x, 0, x, 0, NULL, 0, NULL, NULL, out, 1, 0) == WSN_ERROR_THREADS);
   CHECK(wsn_restore_frozen(out, x, bits, 3, 1, 1) == WSN_ERROR_DTYPE);
   CHECK(wsn_restore_frozen(out, NULL, bits, 4, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_restore_frozen(out, x, NULL, 4, 1, 1) == WSN_ERROR_NULL);
   CHECK(tau == 7 && out[0] == 7);
+}
+
+/* An error in the last item is found before anything is written for the first. */
+static void check_errors_of_many(void) {
+  float x[1] = {1}, tau = 7, masked = 7, dw = 7, ds = 7;
+  const wsn_gate_item gate = {x, x, &tau, &masked, 1, 0, WSN_FLOAT32, WSN_FLOAT32, WSN_FLOAT32, WSN_VALUE};
+  const wsn_backward_item good = {x, x, x, x, NULL, &dw, &ds, 1, WSN_FLOAT32, WSN_FLOAT32, WSN_FLOAT32, WSN_VALUE};
+  wsn_gate_item g[2] = {gate, gate};
+  wsn_backward_item b[2] = {good, good};
+  CHECK(sizeof(wsn_gate_item) == 10 * sizeof(int64_t) && sizeof(wsn_backward_item) == 12 * sizeof(int64_t));
+  CHECK(wsn_gates(NULL, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_gates(g, -1, 1) == WSN_ERROR_SIZE);
+  CHECK(wsn_gates(g, 2, 0) == WSN_ERROR_THREADS);
+  g[1].n = 0;
+  CHECK(wsn_gates(g, 2, 1) == WSN_ERROR_SIZE);
+  g[1] = gate, g[1].rank = 1;
+  CHECK(wsn_gates(g, 2, 1) == WSN_ERROR_RANK);
+  g[1].rank = -1;
+  CHECK(wsn_gates(g, 2, 1) == WSN_ERROR_RANK);
+  g[1] = gate, g[1].masked = NULL;
+  CHECK(wsn_gates(g, 2, 1) == WSN_ERROR_NULL);
+  g[1] = gate, g[1].masked_dtype = (int64_t)1 << 32; /* not cut to 32 bits */
+  CHECK(wsn_gates(g, 2, 1) == WSN_ERROR_DTYPE);
+  g[1] = gate, g[1].rule = 2;
+  CHECK(wsn_gates(g, 2, 1) == WSN_ERROR_RULE);
+  CHECK(wsn_gates_backward(NULL, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_gates_backward(b, -1, 1) == WSN_ERROR_SIZE);
+  CHECK(wsn_gates_backward(b, 2, 0) == WSN_ERROR_THREADS);
+  b[1].n = -1;
+  CHECK(wsn_gates_backward(b, 2, 1) == WSN_ERROR_SIZE);
+  b[1] = good, b[1].tau = NULL;
+  CHECK(wsn_gates_backward(b, 2, 1) == WSN_ERROR_NULL);
+  b[1] = good, b[1].grad = NULL;
+  CHECK(wsn_gates_backward(b, 2, 1) == WSN_ERROR_NULL);
+  b[1] = good, b[1].grad_dtype = 4;
+  CHECK(wsn_gates_backward(b, 2, 1) == WSN_ERROR_DTYPE);
+  b[1] = good, b[1].rule = (int64_t)1 << 32;
+  CHECK(wsn_gates_backward(b, 2, 1) == WSN_ERROR_RULE);
+  CHECK(tau == 7 && masked == 7 && dw == 7 && ds == 7);
+  b[1] = good, b[1].tau = NULL, b[1].dweight = NULL; /* tau is not read then */
+  CHECK(wsn_gates_backward(b, 2, 1) == WSN_OK && dw == 1 && ds == 1);
+  CHECK(wsn_gates(g, 1, 1) == WSN_OK && tau == 1 && masked == 1);
 }
 
 static void check_errors_of_steps(void) {
@@ -126,10 +169,33 @@ static void check_errors_of_steps(void) {
   CHECK(w[0] == 7 && state[0] == 0 && masked[0] == 7 && window[0] == 0 && sums[0] == 7);
 }
 
+static void check_errors_of_restoring(void) {
+  float x[1] = {1}, w[1] = {7};
+  uint8_t bits[1] = {1};
+  const wsn_restore_item good = {w, x, bits, 4, 1};
+  wsn_restore_item items[2];
+  items[0] = items[1] = good; /* an error in the last is found before the first is changed */
+  CHECK(sizeof(wsn_restore_item) == 5 * sizeof(int64_t));
+  CHECK(wsn_restore_frozen_many(NULL, 1, 1) == WSN_ERROR_NULL);
+  CHECK(wsn_restore_frozen_many(items, -1, 1) == WSN_ERROR_SIZE);
+  CHECK(wsn_restore_frozen_many(items, 2, 0) == WSN_ERROR_THREADS);
+  items[1].itemsize = 16;
+  CHECK(wsn_restore_frozen_many(items, 2, 1) == WSN_ERROR_DTYPE);
+  items[1].itemsize = ((int64_t)1 << 32) + 4; /* not cut to 32 bits */
+  CHECK(wsn_restore_frozen_many(items, 2, 1) == WSN_ERROR_DTYPE);
+  items[1] = good, items[1].n = -1;
+  CHECK(wsn_restore_frozen_many(items, 2, 1) == WSN_ERROR_SIZE);
+  items[1] = good, items[1].saved = NULL;
+  CHECK(wsn_restore_frozen_many(items, 2, 1) == WSN_ERROR_NULL);
+  CHECK(w[0] == 7);
+}
+
 static void check_empty(void) {
   const wsn_gated none = {NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 1.0, WSN_FLOAT32, WSN_FLOAT32, WSN_VALUE};
   const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 0, 1, 1};
   const wsn_adamw_item item = {none, NULL, NULL, NULL, NULL, adamw, adamw};
+  const wsn_restore_item nothing = {NULL, NULL, NULL, 4, 0};
+  const wsn_backward_item empty = {NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0};
   double sums[2] = {7, 7};
   int64_t count = -1;
   CHECK(wsn_pack_bits(NULL, 0, NULL, 1) == WSN_OK);
@@ -141,7 +207,12 @@ static void check_empty(void) {
   CHECK(wsn_gate(NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, 0, 1) == WSN_OK);
   CHECK(wsn_gate_packed(NULL, 0, NULL, NULL, 0, 0, 1) == WSN_OK);
   CHECK(wsn_gate_backward(NULL, 0, NULL, 0, NULL, 0, NULL, 0, NULL, NULL, NULL, 0, 1) == WSN_OK);
+  CHECK(wsn_gates(NULL, 0, 1) == WSN_OK);
+  CHECK(wsn_gates_backward(NULL, 0, 1) == WSN_OK);
+  CHECK(wsn_gates_backward(&empty, 1, 1) == WSN_OK);
   CHECK(wsn_restore_frozen(NULL, NULL, NULL, 4, 0, 1) == WSN_OK);
+  CHECK(wsn_restore_frozen_many(&nothing, 1, 1) == WSN_OK);
+  CHECK(wsn_restore_frozen_many(NULL, 0, 1) == WSN_OK);
   CHECK(wsn_adamw_step(&item, 1, 1) == WSN_OK);
   CHECK(wsn_adamw_step(NULL, 0, 1) == WSN_OK);
   CHECK(wsn_gradient_squares(&none, 1, sums, 1) == WSN_OK && sums[0] == 0 && sums[1] == 0);
@@ -153,7 +224,9 @@ int main(void) {
   check_layout();
   check_errors_of_bits();
   check_errors_of_gate();
+  check_errors_of_many();
   check_errors_of_steps();
+  check_errors_of_restoring();
   check_empty();
   return report();
 }

@@ -177,6 +177,52 @@ static void check_dtypes(int64_t n, int offset, int best) {
   }
 }
 
+/* Four tensors of sizes around n in one call: what the calls for one tensor give. */
+static void check_many(int64_t n, int offset) {
+  enum { kCount = 4 };
+  const int64_t sizes[kCount] = {n, 1, n / 2, n + 7};
+  buffer inputs[kCount][4], outputs[kCount][3], expected[kCount][3];
+  wsn_gate_item gates[kCount];
+  wsn_backward_item items[kCount];
+  double taus[kCount][2];
+  int64_t i, filled = 0;
+  int k;
+  for (i = 0; i < kCount; ++i) {
+    const int64_t size = sizes[i];
+    const int dtype = (int)(i % 2), rule = (int)(i / 2 % 2), item = kItem[dtype];
+    for (k = 0; k < 3; ++k) inputs[i][k] = make_numbers(k == 0 ? WSN_BFLOAT16 : dtype, size, offset);
+    inputs[i][3] = make_bits(size, offset);
+    for (k = 0; k < 3; ++k) outputs[i][k] = make(size * item, offset), expected[i][k] = make(size * item, 0);
+    {
+      const wsn_backward_item one = {inputs[i][0].data, inputs[i][1].data, inputs[i][2].data, taus[i],
+                                     i == 3 ? NULL : inputs[i][3].data, outputs[i][0].data,
+                                     i == 2 ? NULL : outputs[i][1].data, size, WSN_BFLOAT16, dtype, dtype, rule};
+      const wsn_gate_item gate = {inputs[i][1].data, inputs[i][2].data, taus[i], outputs[i][2].data,
+                                  size, size / 2, dtype, dtype, dtype, rule};
+      items[i] = one;
+      if (size) gates[filled++] = gate;
+    }
+    memset(taus[i], 0, sizeof taus[i]);
+    if (size) CHECK(wsn_threshold(inputs[i][2].data, dtype, size, size / 2, rule, taus[i] + 1, 1) == WSN_OK);
+    CHECK(wsn_gate(inputs[i][1].data, dtype, inputs[i][2].data, dtype, taus[i] + 1, rule, expected[i][2].data, dtype,
+                   NULL, size, 1) == WSN_OK);
+    CHECK(wsn_gate_backward(inputs[i][0].data, WSN_BFLOAT16, inputs[i][1].data, dtype, inputs[i][2].data, dtype,
+                            taus[i] + 1, rule, items[i].union_mask, expected[i][0].data,
+                            i == 2 ? NULL : expected[i][1].data, size, 1) == WSN_OK);
+  }
+  CHECK(wsn_gates(gates, filled, 2) == WSN_OK);
+  CHECK(wsn_gates_backward(items, kCount, 2) == WSN_OK);
+  for (i = 0; i < kCount; ++i) {
+    const int64_t bytes = sizes[i] * kItem[i % 2];
+    CHECK(memcmp(taus[i], taus[i] + 1, (size_t)kItem[i % 2]) == 0);
+    for (k = 0; k < 3; ++k) {
+      CHECK(memcmp(outputs[i][k].data, expected[i][k].data, (size_t)bytes) == 0);
+      free(outputs[i][k].base), free(expected[i][k].base);
+    }
+    for (k = 0; k < 4; ++k) free(inputs[i][k].base);
+  }
+}
+
 static void check_bits(int64_t n, int offset) {
   buffer mask = make(n, offset), packed = make((n + 7) / 8, offset), back = make(n, offset);
   buffer rows = make_bits(3 * 8 * n, offset), joined = make(n, offset);
@@ -190,6 +236,47 @@ static void check_bits(int64_t n, int offset) {
   for (i = 0; i < n; ++i) CHECK(joined.data[i] == (rows.data[i] | rows.data[n + i] | rows.data[2 * n + i]));
   CHECK(wsn_or_bits(mask.data, back.data, n, 2) == WSN_OK && memcmp(mask.data, back.data, (size_t)n) == 0);
   free(mask.base), free(packed.base), free(back.base), free(rows.base), free(joined.base);
+}
+
+/* Every item size in one call, first where a union has its bits set, then everywhere. */
+static void check_restore_many(int64_t n, int offset) {
+  buffer param[8], saved[8], u = make_bits(n, offset);
+  wsn_restore_item items[8];
+  int64_t i;
+  int j, k, wrong = 0;
+  for (j = 0; j < 8; ++j) {
+    const int item = 1 << j % 4;
+    param[j] = make(n * item, offset), saved[j] = make_bits(8 * n * item, offset);
+    items[j].param = param[j].data, items[j].saved = saved[j].data;
+    items[j].union_mask = j < 4 ? u.data : NULL, items[j].itemsize = item, items[j].n = n;
+  }
+  CHECK(wsn_restore_frozen_many(items, 8, 2) == WSN_OK);
+  for (j = 0; j < 8; ++j) {
+    const int item = 1 << j % 4;
+    for (i = 0; i < n; ++i)
+      for (k = 0; k < item; ++k)
+        wrong += param[j].data[i * item + k] != (j >= 4 || bit_at(u.data, i) ? saved[j].data[i * item + k] : 0xAA);
+    free(param[j].base), free(saved[j].base);
+  }
+  CHECK(wrong == 0);
+  free(u.base);
+}
+
+/* Rows are taken some at a time: fewer, as many, and some left over. */
+static void check_union(int64_t nbytes, int offset) {
+  int64_t rows, row, i;
+  for (rows = 1; rows <= 9; ++rows) {
+    buffer packed = make_bits(8 * rows * nbytes, offset), joined = make(nbytes, offset);
+    int wrong = 0;
+    CHECK(wsn_union_bits(packed.data, rows, nbytes, joined.data, 2) == WSN_OK);
+    for (i = 0; i < nbytes; ++i) {
+      uint8_t expected = 0;
+      for (row = 0; row < rows; ++row) expected |= packed.data[row * nbytes + i];
+      wrong += joined.data[i] != expected;
+    }
+    CHECK(wrong == 0);
+    free(packed.base), free(joined.base);
+  }
 }
 
 static void check_restore(int64_t n, int offset) {
@@ -257,10 +344,13 @@ static void check_size(int64_t n, int best) {
       CHECK(wsn_limit_instructions(level) == level);
       check_float32(n, WSN_MAGNITUDE, offset);
       check_float32(n, WSN_VALUE, offset);
+      check_many(n, offset);
+      check_union(n, offset);
       check_steps(n, offset);
     }
     check_bits(n, offset);
     check_restore(n, offset);
+    check_restore_many(n, offset);
     check_dtypes(n, offset, best);
   }
 }
@@ -271,5 +361,6 @@ int main(void) {
   size_t i;
   for (n = 0; n <= 70; ++n) check_size(n, best);
   for (i = 0; i < sizeof kSizes / sizeof kSizes[0]; ++i) check_size(kSizes[i], best);
+  check_union(70001, 3); /* more than a part of the result */
   return report();
 }

@@ -96,6 +96,69 @@ std::vector<uint8_t> gate_and_step(int threads) {
   return result;
 }
 
+// Small and large tensors in turn. A part that a thread takes may begin in one tensor and end in another.
+void check_restore_many() {
+  const int64_t sizes[] = {kSize, 5, kSize / 2, 1024, 1, kSize};
+  const std::vector<float> saved = random_scores(kSize);
+  std::vector<uint8_t> bits(size_t(kSize + 7) / 8);
+  for (size_t i = 0; i < bits.size(); ++i) bits[i] = uint8_t(i * 37);
+  for (const int threads : {1, 2, 3, 8, 1000}) {
+    std::vector<std::vector<float>> params;
+    std::vector<wsn_restore_item> items;
+    for (const int64_t n : sizes) params.emplace_back(size_t(n), -1000.0f);
+    for (size_t t = 0; t < params.size(); ++t)
+      items.push_back({params[t].data(), saved.data(), t % 2 ? nullptr : bits.data(), 4, sizes[t]});
+    CHECK(wsn_restore_frozen_many(items.data(), int64_t(items.size()), threads) == WSN_OK);
+    bool right = true;
+    for (size_t t = 0; t < params.size(); ++t)
+      for (size_t i = 0; i < params[t].size(); ++i)
+        right = right && params[t][i] == (t % 2 || bits[i / 8] >> (i % 8) & 1 ? saved[i] : -1000.0f);
+    CHECK(right);
+  }
+}
+
+// Many tensors at once, small ones between large ones: the results of the calls for one tensor.
+std::vector<float> gates_and_gradients(int threads) {
+  const std::vector<float> weight = random_scores(kSize), scores(weight.rbegin(), weight.rend());
+  std::vector<int64_t> sizes(100, 1000);
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] += int64_t(i * i % 977);
+  sizes.insert(sizes.begin() + 70, {1, 131072, 131071});
+  std::vector<wsn_gate_item> gates;
+  std::vector<wsn_backward_item> items;
+  int64_t total = 0;
+  for (const int64_t n : sizes) total += n;
+  std::vector<float> result(size_t(3 * total) + sizes.size(), NAN);
+  float *masked = result.data(), *tau = masked + 3 * total;
+  for (const int64_t n : sizes) {
+    gates.push_back({weight.data(), scores.data(), tau, masked, n, n / 2, 0, 0, 0, WSN_MAGNITUDE});
+    items.push_back({weight.data(), weight.data(), scores.data(), tau, nullptr, masked + total, masked + 2 * total, n, 0,
+                     0, 0, WSN_MAGNITUDE});
+    masked += n, ++tau;
+  }
+  const auto count = int64_t(sizes.size());
+  if (threads > 0) {
+    CHECK(wsn_gates(gates.data(), count, threads) == WSN_OK);
+    CHECK(wsn_gates_backward(items.data(), count, threads) == WSN_OK);
+    return result;
+  }
+  for (const wsn_gate_item &g : gates) {
+    CHECK(wsn_threshold(g.scores, 0, g.n, g.rank, WSN_MAGNITUDE, g.tau, 1) == WSN_OK);
+    CHECK(wsn_gate(g.weight, 0, g.scores, 0, g.tau, WSN_MAGNITUDE, g.masked, 0, nullptr, g.n, 1) == WSN_OK);
+  }
+  for (const wsn_backward_item &b : items)
+    CHECK(wsn_gate_backward(b.grad, 0, b.weight, 0, b.scores, 0, b.tau, WSN_MAGNITUDE, nullptr, b.dweight, b.dscores,
+                            b.n, 1) == WSN_OK);
+  return result;
+}
+
+void check_many_tensors() {
+  const std::vector<float> expected = gates_and_gradients(0);
+  for (const int threads : {1, 2, 1000}) {
+    const std::vector<float> found = gates_and_gradients(threads);
+    CHECK(std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)) == 0);
+  }
+}
+
 void check_callers_at_once() {
   const std::vector<uint8_t> expected = gate_and_step(1);
   std::vector<std::thread> callers;
@@ -128,6 +191,8 @@ int main() {
   check_thread_counts();
   check_window_that_misses();
   check_list_that_overflows();
+  check_restore_many();
+  check_many_tensors();
   check_callers_at_once();
   check_fork();
   return report();

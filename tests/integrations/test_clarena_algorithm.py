@@ -23,7 +23,7 @@ from clarena.backbones import WSNMaskMLP
 from clarena.callbacks import SaveModels
 from clarena.heads import HeadsCIL, HeadsTIL
 from clarena.metrics import CLAccuracy, CLLoss
-from integrations.clarena_problem import Stream, Tasks, train_task
+from clarena_problem import Stream, Tasks, train_task
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from wsn_fast.integrations.clarena import FastSubnetBackbone, FastSubnetMLP, FastWSN

@@ -28,7 +28,7 @@ def config(algorithm: str, folder: Path) -> Any:
             "train_tasks": 3,
             "eval_after_tasks": 3,
             "global_seed": 1,
-            "cl_dataset": {"_target_": "integrations.clarena_problem.TinyDataset", "num_tasks": 3, "batch_size": 16},
+            "cl_dataset": {"_target_": "clarena_problem.TinyDataset", "num_tasks": 3, "batch_size": 16},
             "cl_algorithm": {"_target_": algorithm, "mask_percentage": 0.37},
             "backbone": {
                 "_target_": f"{ours}.FastSubnetMLP",

@@ -11,17 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wsn_fast import WSN, FastSubnetLinear, TaskHeads
 
 if find_spec("lightning") is None:
     pytest.skip('needs Lightning: pip install "wsn-fast[lightning]"', allow_module_level=True)
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
 from wsn_fast.integrations.lightning import WSNCallback
-from wsn_fast.optim import SubnetAdamW
+from wsn_fast.optim.optimizers import SubnetAdamW
 
 pytestmark = pytest.mark.filterwarnings("default", "error:::wsn_fast")  # the frameworks have warnings of their own
 
@@ -135,7 +136,8 @@ def test_a_checkpoint_with_no_epoch_left_ends_its_task(
     keep = ModelCheckpoint(tmp_path, "{epoch}")
     fit(Module(), 1, loader, make_trainer(2, callbacks=[keep], enable_checkpointing=True))
     fresh = Module()
-    fit(fresh, 1, loader, make_trainer(2), ckpt_path=tmp_path / "epoch=1.ckpt")
+    with pytest.warns(RuntimeWarning, match=r"task 1: .* was not checked \(the WSN was not called\)"):
+        fit(fresh, 1, loader, make_trainer(2), ckpt_path=tmp_path / "epoch=1.ckpt")
     assert fresh.wsn.tasks == [1]
 
 
@@ -190,6 +192,54 @@ def test_the_trainer_tests_a_finished_task(loader: Loader, make_trainer: MakeTra
     x, y = loader(1).dataset.tensors
     assert result["loss"] == pytest.approx(F.cross_entropy(logits(module, 1, x), y).item())
     module.wsn.verify()
+
+
+class Validated(Module):
+    """Validation measures the averages: a callback exchanges them with the weights meanwhile."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self.wsn(batch[0]), batch[1]))
+
+
+AVERAGES: dict[str, Callable[[], Callback]] = {
+    "EMA": lambda: EMAWeightAveraging(decay=0.6),
+    "EMA of parameters only": lambda: EMAWeightAveraging(decay=0.6, use_buffers=False),
+    "EMA that begins later": lambda: EMAWeightAveraging(decay=0.6, update_starting_at_step=3),
+    "equal weights": WeightAveraging,
+    "lists": lambda: WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.6)),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_averages_of_weights_keep_finished_tasks(
+    loader: Loader, make_trainer: MakeTrainer, probe: Tensor, name: str
+) -> None:
+    module, then = Validated(), {}
+    for task in (1, 2, 3):
+        trainer = make_trainer(callbacks=[AVERAGES[name]()])
+        trainer.callbacks.insert(0, WSNCallback(task))
+        trainer.fit(module.train(), loader(task), loader(task))
+        then[task] = logits(module, task, probe)
+    assert all(torch.equal(logits(module, task, probe), before) for task, before in then.items())
+    module.wsn.verify()
+
+
+def test_the_average_is_what_the_task_ends_with(loader: Loader, make_trainer: MakeTrainer) -> None:
+    plain, averaged = Module(), Module()
+    fit(plain, 1, loader, make_trainer())
+    callback = EMAWeightAveraging(decay=0.9)
+    fit(averaged, 1, loader, make_trainer(callbacks=[callback]))
+    layer, mean = averaged.wsn.model[1], callback._average_model.module.wsn.model[1]
+    assert not torch.equal(plain.wsn.model[1].weight, layer.weight)
+    assert torch.equal(layer.weight, mean.weight)
+    assert torch.equal(layer.mask("weight", 0), mean.masks_of_scores()["weight"])
+
+
+def test_an_average_that_was_copied_before_the_task_began_is_refused(loader: Loader, make_trainer: MakeTrainer) -> None:
+    module = Module()
+    trainer = make_trainer(callbacks=[EMAWeightAveraging(), WSNCallback(1)])
+    with pytest.raises(RuntimeError, match="put WSNCallback before EMAWeightAveraging in the list of callbacks"):
+        trainer.fit(module, loader(1))
 
 
 class TwoModels(LightningModule):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wsn_fast.backends import torch as portable
 from wsn_fast.kernels._bits import from_order_key, order_key, pack_bits, unpack_bits
+from wsn_fast.kernels._elementwise import FP_FUSION
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("magnitude", "value")
@@ -78,7 +79,7 @@ def keys_of(x: Tensor, rule: str, device: torch.device) -> tuple[Tensor, Tensor]
     key = torch.full(x.shape, -1, dtype=torch.int64, device=device)
     back = torch.full_like(x, float("nan"), device=device)
     constants = {"BLOCK": len(x), "MAGNITUDE": rule == "magnitude"}
-    key_kernel[(1,)](x_ptr=x.to(device), key_ptr=key, back_ptr=back, **constants, num_warps=8)
+    key_kernel[(1,)](x_ptr=x.to(device), key_ptr=key, back_ptr=back, **constants, num_warps=8, **FP_FUSION)
     return key.cpu(), back.cpu()
 
 
@@ -120,7 +121,7 @@ def test_pack_and_unpack(shape: tuple[int, int], device: torch.device) -> None:
     packed = torch.full((keep.numel() // 8,), 0xFF, dtype=torch.uint8, device=device)
     back = torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
     tensors = {"keep_ptr": keep.to(torch.uint8), "packed_ptr": packed, "back_ptr": back}
-    pack_kernel[(1,)](**tensors, ROWS=shape[0], COLUMNS=shape[1])
+    pack_kernel[(1,)](**tensors, ROWS=shape[0], COLUMNS=shape[1], **FP_FUSION)
     assert torch.equal(packed, portable.pack(keep))
     assert torch.equal(back, keep.to(torch.uint8))
 
@@ -129,6 +130,6 @@ def test_pack_and_unpack_flat(device: torch.device) -> None:
     keep = torch.rand(256, device=device) < 0.5
     packed = torch.full((32,), 0xFF, dtype=torch.uint8, device=device)
     back = torch.full((256,), 0xFF, dtype=torch.uint8, device=device)
-    pack_flat_kernel[(1,)](keep_ptr=keep.to(torch.uint8), packed_ptr=packed, back_ptr=back, BLOCK=256)
+    pack_flat_kernel[(1,)](keep_ptr=keep.to(torch.uint8), packed_ptr=packed, back_ptr=back, BLOCK=256, **FP_FUSION)
     assert torch.equal(packed, portable.pack(keep))
     assert torch.equal(back, keep.to(torch.uint8))

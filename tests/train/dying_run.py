@@ -14,10 +14,10 @@ import sys
 from types import CodeType, FrameType
 from typing import Any
 
+from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import checkpoint
 from wsn_fast.train.__main__ import main
 from wsn_fast.train.run import Run
-from wsn_fast.wsn import WSN
 
 PLACES = {"anywhere": main, "checkpoint": checkpoint.save, "end_task": WSN.end_task, "task_end": Run._end_task}
 

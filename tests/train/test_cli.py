@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,6 @@ from wsn_fast.train import checkpoint
 from wsn_fast.train.run import Run
 
 SMALL = ["--tasks", "2", "--epochs", "2", "--batch-size", "128", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads_are_put_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert cli.main(["train", "permuted", *SMALL, "--out", str(folder), "--quiet"]) == 0
-    return folder
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 def test_training_says_what_it_does_and_what_came_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +67,10 @@ def test_defaults_in_the_help_are_those_of_the_config(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "at most so many (default: 20; 40 for digits; 5 for permuted mnist; 200 for split cifar100" in text
+    assert (
+        "largest number of epochs per task (default: 20; 40 for digits; 5 for permuted mnist; 200 for split cifar100"
+        in text
+    )
     assert "number of tasks (default: 5; 10 for permuted mnist; 10 for split cifar100; 40 for split folder)" in text
 
 
@@ -129,6 +112,17 @@ def test_a_loss_that_is_not_finite_is_one_line_too(tmp_path: Path, capsys: pytes
     harsh = ["--optimizer", "sgd", "--lr", "1e30", "--quiet", "--out", str(tmp_path / "run")]
     assert cli.main(["train", *SMALL, *harsh]) == 1
     assert "wsn-fast: error: task 0, epoch 1: features." in capsys.readouterr().err
+
+
+def test_a_cpu_without_memory_is_one_line_too(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        torch.empty(1 << 55)
+
+    monkeypatch.setattr(cli, "evaluate_run", too_much)
+    assert cli.main(["eval", str(copy)]) == 2
+    assert "allocate memory" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_says_how_to_go_on(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import fuzzed
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,8 +27,9 @@ from wsn_fast.train import checkpoint
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.data import DataError, load
+from wsn_fast.train.folder import read_config
 from wsn_fast.train.report import Console
-from wsn_fast.train.run import Run, read_config
+from wsn_fast.train.run import Run
 
 RNG = np.random.default_rng(0)
 
@@ -86,8 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data(), st.sampled_from(list(IDX_FILES)), st.booleans())
+@fuzzed(300, st.data(), st.sampled_from(list(IDX_FILES)), st.booleans())
 def test_damaged_idx(folder: Path, data: st.DataObject, name: str, compress: bool) -> None:
     whole = gzip.compress(IDX_FILES[name], mtime=0) if compress else IDX_FILES[name]
     (folder / name).write_bytes(data.draw(damaged(whole)))
@@ -95,15 +95,13 @@ def test_damaged_idx(folder: Path, data: st.DataObject, name: str, compress: boo
     (folder / name).write_bytes(IDX_FILES[name])
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.data(), st.sampled_from(BATCHES))
+@fuzzed(500, st.data(), st.sampled_from(BATCHES))
 def test_damaged_pickle(folder: Path, data: st.DataObject, whole: bytes) -> None:
     (folder / "test").write_bytes(data.draw(damaged(whole)))
     assert_right_or_data_error("cifar100", folder, (3, 32, 32), 100)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from([*(bytes([code]) for code in range(256)), *GLOBALS.split(b" ")]), max_size=30))
+@fuzzed(300, st.lists(st.sampled_from([*(bytes([code]) for code in range(256)), *GLOBALS.split(b" ")]), max_size=30))
 def test_random_pickle_programs(folder: Path, program: list[bytes]) -> None:
     (folder / "test").write_bytes(b"\x80\x02" + b"".join(program) + b".")
     assert_right_or_data_error("cifar100", folder, (3, 32, 32), 100)
@@ -114,8 +112,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("archive") / "cifar-100-python.tar.gz"
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data(), st.booleans())
+@fuzzed(150, st.data(), st.booleans())
 def test_damaged_archive(archive: Path, data: st.DataObject, compress: bool) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -177,8 +174,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoint") / "000001.safetensors"
 
 
-@settings(max_examples=300)
-@given(st.data())
+@fuzzed(300, st.data())
 def test_damaged_checkpoint(saved: bytes, path: Path, data: st.DataObject) -> None:
     content = data.draw(damaged(saved) | st.binary(max_size=200))
     path.write_bytes(content)
@@ -206,8 +202,7 @@ def signed(header: dict[str, Any], tensors: bytes) -> bytes:
     )
 
 
-@settings(max_examples=300)
-@given(st.data())
+@fuzzed(300, st.data())
 def test_checkpoint_of_another_make(saved: bytes, path: Path, data: st.DataObject) -> None:
     """The digest protects against accidents and not against other writers."""
     end = 8 + int.from_bytes(saved[:8], "little")
@@ -241,8 +236,7 @@ def test_a_compressed_tensor_that_would_fill_the_memory(saved: bytes, path: Path
         checkpoint.load(path)
 
 
-@settings(max_examples=150)
-@given(st.data())
+@fuzzed(150, st.data())
 def test_restoring_what_another_program_wrote(trained: Run, path: Path, data: st.DataObject) -> None:
     good = checkpoint.load_from(trained.folder / "checkpoint")
     state, tensors = data.draw(edited(good.state)), dict(good.tensors)
@@ -262,8 +256,7 @@ def test_restoring_what_another_program_wrote(trained: Run, path: Path, data: st
     assert trained.wsn.verify().tasks == [0]
 
 
-@settings(max_examples=200)
-@given(st.data())
+@fuzzed(200, st.data())
 def test_damaged_config(trained: Run, path: Path, data: st.DataObject) -> None:
     whole = (trained.folder / "config.json").read_bytes()
     text = data.draw(damaged(whole) | edited(json.loads(whole)).map(lambda value: json.dumps(value).encode()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from small_models import batches, logits, mlp, run_tasks
 from torch import Tensor, nn
 
 from wsn_fast import WSN, capture_step
-from wsn_fast.optim import SubnetAdamW, SubnetSGD
+from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train import loop, run
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.report import Console
@@ -28,13 +28,6 @@ OPTIMIZERS: dict[str, Callable[[WSN], torch.optim.Optimizer]] = {
     "one-pass sgd": lambda wsn: SubnetSGD(wsn, 0.1, momentum=0.9, one_pass=True),
     "one-pass adamw": lambda wsn: SubnetAdamW(wsn, 0.01, one_pass=True),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads_are_put_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def out_of_memory(*_: object) -> NoReturn:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,6 @@ from wsn_fast.train.records import TaskLog
 from wsn_fast.train.run import Run
 
 SMALL = ["--epochs", "2", "--batch-size", "128", "--device", "cpu", "--quiet"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads_are_put_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert cli.main(["train", "permuted", "--tasks", "2", *SMALL, "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")

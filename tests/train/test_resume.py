@@ -16,25 +16,19 @@ from typing import Any
 import pytest
 import torch
 from same_end import assert_same_end
+from stopping_console import Stop, StoppingConsole
 from torch import Tensor, nn
 
+from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import checkpoint, data, loop, nets, run
 from wsn_fast.train.__main__ import main
 from wsn_fast.train.config import resolve
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
-from wsn_fast.wsn import WSN
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--tasks", "3", "--epochs", "4", "--batch-size", "64", "--preset", "clarena", "--optimizer", "adamw"]
 OPTIONS += ["--weight-decay", "0.01", "--lr-patience", "1", "--device", "cpu", "--quiet"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _threads_are_put_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- real kills, in processes of their own ----------------------------------------------------------------
@@ -117,23 +111,6 @@ def test_a_run_killed_inside_a_checkpoint_write_ends_the_same(undisturbed: Path,
 
 
 # --- stops at every kind of moment, in this process -------------------------------------------------------
-class Stop(Exception):
-    pass
-
-
-class StoppingConsole(Console):
-    """Stops the run at its n-th step, as a kill would: nothing is saved or tidied."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__(quiet=True)
-        self.left = steps
-
-    def step(self) -> None:
-        self.left -= 1
-        if not self.left:
-            raise Stop
-
-
 class Stateful(nn.Module):
     """Everything that has state of its own: batch statistics, and dropout, which draws from the global generator."""
 
@@ -170,8 +147,15 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
 
 
 @pytest.mark.parametrize("one_pass", [False, True], ids=["torch", "one-pass"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["saved-every-epoch", "saved-every-task"])
+@pytest.mark.parametrize(
+    ("optimizer", "seconds"),  # 0 saves after every epoch, 1e9 after every task
+    [
+        ("adam", 0.0),
+        ("sgd", 1e9),
+        pytest.param("adam", 1e9, marks=pytest.mark.ci),
+        pytest.param("sgd", 0.0, marks=pytest.mark.ci),
+    ],
+)
 def test_stops_at_seeded_steps(
     stateful: tuple[dict[str, Any], Path], tmp_path: Path, optimizer: str, seconds: float, one_pass: bool
 ) -> None:

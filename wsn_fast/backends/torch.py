@@ -1,4 +1,4 @@
-"""The portable backend: the primitives in plain PyTorch, on any device. Exact everywhere, fast nowhere.
+"""The portable backend: the primitives in plain PyTorch, on any device. Its aim is to be exact, not to be fast.
 
 Conventions of every backend: arguments are checked by the caller; ``tau`` is a 0-d tensor on the scores' device and no
 primitive reads it on the host; a packed mask is a 1-d ``uint8`` tensor of ``ceil(n / 8)`` bytes in which element ``i``
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from .shapes import Geometry
-from .updates import SGD, AdamW, AdamWState, Plan, SGDState, Update
+from .conv_geometry import Geometry
+from .mask import GateOrder, GradientOrder, Mask, RestoreOrder
+from .updates import SGD, AdamW, AdamWState, Batch, Gradient, Plan, SGDState, Update
 
 
 def gate_key(scores: Tensor, rule: str) -> Tensor:
@@ -30,11 +31,10 @@ def threshold(scores: Tensor, rank: int, rule: str) -> Tensor:
     """The ``rank``-th (from 0) of the ascending keys, NaN last: a 0-d tensor."""
     keys = gate_key(scores.detach(), rule).reshape(-1)
     if keys.device.type != "cpu":
-        # Not kthvalue: it runs in a single block on a GPU, 100 ms for 16.7 M keys where a sort takes a few.
+        # torch.kthvalue runs in a single block on a GPU, so it is expected to be slower than a sort.
         return keys.sort().values[rank]
-    # Not kthvalue here either: it is quadratic on keys that fall and rise again (a minute for a million of them).
-    # NumPy's introselect is not, and several times faster otherwise. It has no bfloat16, which float32 holds exactly
-    # and in order.
+    # torch.kthvalue takes quadratic time on keys that fall and rise again. NumPy's partition has no such case, and was
+    # faster on other keys too (docs/log.md). It has no bfloat16, so such keys become float32, which is exact.
     array = (keys.float() if keys.dtype is torch.bfloat16 else keys).numpy()
     return torch.tensor(np.partition(array, rank)[rank], dtype=keys.dtype, device="cpu")
 
@@ -50,8 +50,18 @@ def gate(weight: Tensor, scores: Tensor, tau: Tensor, rule: str, dtype: torch.dt
     return weight.to(dtype, copy=True).masked_fill_(gate_key(scores, rule) < tau, 0.0)
 
 
+def gates(orders: Sequence[GateOrder], plan: Plan | None = None) -> list[Tensor]:
+    """:func:`threshold` and :func:`gate` for many tensors: writes each ``masked`` and returns the thresholds, 0-d. A
+    ``plan`` stays empty."""
+    taus = []
+    for order in orders:
+        taus.append(threshold(order.scores, order.rank, order.rule))
+        order.masked.copy_(gate(order.weight, order.scores, taus[-1], order.rule, order.masked.dtype))
+    return taus
+
+
 def gate_packed(weight: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """As :func:`gate`, with the mask read from its packed form."""
+    """Do what :func:`gate` does, with the mask in its packed form."""
     keep = unpack(packed, weight.numel()).view(weight.shape)
     return weight.to(dtype, copy=True).masked_fill_(~keep, 0.0)
 
@@ -67,8 +77,8 @@ def gate_backward(
     need_scores: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``dW``: G inside the mask and outside the packed union, else +0.0 (Eq. 4). ``dS``: ``G * W``, times ``sign(S)``
-    for "magnitude" (Eq. 5). The mask is formed again from the scores and tau, so that nothing of it is kept in
-    between."""
+    for "magnitude" (Eq. 5). The mask is computed again from the scores and tau, so that it need not be stored
+    after the forward pass."""
     grad = grad.to(weight.dtype)
     dw = ds = None
     if need_weight:
@@ -84,91 +94,105 @@ def gate_backward(
     return dw, ds
 
 
-def adamw_step(
-    updates: Sequence[Update],
-    states: Sequence[AdamWState],
-    for_weights: Sequence[AdamW],
-    for_scores: Sequence[AdamW],
-    plan: Plan | None = None,
-) -> None:
-    """One update of several weights and their scores, in place. Weights in the packed union keep every bit. A ``plan``
+def gates_backward(orders: Sequence[GradientOrder], plan: Plan | None = None) -> None:
+    """:func:`gate_backward` for many tensors: writes ``weight_grad`` and ``score_grad`` of each. A ``plan`` stays
+    empty."""
+    for grad, weight, scores, tau, union, rule, *results in orders:
+        needed = [result is not None for result in results]
+        gradients = gate_backward(grad, weight, scores, tau, union, rule, *needed)
+        for result, gradient in zip(results, gradients, strict=True):
+            if result is not None and gradient is not None:
+                result.copy_(gradient)
+
+
+def adamw_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
+    """One update of several weights and their scores, in place. Weights in the packed union keep every bit. The plan
     stays empty."""
 
-    def adamw(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, s: AdamW) -> None:
+    def adamw(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: Tensor, s: AdamW) -> None:
         adam(
-            [param], [grad], [mean], [square], [], [s.step - 1],  # which it counts up itself
+            [param], [grad], [mean], [square], [], [step - 1],  # adam() adds 1 to the step
             fused=_flat(param, grad, mean, square), foreach=False, amsgrad=False,
             beta1=s.beta1, beta2=s.beta2, lr=s.lr, weight_decay=s.weight_decay, eps=s.eps,
             maximize=False, decoupled_weight_decay=s.decoupled,
         )  # fmt: skip
 
-    for update, state, weight, scores in zip(updates, states, for_weights, for_scores, strict=True):
-        with _Step(update) as (dw, ds):
-            adamw(update.weight, dw, state.weight_avg, state.weight_avg_sq, weight)
-            adamw(update.scores, ds, state.scores_avg, state.scores_avg_sq, scores)
+    for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
+        state = update.state
+        assert isinstance(state, AdamWState)
+        with _Step(update, gradient, batch.scale) as (dw, ds):
+            adamw(update.weight, dw, state.weight_avg, state.weight_avg_sq, state.weight_step, weight)
+            adamw(update.scores, ds, state.scores_avg, state.scores_avg_sq, state.scores_step, scores)
 
 
-def sgd_step(
-    updates: Sequence[Update],
-    states: Sequence[SGDState],
-    for_weights: Sequence[SGD],
-    for_scores: Sequence[SGD],
-    plan: Plan | None = None,
-) -> None:
-    """As :func:`adamw_step`, for SGD."""
+def sgd_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
+    """Do what :func:`adamw_step` does, for SGD."""
 
     def descend(param: Tensor, grad: Tensor, buffer: Tensor | None, s: SGD) -> None:
         kept: list[Tensor | None] = [None if s.first else buffer]
+        # On the CPU torch's fused SGD is wrong in half precision, at least up to torch 2.13.
+        wrong = param.is_cpu and param.dtype in (torch.bfloat16, torch.float16)
+        fused = not wrong and _flat(param, grad, *([] if buffer is None else [buffer]))
         sgd(
-            [param], [grad], kept, fused=_flat(param, grad, *([] if buffer is None else [buffer])), foreach=False,
+            [param], [grad], kept, fused=fused, foreach=False,
             weight_decay=s.weight_decay, momentum=s.momentum, lr=float(s.lr),
             dampening=s.dampening, nesterov=s.nesterov, maximize=False,
         )  # fmt: skip
         if s.first and buffer is not None and kept[0] is not None:
             buffer.copy_(kept[0])
 
-    for update, state, weight, scores in zip(updates, states, for_weights, for_scores, strict=True):
-        with _Step(update) as (dw, ds):
+    for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
+        state = update.state
+        assert isinstance(state, SGDState)
+        with _Step(update, gradient, batch.scale) as (dw, ds):
             descend(update.weight, dw, state.weight_momentum, weight)
             descend(update.scores, ds, state.scores_momentum, scores)
 
 
-def gradient_squares(updates: Sequence[Update], plan: Plan | None = None) -> Tensor:
+def gradient_squares(batch: Batch) -> Tensor:
     """The sums of the squares of dW and dS of each tensor in turn, [2 * len(updates)]: float64 on the CPU, else
     float32."""
-    sums = [grad.double().square().sum() for update in updates for grad in _gradients(update)]
+    sums = [
+        grad.double().square().sum()
+        for update, gradient in zip(batch.updates, batch.gradients, strict=True)
+        for grad in _gradients(update, gradient, batch.scale)
+    ]
     return torch.stack(sums).to(torch.float64 if sums[0].is_cpu else torch.float32)
 
 
 def _flat(*tensors: Tensor) -> bool:
-    """Whether all lie in memory alike: torch's fused optimizers on the CPU go through memory whatever the strides."""
-    return len({tensor.stride() for tensor in tensors}) == 1
+    """Whether all tensors have the same strides, and no gaps in memory. On the CPU torch's fused optimizers go through
+    memory in order and ignore the strides."""
+    first = tensors[0]
+    last = sum((n - 1) * stride for n, stride in zip(first.shape, first.stride(), strict=True))
+    return last == first.numel() - 1 and len({tensor.stride() for tensor in tensors}) == 1
 
 
-def _gradients(update: Update) -> tuple[Tensor, Tensor]:
-    dw: Tensor | None = update.grad
-    ds = update.score_grad
+def _gradients(update: Update, gradient: Gradient, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    dw: Tensor | None = gradient.grad
+    ds = gradient.score_grad
     if ds is None:
-        assert update.tau is not None
+        assert gradient.tau is not None
         dw, ds = gate_backward(
-            update.grad, update.weight, update.scores, update.tau, update.union, update.rule, True, True
+            gradient.grad, update.weight, update.scores, gradient.tau, update.union, update.rule, True, True
         )
     assert dw is not None and ds is not None
-    return (dw, ds) if update.scale is None else (dw * update.scale, ds * update.scale)
+    return (dw, ds) if scale is None else (dw * scale, ds * scale)
 
 
 class _Step:
-    """The gradients of an update on the way in; on the way out what is frozen comes back, and the next gate is made."""
+    """A context manager for one update. It gives dW and dS on entry. On exit it restores the frozen weights and
+    computes the next masked weight."""
 
-    def __init__(self, update: Update) -> None:
-        self._update = update
+    def __init__(self, update: Update, gradient: Gradient, scale: Tensor | None) -> None:
+        self._update, self._gradient, self._scale = update, gradient, scale
         self._saved = self._frozen = None
-        if update.union is not None:  # all the memory that the way out needs
+        if update.union is not None:  # __exit__ needs no other memory than this
             self._saved = update.weight.clone()
             self._frozen = unpack(update.union, update.weight.numel()).view(update.weight.shape)
 
     def __enter__(self) -> tuple[Tensor, Tensor]:
-        return _gradients(self._update)
+        return _gradients(self._update, self._gradient, self._scale)
 
     def __exit__(self, *error: object) -> None:
         u = self._update
@@ -219,47 +243,39 @@ def restore_frozen(param: Tensor, saved: Tensor, union: Tensor) -> None:
     param.copy_(torch.where(frozen, saved, param))
 
 
-# --- products with the masked weight, here by way of memory
-def _masked(
-    weight: Tensor, packed: Tensor | None, scores: Tensor | None, tau: Tensor | None, rule: str, dtype: torch.dtype
-) -> Tensor:
-    if packed is not None:
-        return gate_packed(weight, packed, dtype)
-    assert scores is not None and tau is not None
-    return gate(weight, scores, tau, rule, dtype)
+def restore_frozen_many(orders: Sequence[RestoreOrder], plan: Plan | None = None) -> None:
+    """:func:`restore_frozen` for many tensors; without a union every element is restored. A ``plan`` stays empty."""
+    for param, saved, union in orders:
+        values = saved.view(param.shape)
+        if union is None:
+            param.copy_(values)
+        else:
+            restore_frozen(param, values, union)
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    packed: Tensor | None,
-    scores: Tensor | None,
-    tau: Tensor | None,
-    rule: str,
-    bias: Tensor | None,
-    backward: bool,
-) -> Tensor:
-    """``x (W*m)^T + b``, or ``x (W*m) + b`` for ``backward``, with the mask packed or formed from the scores.
+# --- products with the masked weight, which is written to memory here
+def _masked(weight: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
+    if mask.packed is not None:
+        return gate_packed(weight, mask.packed, dtype)
+    assert mask.scores is not None and mask.tau is not None
+    return gate(weight, mask.scores, mask.tau, mask.rule, dtype)
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask: Mask, bias: Tensor | None, backward: bool) -> Tensor:
+    """``x (W*m)^T + b``, or ``x (W*m) + b`` for ``backward``.
 
     ``x`` is [M, K] ([M, N] for ``backward``) in the compute dtype, ``weight`` [N, K], and the bias is masked already.
     """
-    masked = _masked(weight, packed, scores, tau, rule, x.dtype)
+    masked = _masked(weight, mask, x.dtype)
     return F.linear(x, masked.t() if backward else masked, bias)
 
 
 def masked_linear_grad(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scores: Tensor,
-    tau: Tensor,
-    union: Tensor | None,
-    rule: str,
-    need_weight: bool,
-    need_scores: bool,
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Mask, need_weight: bool, need_scores: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`gate_backward` of ``G = grad^T x``, with ``grad`` [M, N] and ``x`` [M, K] in the compute dtype."""
-    return gate_backward(grad.t() @ x, weight, scores, tau, union, rule, need_weight, need_scores)
+    assert mask.scores is not None and mask.tau is not None
+    return gate_backward(grad.t() @ x, weight, mask.scores, mask.tau, mask.union, mask.rule, need_weight, need_scores)
 
 
 def masked_linear_tasks(
@@ -267,7 +283,8 @@ def masked_linear_tasks(
 ) -> Tensor:
     """``x[i] (W*m[t])^T + b*m_b[t]`` with ``t = tasks[i]``, a row of the masks ``packed`` [T, bytes].
 
-    A product per task, and so the one primitive that reads something on the host: which tasks there are.
+    It computes one product for each task. So it is the only primitive that reads something on the host: which tasks
+    there are.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
     for task in tasks.unique().tolist():
@@ -275,26 +292,23 @@ def masked_linear_tasks(
         b = None
         if bias is not None:
             b = bias.to(x.dtype) if packed_bias is None else gate_packed(bias, packed_bias[task], x.dtype)
-        y[rows] = masked_linear(x[rows], weight, packed[task], None, None, "magnitude", b, False)
+        y[rows] = masked_linear(x[rows], weight, Mask.of_packed(packed[task]), b, False)
     return y
 
 
 def masked_conv(
     x: Tensor,
     weight: Tensor,
-    packed: Tensor | None,
-    scores: Tensor | None,
-    tau: Tensor | None,
-    rule: str,
+    mask: Mask,
     bias: Tensor | None,
     geometry: Geometry,
     groups: int,
     input_shape: Sequence[int] | None,
 ) -> Tensor:
-    """The zero-padded convolution of ``x`` with the masked weight, or for an ``input_shape`` the gradient of the
-    convolution's input, with ``x`` as the gradient of its result."""
+    """The zero-padded convolution of ``x`` with the masked weight. If ``input_shape`` is given, it computes the
+    gradient of an input of that shape instead; then ``x`` is the gradient of the convolution's result."""
     stride, padding, dilation = map(list, geometry)
-    masked = _masked(weight, packed, scores, tau, rule, x.dtype)
+    masked = _masked(weight, mask, x.dtype)
     none = [0] * len(stride)
     if input_shape is None:
         return torch.ops.aten.convolution(x, masked, bias, stride, padding, dilation, False, none, groups)

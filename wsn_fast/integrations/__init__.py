@@ -1,2 +1,2 @@
-"""Other people's frameworks over this library: ``lightning`` and ``clarena``. Each is imported by its own name, and
-needs the extra of that name (``pip install "wsn-fast[lightning]"``)."""
+"""Integrations with other frameworks: ``lightning`` and ``clarena``. Each has to be imported by its own name, and needs
+the extra of that name (``pip install "wsn-fast[lightning]"``)."""

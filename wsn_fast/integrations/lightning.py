@@ -1,4 +1,4 @@
-"""A callback with which a Lightning ``Trainer`` trains one task of a :class:`wsn_fast.WSN` per ``fit``."""
+"""A callback for Lightning: with it, each ``Trainer.fit`` trains one task of a :class:`wsn_fast.WSN`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from wsn_fast import WSN
-from wsn_fast.parts import Density
-from wsn_fast.tasks import TaskId, check_task
+from wsn_fast.continual.first_inputs import FirstInputs
+from wsn_fast.continual.model_parts import Density
+from wsn_fast.nn.task_ids import TaskId, check_task
+from wsn_fast.optim.averages import Averaging, averaging
 
 if find_spec("lightning") is None:
     raise ImportError('this needs Lightning: pip install "wsn-fast[lightning]"', name="lightning")
@@ -20,12 +23,17 @@ from lightning.pytorch import Callback
 
 
 class WSNCallback(Callback):
-    """Makes one ``trainer.fit`` the training of one task: the task begins before ``configure_optimizers``, all
-    optimizers keep the finished tasks to the bit, and the task ends after the last ``on_train_end`` hook (the place to
-    restore the weights of the best epoch).
+    """Makes each ``trainer.fit`` train one task.
 
-    A fit that an exception cuts short leaves the task in progress: fit again, with ``ckpt_path`` to go on where a
-    checkpoint was. Masks and the register of tasks are part of the model's state, so every checkpoint has them.
+    The task begins before ``configure_optimizers``. No optimizer changes what finished tasks use. The task ends after
+    the last ``on_train_end`` hook, so restore the weights of the best epoch in such a hook. Then the model computes the
+    inputs of its first call again, to find code that reads weights outside of the mask (``UnmaskedReadError``).
+
+    Lightning's ``WeightAveraging`` and ``EMAWeightAveraging`` may follow it in the list of callbacks. They average what
+    training may move, and nothing else (:func:`wsn_fast.optim.averaging`).
+
+    If an exception ends the fit early, the task stays in progress. Fit again, with ``ckpt_path`` to continue from a
+    checkpoint. Masks and the register of tasks are part of the model's state, so every checkpoint contains them.
 
     Args:
         task: the task to train.
@@ -50,19 +58,22 @@ class WSNCallback(Callback):
         self.density = density
         self.out_features = out_features
         self._given = wsn
+        self._first: FirstInputs | None = None
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
-        """Begin the task, unless it is in progress already. A checkpoint to resume from is loaded after this, and takes
-        its place."""
+        """Begin the task, unless it is in progress already. A checkpoint to resume from is loaded after this, and
+        replaces the state of the model."""
         wsn = self._wsn(pl_module)
         if stage == "fit" and wsn.current_task != self.task:
             wsn.begin_task(self.task, density=self.density, out_features=self.out_features)
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Guard the optimizers that hold parameters of the model.
+        """Guard the optimizers that hold parameters of the model, and let averages of weights leave alone what finished
+        tasks use.
 
         Raises:
-            RuntimeError: the checkpoint that was loaded is not one of this task in progress.
+            RuntimeError: in the checkpoint that was loaded, this task is not in progress; or a callback that averages
+                weights comes before this one.
         """
         wsn = self._wsn(pl_module)
         if wsn.current_task != self.task:
@@ -71,10 +82,16 @@ class WSNCallback(Callback):
                 f"these finished: {wsn.tasks}"
             )
         guard(wsn, trainer.optimizers)
+        self._first = FirstInputs(wsn)
+        for callback in trainer.callbacks:
+            averaged = getattr(callback, "_average_model", None)
+            if isinstance(averaged, AveragedModel):
+                _average_what_moves(wsn, pl_module, averaged, type(callback).__name__)
 
     def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """End the task."""
-        self._wsn(pl_module).end_task()
+        """End the task. The first batch of this fit serves as the probe of ``end_task``."""
+        end_task(self._wsn(pl_module), self._first, trainer)
+        self._first = None
 
     def _wsn(self, pl_module: nn.Module) -> WSN:
         if self._given is not None:
@@ -85,6 +102,26 @@ class WSNCallback(Callback):
                 f"{type(pl_module).__name__} must contain one WSN, found {len(found)}: say which, WSNCallback(wsn=...)"
             )
         return found[0]
+
+
+def _average_what_moves(wsn: WSN, pl_module: nn.Module, averaged: AveragedModel, callback: str) -> None:
+    """Let ``averaged``, the average of ``pl_module`` that a callback of the class ``callback`` keeps, leave alone what
+    finished tasks use."""
+    names, copied = ([name for name, _ in m.named_parameters()] for m in (pl_module, averaged.module))
+    if names != copied:
+        raise RuntimeError(
+            f"{callback} has copied the model before the task began, without its head: put WSNCallback before "
+            f"{callback} in the list of callbacks"
+        )
+    if not isinstance(averaged.multi_avg_fn, Averaging):
+        averaged.multi_avg_fn = averaging(wsn, averaged.avg_fn, averaged.multi_avg_fn)
+        averaged.avg_fn = None
+
+
+def end_task(wsn: WSN, first: FirstInputs | None, trainer: Any) -> None:
+    """End the task in progress. ``first`` has what the model was called with first in this fit; None if it was not."""
+    with trainer.precision_plugin.forward_context():  # the model is called as it was in training
+        (first or FirstInputs(wsn)).end_task()
 
 
 def guard(wsn: WSN, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:

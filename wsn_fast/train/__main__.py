@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,25 +11,27 @@ from typing import Any
 import torch
 
 from wsn_fast import ForgottenError, __version__
+from wsn_fast.nn.scores import SCORE_INITS
 from wsn_fast.ops import RULES
-from wsn_fast.subnet import SCORE_INITS
 from wsn_fast.train import config, page, records
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.data import DATASETS
+from wsn_fast.train.evaluation import evaluate_run
 from wsn_fast.train.nets import NETS
 from wsn_fast.train.report import NUMBERS, Console, differences, in_words, plot, table
-from wsn_fast.train.run import Run, evaluate_run
+from wsn_fast.train.run import Run
+from wsn_fast.train.safe_files import read_json
 from wsn_fast.train.streams import KINDS
 
 _TRAIN = """\
-Train one network on a stream of tasks without forgetting any. Everything is written into one folder:
-config.json, metrics.jsonl, results.json, checkpoint/ and two plots. A run that was killed continues with
+Train one network on a stream of tasks without forgetting any of them. Everything is written into one folder:
+config.json, metrics.jsonl, results.json, checkpoint/ and two plots. To continue a run that was killed, use
 --resume."""
-_EVAL = "Measure a run again, from its checkpoint. The exit code is 1 if a number of results.json differs."
+_EVAL = "Measure a run again from its checkpoint. The exit code is 1 if a number differs from results.json."
 _REPORT = """\
-Compare runs, finished or not: print a table beside the paper's numbers, draw the plots of finished runs again, and
-write one HTML page that needs neither network nor script. The exit code is 2 if a folder could not be read; the others
-are reported all the same."""
+Compare runs, finished or not. Prints a table beside the paper's numbers, draws the plots of finished runs again, and
+writes one HTML page that needs neither network nor script. The exit code is 2 if a folder cannot be read; the other
+runs are still reported."""
 _EXAMPLES = """\
 examples:
   wsn-fast train permuted                                  the vendored digits, 5 tasks, under two minutes
@@ -43,14 +44,15 @@ examples:
 
 _FAILURES = (
     ValueError, OSError, ImportError, CheckpointError, FloatingPointError, ForgottenError, torch.OutOfMemoryError,
+    MemoryError,
 )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
-    0: done. 1: a promise or a number did not hold (a loss that is not finite, a forgotten task, an ``eval``
-    that differs). 2: something was wrong with the arguments, files or data. 130: interrupted.
+    0: the command succeeded. 1: a loss is not finite, a task was forgotten, or a number of ``eval`` differs. 2: the
+    arguments, the files or the data are wrong. 130: the command was interrupted.
     """
     args = _parser().parse_args(argv)
     try:
@@ -59,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("wsn-fast: interrupted", file=sys.stderr)
         return 130
-    except _FAILURES as error:
-        if args.debug:
+    except (*_FAILURES, RuntimeError) as error:
+        # PyTorch has no class of its own for a CPU without memory.
+        if args.debug or not (isinstance(error, _FAILURES) or "allocate memory" in str(error)):
             raise
         print(f"wsn-fast: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, (FloatingPointError, ForgottenError)) else 2
@@ -123,16 +126,20 @@ def _report(args: argparse.Namespace) -> int:
     for name in dict.fromkeys(args.runs):
         try:
             runs.append(records.read(name))
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
+        except Exception as error:  # whatever is wrong with one run, the others are reported
+            problems.append(str(error) if isinstance(error, (OSError, ValueError)) else f"{name}: {error!r}")
+    for run in runs:
+        try:
+            if run.finished and run.results is not None:
+                plot(run.results, Path(run.name))
+        except Exception as error:
+            problems.append(f"{run.name}: its plots cannot be drawn: {error}")
     for line in problems:
         print(f"wsn-fast: error: {line}", file=sys.stderr)
     if not runs:
         return 2
     measured = {run.name: run.results for run in runs if run.results is not None}
     for run in runs:
-        if run.finished and run.results is not None:
-            plot(run.results, Path(run.name))
         for note in run.notes:
             print(f"wsn-fast: note: {note}", file=sys.stderr)
     if measured:
@@ -152,7 +159,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
         way_on = f"; `wsn-fast train --resume {folder}` finishes it" if (folder / "config.json").is_file() else ""
         raise FileNotFoundError(f"{folder} holds no finished run: there is no {path}{way_on}")
     try:
-        results: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        results: dict[str, Any] = read_json(path)
         missing = {"config", *NUMBERS} - results.keys()
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
@@ -162,7 +169,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
 
 
 # --- arguments --------------------------------------------------------------------------------------------
-# The options of `train` that are no settings.
+# The options of `train` that are not settings.
 _NO_SETTINGS = ("command", "debug", "quiet", "resume", "checkpoint")
 
 
@@ -190,16 +197,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_method(train.add_argument_group("method"))
     _add_training(train.add_argument_group("training of each task"))
     _add_run(train.add_argument_group("run"))
-    evaluation = commands.add_parser("eval", help="measure a run again, from its checkpoint", description=_EVAL)
+    evaluation = commands.add_parser("eval", help="measure a run again from its checkpoint", description=_EVAL)
     evaluation.set_defaults(command=_eval)
     evaluation.add_argument("run", metavar="RUN", help="folder of the run")
     evaluation.add_argument("--checkpoint", metavar="NAME", help="file in RUN/checkpoint (default: the newest)")
     evaluation.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: as in the run)")
-    evaluation.add_argument("--device", choices=config.DEVICES, help="(default: as in the run)")
+    evaluation.add_argument("--device", choices=config.DEVICES, help="device (default: as in the run)")
     reporting = commands.add_parser("report", help="compare runs and draw their plots", description=_REPORT)
     reporting.set_defaults(command=_report)
     reporting.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run")
-    places = "the page (default: report.html in RUN; of several runs, wsn-fast-report.html here)"
+    places = "file of the page (default: report.html in RUN; for several runs, wsn-fast-report.html in this folder)"
     reporting.add_argument("--html", metavar="FILE", help=places)
     for command in (train, evaluation, reporting):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -207,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _default(name: str) -> str:
-    """The defaults of a setting, in words."""
+    """The default of a setting in words, with the data for which it is another one."""
     special = [("digits", config.DIGITS), *((" ".join(key), table) for key, table in config.PAPER.items())]
     usual = config.FALLBACK[name]
     words = [f"{table[name]:g} for {key}" for key, table in special if table.get(name, usual) != usual]
@@ -228,43 +235,58 @@ def _add_tasks(group: argparse._ArgumentGroup) -> None:
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    presets = "paper: rule magnitude, scores kept from task to task; clarena: rule value, new scores for each"
+    presets = "paper: rule magnitude, tasks keep the scores of the task before; clarena: rule value, new scores"
     add("--preset", choices=tuple(config.PRESETS), help=f"{presets} (default: paper)")
     kept = f"fraction of the weights that each task keeps, 0 < C <= 1 {_default('density')}"
     add("--density", type=float, metavar="C", help=kept)
-    add("--rule", choices=RULES, help="keep scores of largest magnitude or of largest value")
-    again = "new scores for every task, rather than those of the task before"
+    add("--rule", choices=RULES, help="keep the scores of largest magnitude or of largest value")
+    again = "draw new scores for every task (no: start with the scores of the task before)"
     add("--reinit-scores", action=argparse.BooleanOptionalAction, help=again)
-    add("--score-init", choices=SCORE_INITS, help="uniform as torch draws weights, N(0,1) or U(0,1)")
+    add(
+        "--score-init",
+        choices=SCORE_INITS,
+        help="distribution of new scores: uniform as torch draws weights, N(0,1) or U(0,1)",
+    )
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--epochs", type=int, metavar="N", help=f"at most so many {_default('epochs')}")
+    add("--epochs", type=int, metavar="N", help=f"largest number of epochs per task {_default('epochs')}")
     add("--batch-size", type=int, metavar="N", help=f"samples per step {_default('batch_size')}")
     add("--optimizer", choices=config.OPTIMIZERS, help="sgd has momentum 0.9 (default: adam)")
     add("--lr", type=float, metavar="X", help=f"learning rate at the start of a task {_default('lr')}")
-    add("--weight-decay", type=float, metavar="X", help=_default("weight_decay"))
+    add("--weight-decay", type=float, metavar="X", help=f"weight decay {_default('weight_decay')}")
     add(
-        "--cuda-graph", choices=config.CUDA_GRAPH, help="the training step as one CUDA graph (default: where it can be)"
+        "--cuda-graph",
+        choices=config.CUDA_GRAPH,
+        help="auto captures the training step in a CUDA graph where possible (default: auto)",
     )
-    add("--one-pass", action=argparse.BooleanOptionalAction, help="weights and scores in one pass over memory")
-    patience = f"epochs without a better validation loss before lr falls {_default('lr_patience')}"
+    add(
+        "--one-pass",
+        action=argparse.BooleanOptionalAction,
+        help="update weights and scores in one pass over memory, which is faster (default: yes)",
+    )
+    patience = f"epochs without a better validation loss after which lr is divided {_default('lr_patience')}"
     add("--lr-patience", type=int, metavar="N", help=patience)
-    add("--lr-factor", type=float, metavar="X", help=f"what lr is divided by then {_default('lr_factor')}")
+    add("--lr-factor", type=float, metavar="X", help=f"number that lr is then divided by {_default('lr_factor')}")
     add("--lr-min", type=float, metavar="X", help=f"a task ends when lr is below {_default('lr_min')}")
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--seed", type=int, metavar="N", help=f"decides all that is random {_default('seed')}")
-    add("--device", choices=config.DEVICES, help="auto is a GPU if there is one (default: auto)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: 1 for mlp, else torch's own number)")
+    add("--seed", type=int, metavar="N", help=f"seed of everything random {_default('seed')}")
+    add("--device", choices=config.DEVICES, help="auto takes a GPU if there is one (default: auto)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of CPU threads (default: 1 for mlp, else the number that torch chooses)",
+    )
     folder = "runs/STREAM-DATA-PRESET-seedN"
     add("--out", metavar="RUN", help=f"folder of the run, new or empty (default: {folder})")
-    add("--resume", metavar="RUN", help="continue the run in this folder; only DIR and device may be new")
+    add("--resume", metavar="RUN", help="continue the run in this folder; only --data-dir and --device may change")
     add("--checkpoint", metavar="NAME", help="with --resume: a file in RUN/checkpoint (default: the newest)")
-    seconds = f"least time between two checkpoints of a task {_default('checkpoint_seconds')}"
+    seconds = f"least time in seconds between two checkpoints of a task {_default('checkpoint_seconds')}"
     add("--checkpoint-seconds", type=float, metavar="S", help=seconds)
     add("--quiet", action="store_true", help="print nothing but errors")
 

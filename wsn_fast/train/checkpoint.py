@@ -1,16 +1,15 @@
-"""Checkpoints of a run: numbered safetensors files, written atomically and checked by a digest when read.
+"""Checkpoints of a run: numbered safetensors files. They are written atomically, and a digest is checked when they are
+read. docs/checkpoint-format.md specifies the format.
 
-A file holds named tensors and a JSON state. Packed masks are zstd-compressed. Nothing is pickled, so that
-reading a file of unknown origin executes nothing.
+A file holds named tensors and a JSON state. Packed masks are compressed with zstd. Nothing is pickled, so that no code
+runs when a file of unknown origin is read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,25 +23,32 @@ import torch
 import zstandard
 from torch import Tensor
 
+from wsn_fast.nn import json_text
+from wsn_fast.train.safe_files import check_no_link, open_to_read, write_atomic
+
 FORMAT = "wsn-fast checkpoint 1"
 _SUFFIX = ".safetensors"
-# What reading a file raises whose digest is right and whose content is not what is expected.
+# The exceptions that come up when a file has the right digest, but not the expected content.
 NONSENSE = (
     ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
     safetensors.SafetensorError, zstandard.ZstdError,
 )  # fmt: skip
 _MASKS = ("weight_masks", "bias_masks")
-_BLANK = "0" * 64  # the digest covers the whole file with this in its own place
+# The masks of a file of n bytes take at most _ALWAYS + _EXPANDS * n bytes. Beside its masks a file holds the weights
+# and their scores, so those of 2,000 tasks of density 1, which zstd shrinks to nothing, take 32 times its size.
+_ALWAYS, _EXPANDS = 16 << 20, 32
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
+_BLANK = "0" * 64  # stands in the place of the digest while the digest of the file is computed
 _DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names the file, the reason and the way on."""
+    """A checkpoint cannot be written or read. The message names the file, the reason and what to do."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file held: its number in the run, the JSON state and the tensors (on the CPU)."""
+    """The content of a file: its number in the run, the JSON state and the tensors (on the CPU)."""
 
     path: Path
     number: int
@@ -50,47 +56,28 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is, after a crash at any moment, either the old one or the new one, complete.
-
-    Raises:
-        OSError: nothing was changed, and no temporary file is left; ``filename`` is ``path``.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a failed write does not say where
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    _sync_folder(path.parent)
-
-
 def save(folder: Path, number: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write checkpoint ``number`` of a run, then delete all but it and the one before.
+    """Write checkpoint ``number`` of a run, then delete all others except the one before it.
 
     Args:
-        folder: made if it is missing.
-        number: one more than the checkpoint the run came from.
-        state: anything JSON can hold; floats survive to the bit.
-        tensors: any dtype, shape and device; no two may share memory.
+        folder: the folder of the checkpoints. It is made if it is missing.
+        number: the number of the checkpoint that the run came from, plus one.
+        state: anything that JSON can hold. Floats keep every bit.
+        tensors: tensors of any dtype, shape and device. No two may share memory.
 
     Raises:
-        CheckpointError: the disk is full or the like. Earlier checkpoints are untouched.
+        CheckpointError: the file cannot be written, because the disk is full for example. Earlier checkpoints are
+            untouched.
     """
     path = folder / f"{number:06d}{_SUFFIX}"
     data = _encode(state, tensors)
     try:
+        check_no_link(folder)
         folder.mkdir(exist_ok=True)
         write_atomic(path, data)
         for other in folder.iterdir():
-            if other.suffix == ".tmp" or _number(other) not in (None, number - 1, number):
+            old = other.suffix == ".tmp" or _number(other) not in (None, number - 1, number)
+            if old and (other.is_symlink() or not other.is_dir()):
                 other.unlink()
     except OSError as error:
         raise CheckpointError(
@@ -104,16 +91,20 @@ def load(path: Path) -> Checkpoint:
     """Read one file.
 
     Raises:
-        CheckpointError: it is missing, damaged, truncated or not a checkpoint of this program.
+        CheckpointError: the file is missing, damaged or truncated, or it is no checkpoint of this program.
     """
     try:
-        raw = path.read_bytes()
+        with open_to_read(path) as file:
+            size = path.stat().st_size
+            raw = file.read(8)
+            raw += file.read(min(int.from_bytes(raw, "little"), size, _LONGEST_HEADER))
+            found = _DIGEST.search(raw, 8)
+            if found is not None:  # nothing else is read of a file that is no checkpoint
+                raw += file.read()
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    header_end = 8 + int.from_bytes(raw[:8], "little")
-    found = _DIGEST.search(raw, 8, min(header_end, len(raw)))  # a damaged number may not fit into a C integer
     if found is None:
-        raise CheckpointError(f"{path} is not a checkpoint of wsn-fast, or its beginning is damaged ({len(raw)} bytes)")
+        raise CheckpointError(f"{path} is not a checkpoint of wsn-fast, or its beginning is damaged ({size} bytes)")
     if _digest(raw, found.start(1)) != found[1]:
         raise CheckpointError(f"{path} is damaged or truncated: its digest does not match its {len(raw)} bytes")
     try:
@@ -128,8 +119,8 @@ def load_from(folder: Path, name: str | None = None) -> Checkpoint:
     """Read the newest checkpoint of a run, or the one called ``name``.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read; then the newest earlier one that can be is
-            offered by name.
+        CheckpointError: there is none, or it cannot be read. In the second case the message names the newest earlier
+            one that can be read.
     """
     paths = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: (_number(path) or 0, path.name))
     names = [path.name for path in paths]
@@ -147,7 +138,7 @@ def load_from(folder: Path, name: str | None = None) -> Checkpoint:
 
 
 def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split an optimizer's ``state_dict()`` into what JSON can hold and the tensors."""
+    """Split the ``state_dict()`` of an optimizer into a part for JSON and the tensors."""
     scalars: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for index, values in state_dict["state"].items():
@@ -169,6 +160,31 @@ def unpack_optimizer(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     return {"state": state, "param_groups": packed["param_groups"]}
 
 
+def check_optimizer(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Raise ``ValueError`` if a state is not one of this new ``optimizer``, at the learning rate ``lr``.
+
+    Its settings follow from the settings of the run, so they must be those of the new optimizer.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    groups, params = state_dict["param_groups"], [p for group in optimizer.param_groups for p in group["params"]]
+    if len(groups) != len(own):
+        raise ValueError(f"the optimizer has {len(own)} groups of parameters, its state has {len(groups)}")
+    for ours, theirs in zip(own, groups, strict=True):
+        for name, value in ours.items():
+            found = theirs.get(name, value)
+            expected = lr if name == "lr" else value
+            as_json = list(expected) if isinstance(expected, tuple) else expected
+            if type(found) is not type(as_json) or found != as_json:
+                raise ValueError(f"the optimizer has {name} {value!r}, its state has {str(found)[:99]}")
+    for index, values in state_dict["state"].items():
+        for name, tensor in values.items():
+            # A count of steps is one number, everything else has a value for each element of the parameter.
+            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape != params[index].shape:
+                raise ValueError(f"{name} of parameter {index} has the shape {tuple(tensor.shape)}")
+            if not isinstance(tensor, Tensor | int | float | None):
+                raise ValueError(f"{name} of parameter {index} is a {type(tensor).__name__}")
+
+
 def _encode(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     stored: dict[str, Tensor] = {}
     compressed: dict[str, list[int]] = {}
@@ -185,21 +201,46 @@ def _encode(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _decode(path: Path, raw: bytes) -> Checkpoint:
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    header = json_text.parse(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     if header["format"] != FORMAT:
-        raise CheckpointError(f"{path} has the format {header['format']!r}, this program reads {FORMAT!r}")
-    tensors = safetensors.torch.load(raw)
-    for name, shape in json.loads(header["compressed"]).items():
-        packed = tensors[name].numpy().tobytes()
-        if zstandard.frame_content_size(packed) != math.prod(shape):  # before memory is taken for it
-            raise ValueError(f"{name} is not of the shape {shape}")
-        tensors[name] = _bytes(zstandard.ZstdDecompressor().decompress(packed)).reshape(shape)
-    state = json.loads(header["state"])
+        raise CheckpointError(f"{path} has the format {str(header['format'])[:99]!r}, this program reads {FORMAT!r}")
+    shapes = json_text.parse(header["compressed"])
+    _check_sizes(shapes, len(raw))
+    state, order = json_text.parse(header["state"]), json_text.parse(header.get("order", "[]"))
     if not isinstance(state, dict):
         raise TypeError(f"its state is a {type(state).__name__}")
-    # Safetensors returns them in no order, and the order of a model's names is that of an optimizer's state.
-    ordered = {name: tensors[name] for name in json.loads(header.get("order", "[]"))}
+    tensors = safetensors.torch.load(raw)
+    for name, shape in shapes.items():
+        tensors[name] = _decompress(name, tensors[name], shape)
+    # Safetensors keeps no order, but the state of an optimizer follows the order of the model's names.
+    ordered = {name: tensors[name] for name in order}
     return Checkpoint(path, _number(path) or 0, state, ordered | tensors)
+
+
+def _check_sizes(shapes: Mapping[str, Any], size: int) -> None:
+    """Raise ``ValueError`` if the compressed tensors of a file of ``size`` bytes claim shapes that are none, or more
+    memory than masks ever take."""
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
+            raise ValueError(f"{name[:99]} has a shape that is none")
+    wanted, most = sum(map(math.prod, shapes.values())), _ALWAYS + _EXPANDS * size
+    if wanted > most:
+        raise ValueError(
+            f"its masks would take {wanted} bytes, and those of a file of {size} bytes take at most {most}"
+        )
+
+
+def _decompress(name: str, packed: Tensor, shape: list[int]) -> Tensor:
+    frame = packed.numpy().tobytes()
+    content = np.empty(math.prod(shape), np.uint8)
+    if zstandard.frame_content_size(frame) != len(content):
+        raise ValueError(f"{name} is not of the shape {shape}")
+    reader, filled = zstandard.ZstdDecompressor().stream_reader(frame), 0
+    while filled < len(content) and (count := reader.readinto(content[filled:].data)):
+        filled += count
+    if filled < len(content):
+        raise ValueError(f"{name} ends after {filled} of {len(content)} bytes")
+    return torch.from_numpy(content).reshape(shape)
 
 
 def _digest(raw: bytes, at: int) -> bytes:
@@ -224,13 +265,3 @@ def _intact(path: Path) -> bool:
 
 def _number(path: Path) -> int | None:
     return int(path.stem) if path.suffix == _SUFFIX and path.stem.isdecimal() else None
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,8 +1,7 @@
-"""What a run is: every setting, resolved and checked before any work is done."""
+"""The settings of a run. They are resolved and checked before any work is done."""
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 
+from wsn_fast.nn.scores import SCORE_INITS
 from wsn_fast.ops import RULES
-from wsn_fast.subnet import SCORE_INITS
 from wsn_fast.train.data import DATASETS
 from wsn_fast.train.nets import NETS, default_net
 from wsn_fast.train.streams import KINDS
@@ -28,7 +27,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
-# The paper's settings, by (stream, data); lr_min is that of FALLBACK in all of them.
+# The paper's settings by (stream, data). All of them have the lr_min of FALLBACK.
 PAPER: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
     {
         ("permuted", "mnist"): MappingProxyType(
@@ -79,62 +78,67 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "preset": tuple(PRESETS),
     }
 )
-_COUNT = ("an integer of at least 1", lambda x: x >= 1)
-_POSITIVE = ("a positive number", lambda x: 0 < x < math.inf)
-_NOT_NEGATIVE = ("a number of at least 0", lambda x: 0 <= x < math.inf)
+MOST_TASKS = 10_000
+_MOST = 10**18  # torch takes integers of 64 bits
+_COUNT = ("an integer from 1 to 10**18", lambda x: 1 <= x <= _MOST)
+_POSITIVE = ("a positive number up to 1e38", lambda x: 0 < x <= 1e38)
+_NOT_NEGATIVE = ("a number from 0 to 1e38", lambda x: 0 <= x <= 1e38)
 _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
     {
-        "tasks": _COUNT,
+        "tasks": (f"an integer from 1 to {MOST_TASKS}", lambda x: 1 <= x <= MOST_TASKS),
         "epochs": _COUNT,
         "batch_size": _COUNT,
         "lr_patience": _COUNT,
-        "threads": _COUNT,
+        "threads": ("an integer from 1 to 1024", lambda x: 1 <= x <= 1024),
         "seed": ("an integer from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63),
         "density": ("a number in (0, 1]", lambda x: 0 < x <= 1),
         "val_fraction": ("a number between 0 and 1, both excluded", lambda x: 0 < x < 1),
         "lr": _POSITIVE,
         "lr_min": _POSITIVE,
-        "lr_factor": ("a number above 1", lambda x: 1 < x < math.inf),
+        "lr_factor": ("a number above 1, up to 1e38", lambda x: 1 < x <= 1e38),
         "weight_decay": _NOT_NEGATIVE,
         "checkpoint_seconds": _NOT_NEGATIVE,
     }
 )
 
-# Where things lie on one machine: not part of what a run computes.
+_SHOWN = 500  # characters of a message
+
+# The settings that only say where files are on one machine. They do not change what a run computes.
 PLACES = ("data_dir", "out")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. Make one with :func:`resolve`, which knows the defaults.
+    """All settings of a run. :func:`resolve` makes one and knows the defaults.
 
     Attributes:
         stream: ``permuted``, ``split`` or ``rotated``.
         data: name of the dataset.
         data_dir: folder of its files; None for ``digits``.
         tasks: number of tasks.
-        epochs: at most so many per task.
+        epochs: the largest number of epochs per task.
         batch_size: samples per step.
         density: the fraction of weights each task keeps, in (0, 1].
         rule: the gate, ``magnitude`` or ``value``.
-        reinit_scores: new scores for every task, rather than those of the task before.
+        reinit_scores: whether every task gets new scores; False means that it starts with the scores of the task
+            before.
         score_init: ``default``, ``N01`` or ``U01``.
         net: name of the network.
-        optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9); a fresh one per task.
-        lr: learning rate at the start of each task.
-        weight_decay: as the optimizer understands it, of weights and scores.
-        one_pass: the library's optimizers (:mod:`wsn_fast.optim`) in their one-pass mode; False means torch's under the
-            guard, which are slower and round differently.
-        cuda_graph: ``auto`` captures the training step where that is possible, ``off`` does not.
-        lr_patience: epochs without a better validation loss before lr is divided.
-        lr_factor: what it is divided by.
-        lr_min: a task's training stops when lr falls below.
+        optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9). Every task gets a new one.
+        lr: the learning rate at the start of each task.
+        weight_decay: the weight decay of weights and scores, in the sense of the optimizer.
+        one_pass: True takes the optimizers of :mod:`wsn_fast.optim` in their one-pass mode. False takes torch's
+            optimizers under the guard, which are slower and round differently.
+        cuda_graph: ``auto`` captures the training step in a CUDA graph where that is possible, ``off`` never does.
+        lr_patience: the number of epochs without a better validation loss after which lr is divided.
+        lr_factor: the number that lr is divided by.
+        lr_min: the training of a task stops when lr falls below this.
         val_fraction: fraction of the training samples held out for validation.
-        seed: decides initialisation, stream, validation split and order of samples.
+        seed: decides the initialisation, the stream, the validation split and the order of the samples.
         device: ``auto``, ``cpu`` or ``cuda``.
-        threads: CPU threads of torch: sums are rounded differently for another number.
-        checkpoint_seconds: least time between two checkpoints inside a task; 0 writes one after every epoch.
-        preset: the preset the settings started from.
+        threads: the number of CPU threads of torch. Another number rounds sums differently.
+        checkpoint_seconds: the least time between two checkpoints inside a task. 0 writes one after every epoch.
+        preset: the preset that the settings started from.
         out: folder of the run.
 
     Raises:
@@ -175,7 +179,8 @@ class TrainConfig:
         for name, (expected, accept) in _RANGES.items():
             value = getattr(self, name)
             kind = numbers.Integral if expected.startswith("an integer") else numbers.Real
-            if isinstance(value, bool) or not isinstance(value, kind) or not accept(value):
+            too_large = isinstance(value, int) and value >= 2**63
+            if isinstance(value, bool) or not isinstance(value, kind) or too_large or not accept(value):
                 raise self._error(name, expected)
         if self.lr < self.lr_min:
             raise self._error("lr_min", f"at most lr, {self.lr!r}")
@@ -188,13 +193,19 @@ class TrainConfig:
             raise self._error("data_dir", "the name of a folder or None")
 
     def _error(self, name: str, expected: str) -> ValueError:
-        return ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        return ValueError(f"{name}: expected {expected}, got {_short(getattr(self, name))}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def resolve(
     *, stream: str | None = None, data: str | None = None, preset: str | None = None, **given: Any
 ) -> TrainConfig:
-    """The settings of a run: what is given, over the preset, over the defaults for this stream and data.
+    """Make the settings of a run. What is given goes before the preset, and the preset before the defaults for this
+    stream and data.
 
     Args:
         stream: kind of the stream; None means ``permuted``.
@@ -213,7 +224,7 @@ def resolve(
     settings: dict[str, Any] = {"stream": stream, "data": data, "preset": preset}
     settings["net"] = default_net(data, stream)
     settings |= {**FALLBACK, **table, **PRESETS[preset], **explicit}
-    # A second thread makes the MLP no faster, and many times slower when the cores are busy.
+    # A second thread does not make the MLP faster, and it makes it many times slower when the cores are busy.
     settings.setdefault("threads", 1 if settings["net"] == "mlp" else torch.get_num_threads())
     settings.setdefault("out", f"runs/{stream}-{data}-{preset}-seed{settings['seed']}")
     return from_dict(settings)
@@ -221,11 +232,13 @@ def resolve(
 
 def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     """The inverse of ``dataclasses.asdict``. Raises ``ValueError`` for missing, unknown or wrong settings."""
-    settings = {"one_pass": False, "cuda_graph": "off", **settings}  # which the first runs did not have
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"settings: expected a mapping, got {type(settings).__name__}")
+    settings = {"one_pass": False, "cuda_graph": "off", **settings}  # the first runs did not have these settings
     names = {field.name for field in fields(TrainConfig)}
     for problem, wrong in (("missing", names - settings.keys()), ("unknown", settings.keys() - names)):
         if wrong:
-            raise ValueError(f"{problem} settings: {', '.join(sorted(wrong))}")
+            raise ValueError(f"{problem} settings: {', '.join(sorted(map(str, wrong)))[:_SHOWN]}")
     return TrainConfig(**settings)
 
 
@@ -235,7 +248,7 @@ def portable(config: TrainConfig) -> dict[str, Any]:
 
 
 def command_line(config: TrainConfig) -> str:
-    """The ``wsn-fast train`` command for a config, less its places and what is default anyway."""
+    """The ``wsn-fast train`` command for a config, without ``PLACES`` and without what is the default anyway."""
     default = resolve(stream=config.stream, data=config.data, preset=config.preset)
     words = ["wsn-fast", "train", config.stream, "--data", config.data, "--preset", config.preset]
     for name, value in portable(config).items():

@@ -1,11 +1,13 @@
-"""The pictures of a run, and of several beside each other, as PNG or as SVG to stand inside a page.
+"""The figures of one run and of several runs, as PNG files or as SVG inside a page.
 
-matplotlib without pyplot, which would pick a display; imported late, so that a command without pictures starts fast.
+They use matplotlib without pyplot, which would look for a display. It is imported late, so that a command without
+figures starts fast.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +17,13 @@ from typing import Any, NamedTuple
 Draw = Callable[[Any, Any], None]
 """Draws on matplotlib's Axes (first) what it is given (second)."""
 
-MANY = 20  # tasks: more numbers in a picture nobody can read
+MANY = 20  # with more tasks, nobody can read the numbers in a figure
 COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f",
 )  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")
-_ON_BRIGHT = "#010101"  # not black, which the page replaces by the colour of its text
-_SETTINGS: Any = MappingProxyType(  # whose keys some versions' type stubs list and others' do not
+_ON_BRIGHT = "#010101"  # almost black: the page replaces black by the colour of its text
+_SETTINGS: Any = MappingProxyType(  # Any, because only some versions of the type stubs list the keys
     {
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": "wsn-fast",  # the same ids each time
@@ -34,8 +36,8 @@ _SETTINGS: Any = MappingProxyType(  # whose keys some versions' type stubs list 
 
 
 class Line(NamedTuple):
-    """One line of a diagram, in the colour of run ``number``: ``values`` over the tasks, None where there is none;
-    ``level`` is drawn across."""
+    """One line of a chart, in the colour of run ``number``. ``values`` has a value per task, or None. ``level`` is
+    drawn as a horizontal line."""
 
     number: int
     label: str
@@ -44,7 +46,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines over tasks, and what they mean."""
+    """A chart with a line per run over the tasks."""
 
     title: str
     unit: str
@@ -59,12 +61,12 @@ def png(draw: Draw, results: Mapping[str, Any]) -> bytes:
 
 
 def svg(draw: Draw, content: Any, prefix: str, size: tuple[float, float]) -> str:
-    """A picture for a page: an ``<svg>`` element, hidden from screen readers, in the colour of the text around it.
+    """A picture for a page: an ``<svg>`` element in the colour of the text around it. Screen readers ignore it.
 
     Args:
         draw: what to draw.
-        content: its argument.
-        prefix: makes the ids unlike those of other pictures on the page.
+        content: what ``draw`` gets.
+        prefix: makes the ids different from those of other pictures on the page.
         size: width and height in inches.
     """
     text = _render(draw, content, size, "svg").decode()
@@ -79,8 +81,8 @@ def _render(draw: Draw, content: Any, size: tuple[float, float], kind: str) -> b
 
     file = io.BytesIO()
     with rc_context(dict(_SETTINGS)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's browser may have it
-        figure = Figure(figsize=size, layout="constrained")  # its canvas is that of the format it is saved in
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser of the reader may have the glyph
+        figure = Figure(figsize=size, layout="constrained")  # savefig chooses the canvas for the format
         axes = figure.add_subplot()
         draw(axes, content)
         if kind == "svg":
@@ -98,7 +100,7 @@ def _width(tasks: int) -> float:
 # --- one run ----------------------------------------------------------------------------------------------
 def accuracy_matrix(axes: Any, results: Mapping[str, Any]) -> None:
     """Test accuracy on each task after each task."""
-    tasks = [str(task["task"]) for task in results["reuse"]]
+    tasks = _tasks(results)
     _heat_map(axes, results["accuracy_matrix"], tasks, tasks, "test accuracy (%)")
     axes.set(
         xlabel="task",
@@ -108,8 +110,8 @@ def accuracy_matrix(axes: Any, results: Mapping[str, Any]) -> None:
 
 
 def capacity(axes: Any, results: Mapping[str, Any]) -> None:
-    """What each task uses, new and reused, and what all use so far."""
-    tasks = [str(task["task"]) for task in results["reuse"]]
+    """The weights that each task uses, new and reused, and the weights that all tasks so far use."""
+    tasks = _tasks(results)
     new = [task["new"] for task in results["reuse"]]
     reused = [task["density"] - task["new"] for task in results["reuse"]]
     axes.bar(tasks, reused, label="reused from earlier tasks", color=COLOURS[0])
@@ -121,13 +123,13 @@ def capacity(axes: Any, results: Mapping[str, Any]) -> None:
     )  # fmt: skip
     axes.set_ylim(bottom=0)
     if len(tasks) > MANY:
-        axes.set_xticks(range(0, len(tasks), 10))
+        axes.set_xticks(range(0, len(tasks), _step(len(tasks))))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8)
 
 
 def overlap(axes: Any, results: Mapping[str, Any]) -> None:
-    """How much of each task's mask each other task shares."""
-    tasks = [str(task["task"]) for task in results["reuse"]]
+    """The share of each task's mask that each other task also uses."""
+    tasks = _tasks(results)
     _heat_map(axes, results["overlap"], tasks, tasks, "shared weights (%)")
     axes.set(xlabel="are used by task as well", ylabel="weights of task", title="Overlap of the masks")
 
@@ -139,14 +141,15 @@ def layer_reuse(axes: Any, results: Mapping[str, Any]) -> None:
 
 
 def layer_owned(axes: Any, results: Mapping[str, Any]) -> None:
-    """Per gated tensor, the share that the tasks up to each own."""
+    """Per gated tensor and task, the share that this task and the earlier ones own."""
     _layers(axes, results, owned, "owned (%)")
     axes.set_title("Owned by any task so far")
 
 
 def owned(tasks: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The share of the weights that the tasks up to each own, in percent, from their ``new``."""
-    return [sum(task["new"] for task in tasks[: i + 1]) for i in range(len(tasks))]
+    """Per task, the share of the weights that it and the earlier tasks own, in percent. It is the sum of their
+    ``new``."""
+    return list(itertools.accumulate(task["new"] for task in tasks))
 
 
 def colour(number: int) -> str:
@@ -156,7 +159,7 @@ def colour(number: int) -> str:
 
 # --- several runs -----------------------------------------------------------------------------------------
 def lines(axes: Any, chart: Chart) -> None:
-    """A line for each run, by the position of the task in its run."""
+    """Draw a line for each run, by the position of the task in its run."""
     handles = []
     longest = max(len(line.values) for line in chart.lines)
     for line in chart.lines:
@@ -168,7 +171,7 @@ def lines(axes: Any, chart: Chart) -> None:
         if line.level is not None:
             axes.axhline(line.level, color=style["color"], linestyle=":", linewidth=0.9)
     axes.set(xlabel="task, in order of training", ylabel=chart.unit, title=chart.title)
-    axes.set_xticks(range(0, longest, 1 if longest <= MANY else 10))
+    axes.set_xticks(range(0, longest, 1 if longest <= MANY else _step(longest)))
     if chart.from_zero:
         axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.25)
@@ -178,27 +181,41 @@ def lines(axes: Any, chart: Chart) -> None:
     )  # fmt: skip
 
 
+def _step(count: int) -> int:
+    """The distance of the ticks of an axis with ``count`` places, so that it has 40 at most, where 10 is too small."""
+    return max(10, -(-count // (2 * MANY)))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else "…" + name[-27:]
+
+
+def _tasks(results: Mapping[str, Any]) -> list[str]:
+    return [_short(str(task["task"])) for task in results["reuse"]]
+
+
 # --- parts ------------------------------------------------------------------------------------------------
 def _layers(
     axes: Any, results: Mapping[str, Any], values: Callable[[Sequence[Mapping[str, Any]]], list[float]], unit: str
 ) -> None:
     rows = [values(layer["tasks"]) for layer in results["layers"]]
     names = [layer["name"] for layer in results["layers"]]
-    short = [name if len(name) <= 28 else "…" + name[-27:] for name in names]
-    _heat_map(axes, rows, [str(task["task"]) for task in results["reuse"]], short, unit)
+    short = [_short(name) for name in names]
+    _heat_map(axes, rows, _tasks(results), short, unit)
     axes.set_xlabel("task")
 
 
 def _heat_map(
     axes: Any, rows: Sequence[Sequence[float | None]], columns: Sequence[str], names: Sequence[str], unit: str
 ) -> None:
-    """Percentages as colours from 0 to 100, so that pictures of several runs compare, and as numbers while few."""
+    """Draw percentages as colours, and as numbers if they are few. The colours go from 0 to 100 in every figure, so
+    that figures of several runs can be compared."""
     matrix = [[float("nan") if x is None else x for x in row] for row in rows]
     image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="none")
     axes.figure.colorbar(image, ax=axes, label=unit)
     axes.spines[:].set_visible(False)
     for labels, axis in ((columns, axes.xaxis), (names, axes.yaxis)):
-        step = 1 if len(labels) <= 2 * MANY else 10
+        step = 1 if len(labels) <= 2 * MANY else _step(len(labels))
         axis.set_ticks(range(0, len(labels), step), labels[::step])
     if len(columns) > MANY or len(names) > MANY:
         return

@@ -1,4 +1,4 @@
-"""One process at a time in the folder of a run: two would overwrite each other's checkpoints."""
+"""A lock on the folder of a run, because two processes would overwrite each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from wsn_fast.train.safe_files import check_no_link
+
 NAME = ".lock"
 
 
@@ -16,10 +18,10 @@ class RunInUseError(OSError):
 
 
 class FolderLock:
-    """The right to write into a folder.
+    """The lock of one folder.
 
-    The operating system holds it and gives it back when the process ends, however it ends: the file ``.lock`` that a
-    killed run leaves behind keeps nobody out.
+    The operating system releases the lock when the process ends, however it ends. So the file ``.lock`` that a killed
+    run leaves behind does not keep another run out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,14 +29,15 @@ class FolderLock:
         self._lock = FileLock(folder / NAME, timeout=0, thread_local=False)
 
     def acquire(self) -> None:
-        """Take the lock, or keep it. The folder must exist.
+        """Take the lock, unless it is held already. The folder must exist.
 
         Raises:
-            RunInUseError: another process (or another run in this one) has it.
-            OSError: the folder cannot be written to.
+            RunInUseError: another process, or another run in this process, holds it.
+            OSError: the folder cannot be written to, or the lock is a symbolic link.
         """
         if self._lock.is_locked:
             return
+        check_no_link(self._folder / NAME)
         try:
             self._lock.acquire()
         except Timeout:
@@ -45,7 +48,7 @@ class FolderLock:
 
     @contextmanager
     def held_unless_failed(self) -> Iterator[None]:
-        """Take the lock, and give it back only if the block raises. Raises what :meth:`acquire` does."""
+        """Take the lock, and release it only if the block raises. Raises what :meth:`acquire` raises."""
         self.acquire()
         try:
             yield
@@ -54,5 +57,5 @@ class FolderLock:
             raise
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock, if it is held."""
         self._lock.release(force=True)

@@ -1,4 +1,4 @@
-"""The steps of the paper's recipe: a guarded optimizer per task, an epoch of training, a measurement."""
+"""The parts of the training loop: the guarded optimizer of a task, an epoch of training, and a measurement."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsn_fast import WSN, CapturedStep, capture_step
-from wsn_fast.capture import obstacle_of
-from wsn_fast.optim import SubnetAdamW, SubnetSGD
+from wsn_fast.optim.capture import obstacle_of
+from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train.config import TrainConfig
 
-# Part of what is computed: kernels may round differently for another batch size.
+# This number is part of the results: kernels may round differently for another batch size.
 EVAL_BATCH = 1024
 SGD_MOMENTUM = 0.9
 
@@ -24,7 +24,7 @@ def make_optimizer(wsn: WSN, settings: TrainConfig) -> torch.optim.Optimizer:
     """The guarded optimizer of a task that has begun."""
     parameters = [parameter for parameter in wsn.parameters() if parameter.requires_grad]
     lr, decay = settings.lr, settings.weight_decay
-    if settings.one_pass:  # which guards itself
+    if settings.one_pass:  # these optimizers guard themselves
         if settings.optimizer == "sgd":
             return SubnetSGD(wsn, lr, SGD_MOMENTUM, weight_decay=decay, score_weight_decay=decay, one_pass=True)
         decoupled = settings.optimizer == "adamw"
@@ -34,19 +34,20 @@ def make_optimizer(wsn: WSN, settings: TrainConfig) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(parameters, lr, momentum=SGD_MOMENTUM, weight_decay=decay, fused=True)
     else:
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(parameters, lr, weight_decay=decay, fused=True)  # one pass instead of a dozen
+        optimizer = kind(parameters, lr, weight_decay=decay, fused=True)  # one kernel instead of a dozen
     return wsn.guard(optimizer)
 
 
 def make_graph(wsn: WSN, optimizer: torch.optim.Optimizer, settings: TrainConfig) -> CapturedStep | None:
-    """The training step to capture, or None where nobody wants that or the device cannot."""
+    """The training step as a CUDA graph; None if the settings switch that off or the device does not support it."""
     if settings.cuda_graph == "off" or obstacle_of(next(wsn.parameters()).device):
         return None
     return capture_step(wsn, optimizer, lambda x, y: F.cross_entropy(wsn(x), y))
 
 
 def sample_order(samples: int, seed: int, task: int, epoch: int) -> Tensor:
-    """The order of an epoch's samples, int64 [samples], from these numbers alone: no state to resume."""
+    """The order of the samples in an epoch, int64 [samples]. It depends on the arguments alone, so a resumed run needs
+    no saved state for it."""
     digest = hashlib.blake2b(f"{seed}/{task}/{epoch}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     return torch.randperm(samples, generator=generator)
@@ -62,11 +63,11 @@ def train_epoch(
     graph: CapturedStep | None = None,
     on_split: Callable[[int], None] = lambda parts: None,
 ) -> float:
-    """One pass over the data; the mask comes from the current scores at every step.
+    """Train one pass over the data. Every step computes the mask from the current scores.
 
-    A batch for which memory does not suffice is trained in 2 parts, 4 and so on, and so are the ones after it: the
-    gradient is that of the whole batch up to rounding, but batch statistics are those of the parts, and the failed
-    attempt has moved running statistics and the random generator once.
+    If a batch does not fit into memory, it is trained in 2 parts, then in 4 and so on, and later batches are split in
+    the same way. The gradient is then that of the whole batch, up to rounding. But batch norms see the statistics of
+    the parts, and the failed attempt has changed running statistics and the random generator once.
 
     Args:
         wsn: the model, with the task in progress.
@@ -75,17 +76,18 @@ def train_epoch(
         y: labels [N].
         batches: row numbers of each batch, on the device of ``x``.
         after_batch: called after every step.
-        graph: does the steps for as long as memory suffices; None for steps as they are.
-        on_split: called with the number of parts when that has gone up.
+        graph: does the steps, unless a batch has to be split; None means that steps run without a CUDA graph.
+        on_split: called with the number of parts whenever that grows.
 
     Returns:
-        The mean loss per sample, not finite if that of any batch was not.
+        The mean loss per sample. It is not finite if the loss of any batch was not finite.
 
     Raises:
-        torch.OutOfMemoryError: with a single sample, or when the optimizer's step had begun, which cannot be repeated.
+        torch.OutOfMemoryError: memory does not even suffice for one sample, or it ran out after the optimizer's step
+            had begun, and a step cannot be repeated.
     """
     wsn.train()
-    # Summed on the device: a number for the host at each step would stall a GPU.
+    # The sum stays on the device: reading it at every step would stall a GPU.
     total = torch.zeros((), device=x.device)
     parts = 1
     for rows in batches:
@@ -99,7 +101,7 @@ def train_epoch(
             except torch.OutOfMemoryError:
                 if parts >= len(rows) or (graph is not None and parts == 1 and graph.began_update):
                     raise
-            # Past the handler: what the failed attempt held went with the exception.
+            # Outside the handler the exception is gone, and with it the memory that the failed attempt held.
             parts *= 2
             on_split(parts)
         if graph is None or parts > 1:
@@ -110,7 +112,7 @@ def train_epoch(
 
 
 def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Let the gradients be those of the mean loss over the rows of all parts; returns it, detached."""
+    """Compute the gradients of the mean loss over the rows of all parts. Returns that loss, detached."""
     optimizer.zero_grad(set_to_none=True)
     samples, losses = sum(map(len, parts)), []
     for rows in parts:
@@ -124,7 +126,7 @@ def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor,
 
 @torch.no_grad()
 def evaluate(wsn: WSN, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in percent, in eval mode, with the mask and head in use.
+    """Measure the mean cross-entropy and the accuracy in percent, in eval mode, with the mask and head in use.
 
     Args:
         wsn: the model.

@@ -1,7 +1,7 @@
-"""What an accuracy matrix says: ACC, BWT, FWT and forgetting (paper, section 5), in the unit of the matrix.
+"""The metrics of an accuracy matrix: ACC, BWT, FWT and forgetting (paper, section 5), in the unit of the matrix.
 
-``A[i][j]`` is the test accuracy on task j after training task i, both counted from 0 in the order of
-training. Row i needs at least the columns 0..i; columns beyond are not looked at.
+``A[i][j]`` is the test accuracy on task j after training task i. Both are counted from 0 in the order of training. Row
+i needs at least the columns 0..i; further columns are ignored.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ def average_accuracy(matrix: Matrix) -> float:
     """ACC: the mean of the last row.
 
     Raises:
-        ValueError: the matrix is empty or has a row that is too short; so for all metrics here.
+        ValueError: the matrix is empty, or a row is too short. The other metrics raise the same.
     """
     _check(matrix)
     return fmean(matrix[-1][: len(matrix)])
 
 
 def backward_transfer(matrix: Matrix) -> float:
-    """BWT: the mean over all tasks but the last of what training the later ones changed; 0.0 for one task."""
+    """BWT: the accuracy at the end minus the accuracy right after training, as a mean over all tasks but the last. It
+    is 0.0 for one task."""
     _check(matrix)
     changes = [matrix[-1][task] - matrix[task][task] for task in range(len(matrix) - 1)]
     return fmean(changes) if changes else 0.0
 
 
 def forward_transfer(before: Sequence[float], at_random: Sequence[float]) -> float:
-    """FWT: the mean over all tasks but the first of what the earlier ones gave; 0.0 for one task.
+    """FWT: the accuracy just before training minus the accuracy at random initialisation, as a mean over all tasks but
+    the first. It is 0.0 for one task.
 
     Args:
-        before: per task, the accuracy just before it is trained, with the scores of that moment and its own
-            head as initialised. The first entry is not looked at, since nothing was trained before it.
+        before: per task, the accuracy just before it is trained, with the scores of that moment and its own new
+            head. The first entry is ignored, because nothing was trained before it.
         at_random: per task, the accuracy of the network at random initialisation.
 
     Raises:
@@ -47,7 +49,7 @@ def forward_transfer(before: Sequence[float], at_random: Sequence[float]) -> flo
 
 
 def forgetting(matrix: Matrix) -> list[float]:
-    """Per task, the best accuracy it ever had minus the one it has at the end: 0.0 if it lost nothing."""
+    """Per task, its best accuracy minus its accuracy at the end. It is 0.0 if the task lost nothing."""
     _check(matrix)
     return [max(row[task] for row in matrix[task:]) - matrix[-1][task] for task in range(len(matrix))]
 

@@ -1,4 +1,4 @@
-"""The paper's nets as ordinary modules, without biases: `convert` makes subnets of them.
+"""The paper's nets as ordinary modules without biases. `convert` turns their layers into subnet layers.
 
 Each maps images [N, C, H, W] to logits: `features` gives [N, F], and `head` is `nn.Linear(F, classes,
 bias=False)`, which `convert(..., heads="head")` replaces by a head per task. The gated weights are those of
@@ -25,7 +25,8 @@ class Net(nn.Module):
         head: Maps [N, F] to logits [N, classes].
     """
 
-    row_wise = True  # what wsn_fast.rows asks: every row for itself, in their order
+    # It tells wsn_fast.continual.mixed_batch that every row is computed by itself, and that rows keep their order.
+    row_wise = True
 
     def __init__(self, features: nn.Sequential, feature_dim: int, classes: int) -> None:
         super().__init__()
@@ -63,8 +64,8 @@ def lenet(
 ) -> Net:
     """Two convolutions, two dense layers: 2,986,500 gated weights for 3x32x32 (CIFAR-100 Superclass).
 
-    With widths (64, 128, 2500, 1500) on 1x32x32 (Omniglot Rotation) 24,436,400,
-    of them 20,480,000 in one layer.
+    With widths (64, 128, 2500, 1500) on 1x32x32 (Omniglot Rotation) it has 24,436,400 gated weights, 20,480,000 of them
+    in one layer.
 
     Args:
         input_shape: (C, H, W).
@@ -117,9 +118,9 @@ def resnet18(input_shape: Sequence[int], classes: int = 10, *, width: int = 20, 
     Args:
         input_shape: (C, H, W).
         classes: Size of the head.
-        width: Channels of the first stage; the stages have width, 2, 4 and 8 times width.
-        batch_norm: `per_task`: ordinary `nn.BatchNorm2d`, which WSN keeps per task. `stateless`: the paper's,
-            without affine parameters or running statistics, so that predictions depend on the batch.
+        width: Channels of the first stage. The four stages have 1, 2, 4 and 8 times as many.
+        batch_norm: `per_task`: ordinary `nn.BatchNorm2d`, which WSN keeps per task. `stateless`: as in the paper, the
+            batch norms have neither affine parameters nor running statistics, so predictions depend on the batch.
 
     Returns:
         The net.
@@ -205,9 +206,9 @@ def build(name: str, input_shape: Sequence[int], classes: int) -> Net:
 
 
 def default_net(dataset_name: str, stream_kind: str) -> str:
-    """The name of the net for a dataset and a stream, the paper's where the paper has that pair.
+    """The name of the net for a dataset and a stream. It is the paper's net if the paper has that pair.
 
-    Permuted pixels have no neighbourhoods and digits are tiny: both get the MLP.
+    Permuted pixels have no neighbours, and digits are tiny, so both get the MLP.
 
     Args:
         dataset_name: Name of the dataset.
@@ -222,7 +223,7 @@ def default_net(dataset_name: str, stream_kind: str) -> str:
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut. The shortcut is a 1x1 convolution where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()

@@ -1,23 +1,47 @@
-"""What the folder of a run says about it, finished or not, read without its data or model."""
+"""The record of a run, read from its folder. The run need not be finished, and neither its data nor its model are
+needed."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from wsn_fast.masks import TaskMasks
-from wsn_fast.tasks import decode_json
+import torch
+
+from wsn_fast.continual.statistics import TaskMasks
+from wsn_fast.nn import json_text
+from wsn_fast.nn.task_ids import decode_json, task_of_json
+from wsn_fast.ops import packed_size
 from wsn_fast.train import checkpoint, config
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
+from wsn_fast.train.config import MOST_TASKS
+from wsn_fast.train.folder import read_config
+from wsn_fast.train.progress import Progress
 from wsn_fast.train.report import DETAILS, NUMBERS, summarize
-from wsn_fast.train.run import read_config
+from wsn_fast.train.safe_files import open_to_read, read_json
 
-_SINGLE = ("acc", "bwt", "fwt", "capacity", "capacity_paper", "union_density", "compression")
-_PREFIX = "model/model."  # of the model's tensors in a checkpoint
+# The single numbers, in percent, and the range of each. A task adds at most 100 / 32 to a capacity.
+_SINGLE: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "acc": (0, 100),
+        "bwt": (-100, 100),
+        "fwt": (-100, 100),
+        "capacity": (0, 100_000),
+        "capacity_paper": (0, 100_000),
+        "union_density": (0, 100),
+        "compression": (0, 100),
+    }
+)
+_ROUNDING = 1e-6
+_LINE = 1 << 20  # the longest line of a log, in bytes
+_NOTES = 10  # about damaged lines
+_GIVE_UP = 10_000  # damaged lines
+_PREFIX = "model/model."  # the prefix of the model's tensors in a checkpoint
 _SUFFIX = "_masks"
 
 
@@ -27,12 +51,12 @@ class TaskLog:
 
     Attributes:
         task: its id.
-        epochs: how many have ended.
-        best_epoch: that of the least validation loss; None while it is in training.
-        seconds: of all these epochs, each with its validation.
-        train_samples: samples per epoch; None if the run did not write it down.
-        optimizer: package and class; None likewise.
-        paths: what ran each operation (see :func:`wsn_fast.train.report.begin_entry`).
+        epochs: the number of finished epochs.
+        best_epoch: the epoch with the smallest validation loss; None while the task is in training.
+        seconds: the time of all finished epochs, with their validation.
+        train_samples: the number of samples per epoch; None if the run did not log it.
+        optimizer: the package and the class of the optimizer; None if the run did not log it.
+        paths: which backend ran each operation (see :func:`wsn_fast.train.report.begin_entry`).
     """
 
     task: int
@@ -45,7 +69,7 @@ class TaskLog:
 
     @property
     def epoch_seconds(self) -> float | None:
-        """Seconds per epoch; None before the first has ended."""
+        """Seconds per epoch; None before the first epoch has ended."""
         return self.seconds / self.epochs if self.epochs else None
 
     @property
@@ -58,18 +82,19 @@ class TaskLog:
 
 @dataclass(frozen=True)
 class Record:
-    """A run.
+    """A run, as its folder describes it.
 
     Attributes:
-        name: its folder as the user wrote it.
-        settings: the config, without the places of one machine.
-        command: what repeats it.
-        versions: what it was made with.
-        results: what ``results.json`` holds, or would hold after the tasks that are finished; None if none is.
-        finished: whether all tasks are.
+        name: the folder, as the user wrote it.
+        settings: the config, without the settings that only say where files are.
+        command: the command that repeats the run.
+        versions: the versions of the software, and the device.
+        results: the content of ``results.json``, or what it would be after the tasks that are finished; None if no task
+            is finished.
+        finished: whether all tasks are finished.
         tasks: the training of each task that has begun.
-        written: when its log last grew; None without a log.
-        notes: what could not be read.
+        written: the time at which the log last grew; None without a log.
+        notes: what could not be read, and why.
     """
 
     name: str
@@ -99,7 +124,7 @@ def read(name: str) -> Record:
         results = _summary(folder, notes)
     else:
         settings, versions = results["config"], results["versions"]
-        if any(detail not in results for detail in DETAILS):  # which the first runs did not write down
+        if any(detail not in results for detail in DETAILS):  # the first runs did not write them
             measured = _summary(folder, notes) or {}
             if measured.get("reuse") == results["reuse"]:
                 results = {**measured, **results}
@@ -115,7 +140,7 @@ def read(name: str) -> Record:
 # --- results.json -----------------------------------------------------------------------------------------
 def _read_results(path: Path) -> dict[str, Any]:
     try:
-        results: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        results: dict[str, Any] = read_json(path)
         missing = {"config", "versions", *NUMBERS} - results.keys()
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
@@ -129,8 +154,8 @@ def _read_results(path: Path) -> dict[str, Any]:
 
 def _versions(path: Path) -> dict[str, str]:
     try:
-        return _as_text(json.loads(path.read_text("utf-8"))["versions"])
-    except (ValueError, AttributeError, KeyError) as error:
+        return _as_text(read_json(path)["versions"])
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
@@ -143,7 +168,7 @@ def _with_places(settings: Mapping[str, Any]) -> config.TrainConfig:
 
 
 def _check_numbers(results: Mapping[str, Any]) -> None:
-    """Raise what comes unless every measurement has the shape and the kind that reports count on."""
+    """Raise an exception unless every measurement has the shape and the type that the reports need."""
     matrix, tasks = results["accuracy_matrix"], len(results["accuracy_matrix"])
     layers, overlap = results.get("layers", []), results.get("overlap", matrix)
     if (
@@ -152,77 +177,96 @@ def _check_numbers(results: Mapping[str, Any]) -> None:
         or any(row[i + 1 :] != [None] * (tasks - i - 1) for i, row in enumerate(matrix))
     ):
         raise ValueError("its matrices are not of one size, or not square")
-    single = [results[name] for name in _SINGLE]
-    expected = [(single, len(single)), ([layer["elements"] for layer in layers], len(layers))]
-    expected += [(results[name], tasks) for name in ("forgetting", "random_init", "before_training")]
-    expected += [(row[: i + 1], i + 1) for i, row in enumerate(matrix)]
-    expected += [(row, tasks) for row in results.get("overlap", [])]
+    for name, (low, high) in _SINGLE.items():
+        _check_range([results[name]], 1, low, high)
+    _check_range(results["forgetting"], tasks, -100, 100)
+    percentages = [(results[name], tasks) for name in ("random_init", "before_training")]
+    percentages += [(row[: i + 1], i + 1) for i, row in enumerate(matrix)]
+    percentages += [(row, tasks) for row in results.get("overlap", [])]
+    named = [task_of_json(share["task"]) for share in results["reuse"]]
     for shares in (results["reuse"], *(layer["tasks"] for layer in layers)):
-        expected += [([share[name] for share in shares], tasks) for name in ("density", "reuse", "new")]
-        named = [share["task"] for share in shares]
-        if named != [share["task"] for share in results["reuse"]]:
-            raise ValueError(f"a layer has other tasks: {named}")
-    for values, count in expected:
-        if len(values) != count or not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values):
-            raise ValueError(f"expected {count} numbers, got {values!r}")
+        percentages += [([share[name] for share in shares], tasks) for name in ("density", "reuse", "new")]
+        if [share["task"] for share in shares] != named:
+            raise ValueError("a layer has other tasks")
+    for values, count in percentages:
+        _check_range(values, count, 0, 100)
+    _check_range([layer["elements"] for layer in layers], len(layers), 1, 2**63)
     if not all(isinstance(layer["name"], str) for layer in layers):
         raise ValueError("a layer has no name")
 
 
+def _check_range(values: Sequence[Any], count: int, low: float, high: float) -> None:
+    """Raise ``ValueError`` unless ``values`` are ``count`` numbers from ``low`` to ``high``, up to rounding."""
+    if len(values) != count or not all(
+        type(x) in (int, float) and low - _ROUNDING <= x <= high + _ROUNDING for x in values
+    ):
+        raise ValueError(f"expected {count} numbers from {low} to {high}, got {reprlib.repr(values)}")
+
+
 # --- checkpoint -------------------------------------------------------------------------------------------
 def _summary(folder: Path, notes: list[str]) -> dict[str, Any] | None:
-    """The measurements of the finished tasks by the newest checkpoint; None if there is none."""
+    """The measurements of the finished tasks in the newest checkpoint; None if there is none."""
     try:
         found = checkpoint.load_from(folder / "checkpoint")
-        progress = found.state["progress"]
-        done = len(progress["matrix"])
+        progress = Progress.from_json(found.state["progress"])
+        done = len(progress.matrix)
         if done:
-            random_init, before = progress["random_init"][:done], progress["before"][:done]
-            measured = summarize(progress["matrix"], random_init, before, _masks(found))
-            return {**measured, "data_fingerprint": found.state["fingerprint"]}
+            masks, random_init, before = _masks(found, done), progress.random_init[:done], progress.before[:done]
+            measured = summarize(progress.matrix, random_init, before, masks)
+            return {**measured, "data_fingerprint": str(found.state["fingerprint"])}
     except CheckpointError as error:
         notes.append(str(error))
-    except (ValueError, TypeError, KeyError) as error:
-        notes.append(f"{folder / 'checkpoint'} is not that of a run: {error!r}")
+    except checkpoint.NONSENSE as error:
+        notes.append(f"{folder / 'checkpoint'} is not that of a run: {reprlib.repr(error)}")
     return None
 
 
-def _masks(found: Checkpoint) -> TaskMasks:
+def _masks(found: Checkpoint, tasks: int) -> TaskMasks:
+    """The masks in a checkpoint. Raises an exception unless they are those of as many tasks."""
     tensors = found.tensors
     names = [key[len(_PREFIX) : -len(_SUFFIX)] for key in tensors if key.startswith(_PREFIX) and key.endswith(_SUFFIX)]
     names.sort(key=lambda name: [(part.isdecimal(), part.zfill(9)) for part in name.split(".")])
-    tasks = [record["task"] for record in decode_json(tensors["model/_extra_state"])["records"]]
-    return TaskMasks(
-        tasks,
-        {name: tensors[f"{_PREFIX}{name}{_SUFFIX}"] for name in names},
-        {name: tensors[f"{_PREFIX}{name}"].numel() for name in names},
-    )
+    ids = [task_of_json(record["task"]) for record in decode_json(tensors["model/_extra_state"])["records"]]
+    packed = {name: tensors[f"{_PREFIX}{name}{_SUFFIX}"] for name in names}
+    sizes = {name: tensors[f"{_PREFIX}{name}"].numel() for name in names}
+    for name, rows in packed.items():
+        expected = (tasks, packed_size(sizes[name]))
+        if len(ids) != tasks or tuple(rows.shape) != expected or rows.dtype != torch.uint8 or not sizes[name]:
+            raise ValueError(f"{name} has masks {rows.dtype} {tuple(rows.shape)} of {len(ids)} tasks, not {expected}")
+    return TaskMasks(ids, packed, sizes)
 
 
 # --- metrics.jsonl ----------------------------------------------------------------------------------------
 def _read_log(path: Path, notes: list[str]) -> list[TaskLog]:
-    """What the log says of each task, in order; lines of other kinds are for others."""
-    try:
-        text = path.read_text("utf-8", errors="replace")
-    except OSError as error:
-        notes.append(f"cannot read {path}: {error.strerror}")
-        return []
+    """Read the training of each task from the log, in order. Lines of other kinds are ignored."""
     begun: dict[int, dict[str, Any]] = {}
     epochs: dict[int, dict[int, float]] = {}
     best: dict[int, int] = {}
-    # The last line may still be on its way.
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            kind, task = entry["kind"], int(entry["task"])
-            if kind == "begin":
-                begun[task] = _checked_begin(entry)
-            elif kind == "epoch":
-                epochs.setdefault(task, {})[int(entry["epoch"])] = float(entry["seconds"])
-            elif kind == "task":
-                best[task] = int(entry["best_epoch"])
-        except (ValueError, TypeError, KeyError) as error:
-            notes.append(f"{path}, line {number} is damaged: {error!r}")
+    count = 0  # of damaged lines
+    try:
+        for number, line in _lines(path):
+            try:
+                entry = json_text.parse(line)
+                kind, task = entry["kind"], _number(entry["task"], MOST_TASKS - 1)
+                if kind == "begin":
+                    begun[task] = _checked_begin(entry)
+                elif kind == "epoch":
+                    epochs.setdefault(task, {})[_number(entry["epoch"])] = float(_number(entry["seconds"], real=True))
+                elif kind == "task":
+                    best[task] = _number(entry["best_epoch"])
+            except (ValueError, TypeError, KeyError) as error:
+                count += 1
+                if count > _GIVE_UP:
+                    notes.append(
+                        f"{path}: more than {_GIVE_UP} lines are damaged, those after line {number} are not read"
+                    )
+                    break
+                if count <= _NOTES:
+                    notes.append(f"{path}, line {number} is damaged: {reprlib.repr(error)}")
+    except OSError as error:
+        notes.append(f"cannot read {path}: {error.strerror}")
+    if _NOTES < count <= _GIVE_UP:
+        notes.append(f"{path}: {count - _NOTES} more lines are damaged")
     tasks = sorted({*begun, *epochs})
     nothing: dict[str, Any] = {"train_samples": None, "optimizer": None, "paths": []}
     return [
@@ -237,10 +281,35 @@ def _read_log(path: Path, notes: list[str]) -> list[TaskLog]:
     ]
 
 
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a log, with their numbers from 1. A line that is too long is cut, so that it is no JSON.
+
+    The last line may be incomplete, because the run is writing it, and is left out.
+    """
+    with open_to_read(path) as file:
+        number = 1
+        while line := file.readline(_LINE):
+            whole = rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(_LINE)
+            if not rest:
+                return
+            yield number, whole
+            number += 1
+
+
+def _number(value: Any, most: int = 10**18, *, real: bool = False) -> int:
+    """A whole number, or any, from 0 to ``most``. Raises ``ValueError`` for anything else."""
+    if type(value) not in ((int, float) if real else (int,)) or not 0 <= value <= most:
+        raise ValueError(f"expected a number from 0 to {most}, got {reprlib.repr(value)}")
+    number: int = value
+    return number
+
+
 def _checked_begin(entry: Mapping[str, Any]) -> dict[str, Any]:
     words = ("operation", "backend", "reason")
     paths = [
         {**{word: str(path[word]) for word in words}, "layers": [str(layer) for layer in path["layers"]]}
         for path in entry["paths"]
     ]
-    return {"train_samples": int(entry["train_samples"]), "optimizer": str(entry["optimizer"]), "paths": paths}
+    return {"train_samples": _number(entry["train_samples"]), "optimizer": str(entry["optimizer"]), "paths": paths}

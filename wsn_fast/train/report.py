@@ -1,4 +1,4 @@
-"""What a run tells people: its numbers, a table beside the paper's, plots, and progress while it works."""
+"""The report of a run: its measurements, a table that compares them with the paper, plots, and the console."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 from wsn_fast import WSN, __version__
-from wsn_fast.capture import obstacle_of
+from wsn_fast.continual.statistics import TaskMasks, TaskStats, capacity, overlap, task_stats
 from wsn_fast.explain import explain
-from wsn_fast.masks import TaskMasks, TaskStats, capacity, overlap, task_stats
+from wsn_fast.optim.capture import obstacle_of
 from wsn_fast.train import figures, metrics
 from wsn_fast.train.config import resolve
+from wsn_fast.train.safe_files import write_atomic
 
 # The paper, mean over seeds: (stream, data, tasks) -> density -> (ACC, CAP), in percent. BWT is 0 everywhere.
 PAPER_RESULTS: Mapping[tuple[str, str, int], Mapping[float, tuple[float, float]]] = MappingProxyType(
@@ -51,21 +52,22 @@ PAPER_RESULTS: Mapping[tuple[str, str, int], Mapping[float, tuple[float, float]]
         ),
     }
 )
-# What the paper's method fixes; without these its numbers say nothing about a run.
+# The settings that make the paper's method. Numbers of a run with others cannot be compared with the paper.
 _METHOD = ("rule", "reinit_scores", "score_init")
-# What a run may choose freely beside the paper's numbers.
+# The settings that a run may choose and still be compared with the paper.
 _FREE = ("density", "seed", "device", "threads", "one_pass", "checkpoint_seconds", "preset")
 # The entries of results.json that are measurements.
 NUMBERS = (
     "accuracy_matrix", "acc", "bwt", "fwt", "forgetting", "capacity", "capacity_paper", "union_density",
     "compression", "reuse", "random_init", "before_training",
 )  # fmt: skip
-# And those that the first runs did not have.
+_SHOWN = 2000  # characters of a measurement in a message
+# The entries that the first runs did not have.
 DETAILS = ("layers", "overlap")
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What the numbers were made with."""
+    """The versions of the software, and the device, that a run used."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "wsn_fast": __version__,
@@ -78,13 +80,14 @@ def versions(device: torch.device) -> dict[str, str]:
 def begin_entry(
     wsn: WSN, optimizer: torch.optim.Optimizer, train_samples: int, *, captures: bool = False
 ) -> dict[str, Any]:
-    """What ``metrics.jsonl`` keeps of the beginning of a task: the optimizer, and what runs each operation and why.
+    """The line of ``metrics.jsonl`` for the beginning of a task: the optimizer, and which backend runs each operation
+    and why.
 
     Args:
         wsn: the model, with the task in progress.
-        optimizer: its guarded optimizer, built: layers follow it.
-        train_samples: samples per epoch.
-        captures: whether the training step is to be a CUDA graph.
+        optimizer: its guarded optimizer. It must be built already, because it changes what the layers do.
+        train_samples: the number of samples per epoch.
+        captures: whether the training step is to be captured in a CUDA graph.
     """
     layers: dict[tuple[str, str, str], list[str]] = {}
     for route in explain(wsn.model):
@@ -119,14 +122,14 @@ def summarize(
         matrix: row i has the accuracies on the tasks 0..i after task i; T >= 1 rows.
         random_init: per task, the accuracy at random initialisation.
         before: per task, the accuracy just before it was trained.
-        masks: those of these tasks.
+        masks: the masks of these tasks.
 
     Returns:
-        The entries ``NUMBERS``: the matrix [T, T] (None above the diagonal), ACC, BWT, FWT, forgetting per
-        task, the capacity with the measured and with the paper's compression, and per task its density, the
-        share of its weights that earlier tasks own (reuse) and the share of all weights it was first to own
-        (new). And ``DETAILS``: the same three for each gated tensor, as shares of that tensor; and the overlap
-        [T, T] of the masks (see :func:`wsn_fast.masks.overlap`).
+        The entries ``NUMBERS`` and ``DETAILS``. ``NUMBERS`` are the matrix [T, T] (None above the diagonal), ACC, BWT,
+        FWT, the forgetting per task, the capacity with the measured and with the paper's compression, and three
+        shares per task: its density, the share of its weights that earlier tasks own (reuse), and the share of all
+        weights that it was the first to own (new). ``DETAILS`` are the same three shares for each gated tensor, and
+        the overlap [T, T] of the masks (see :func:`wsn_fast.continual.statistics.overlap`).
     """
     packed, sizes = list(masks.packed.values()), list(masks.sizes.values())
     used = capacity(packed, sizes)
@@ -156,12 +159,17 @@ def _percent(stats: Sequence[TaskStats]) -> list[dict[str, Any]]:
 
 
 def differences(stored: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
-    """One line for each measurement that is not exactly the same in the two; empty when all are."""
+    """One line for each measurement that differs between the two; empty if all are exactly the same."""
     return [
-        f"{name}: results.json has {stored.get(name)}, the checkpoint gives {measured[name]}"
+        f"{name}: results.json has {_shown(stored.get(name))}, the checkpoint gives {_shown(measured[name])}"
         for name in (*NUMBERS, *(detail for detail in DETAILS if detail in stored))
         if stored.get(name) != measured[name]
     ]
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def in_words(results: Mapping[str, Any]) -> str:
@@ -179,10 +187,11 @@ def in_words(results: Mapping[str, Any]) -> str:
 
 
 def beside_paper(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    """The paper's (ACC, CAP) for the setting of a finished run, and what the run does otherwise; or None."""
+    """The paper's (ACC, CAP) for the setting of a finished run, and in what the run differs from it; None if the paper
+    has no numbers for the setting."""
     settings = results["config"]
     stream, data, tasks = settings["stream"], settings["data"], settings["tasks"]
-    if len(results["accuracy_matrix"]) < tasks:  # still at it
+    if len(results["accuracy_matrix"]) < tasks:  # the run is not finished
         return None
     row = PAPER_RESULTS.get((stream, data, tasks), {}).get(settings["density"])
     paper = resolve(stream=stream, data=data)
@@ -199,7 +208,7 @@ def beside_paper(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
 
 
 def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Runs by name and their results as text, beside the paper's numbers where the setting is the paper's."""
+    """A table of runs as text. A run with the paper's setting has the paper's numbers beside its own."""
     rows = [("run", "setting", "c", "ACC", "BWT", "FWT", "CAP", "CAP*", "paper: ACC", "CAP", "differs in")]
     for name, results in runs.items():
         settings, paper = results["config"], beside_paper(results)
@@ -228,12 +237,12 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
 def plot(results: Mapping[str, Any], folder: Path) -> None:
     """Write ``accuracy_matrix.png`` and ``capacity.png`` into ``folder``."""
     for name, draw in (("accuracy_matrix", figures.accuracy_matrix), ("capacity", figures.capacity)):
-        (folder / f"{name}.png").write_bytes(figures.png(draw, results))
+        write_atomic(folder / f"{name}.png", figures.png(draw, results))
 
 
 # --- while it works -----------------------------------------------------------------------------------------
 class Console:
-    """Progress bars on a terminal, a line per task elsewhere, nothing when ``quiet``."""
+    """Shows the progress of a run: bars on a terminal, a line per task elsewhere, and nothing if ``quiet``."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -245,7 +254,7 @@ class Console:
             print(text, flush=True)
 
     def task_started(self, task: int, tasks: int, epochs: int, batches: int, done: int) -> None:
-        """A task of ``epochs`` times ``batches`` begins, or goes on after ``done`` epochs."""
+        """A task of ``epochs`` times ``batches`` steps begins, or continues after ``done`` epochs."""
         if not self._quiet and sys.stderr.isatty():
             self._bar = tqdm(
                 total=epochs * batches, initial=done * batches, desc=f"task {task} ({task + 1}/{tasks})", unit="batch",
@@ -258,12 +267,12 @@ class Console:
             self._bar.update()
 
     def epoch_ended(self, epoch: int, loss: float, val_acc: float, lr: float) -> None:
-        """Show where training stands."""
+        """Show loss, accuracy and learning rate of the last epoch in the bar."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, validation {val_acc:.1f} %, lr {lr:.1e}")
 
     def task_ended(self, task: int, tasks: int, acc: float, best_epoch: int, seconds: float) -> None:
-        """A line that stays."""
+        """Print a line about the task."""
         self.close()
         self.say(
             f"task {task} ({task + 1}/{tasks}): test accuracy {acc:.2f} % (best epoch {best_epoch}, {seconds:.1f} s)"

@@ -1,17 +1,15 @@
-"""A run in its folder: started, saved, resumed after a kill at any moment, and measured again.
+"""A run: it is started in a folder, trains task after task, saves checkpoints, and can be resumed after a kill.
 
-What a run computes next depends on its checkpoint alone: the order of an epoch's samples follows from seed,
-task and epoch, all else from what :meth:`Run.save` writes. So a resumed run repeats an undisturbed one.
+What a run computes next depends on its checkpoint alone. The order of the samples follows from seed, task and epoch,
+and :meth:`Run.save` writes all the rest. So a resumed run repeats, to the bit, what an undisturbed run does.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,81 +18,58 @@ from torch import Tensor
 
 from wsn_fast import CapturedStep
 from wsn_fast.train import checkpoint, config
-from wsn_fast.train.checkpoint import Checkpoint, CheckpointError, write_atomic
+from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import TrainConfig
-from wsn_fast.train.lock import NAME as LOCK
+from wsn_fast.train.experiment import make_experiment
+from wsn_fast.train.folder import append_metrics, check_unused, read_config, write_json
 from wsn_fast.train.lock import FolderLock
 from wsn_fast.train.loop import evaluate, make_graph, make_optimizer, sample_order, train_epoch
+from wsn_fast.train.progress import Progress
 from wsn_fast.train.report import Console, begin_entry, masks_of, plot, summarize, versions
-from wsn_fast.train.workshop import prepare
 
-
-@dataclass
-class Progress:
-    """How far a run is: with the checkpoint's tensors, all it needs to go on. Accuracies in percent.
-
-    Attributes:
-        task: index of the task at hand; the number of tasks when all are done.
-        training: whether that task has begun.
-        epoch: its finished epochs.
-        lr: the learning rate of the next epoch.
-        best_loss: the least validation loss so far, of epoch ``best_epoch``; None before the first epoch.
-        best_epoch: epoch of the least validation loss, counted from 1.
-        bad_epochs: epochs since the last improvement or change of lr.
-        matrix: row i has the accuracies on the tasks 0..i after task i.
-        random_init: per task, the accuracy at random initialisation.
-        before: per task up to the one at hand, the accuracy just before it is trained.
-        metrics_bytes: length of ``metrics.jsonl``.
-    """
-
-    task: int = 0
-    training: bool = False
-    epoch: int = 0
-    lr: float = 0.0
-    best_loss: float | None = None
-    best_epoch: int = 0
-    bad_epochs: int = 0
-    matrix: list[list[float]] = field(default_factory=list)
-    random_init: list[float] = field(default_factory=list)
-    before: list[float] = field(default_factory=list)
-    metrics_bytes: int = 0
+PROBE = 32
+"""The number of samples that a task is probed with: see :meth:`wsn_fast.WSN.verify`."""
 
 
 class Run:
-    """A run in its folder. ``Run.start`` or ``Run.resume`` makes one, ``finish`` does the work.
+    """A run in its folder. :meth:`start` or :meth:`resume` makes one, and :meth:`finish` trains it to the end.
 
     Attributes:
-        folder: where everything is written.
+        folder: the folder that everything is written to.
         settings: the config.
-        progress: how far it is.
+        progress: how far the run is.
+        stream: the tasks.
+        wsn: the model.
+        device: the device of the model.
+        fingerprint: identifies the data.
     """
 
     def __init__(self, settings: TrainConfig, folder: Path, console: Console, lock: FolderLock | None = None) -> None:
         self.settings, self.folder, self.console = settings, folder, console
-        self._lock = lock or FolderLock(folder)  # held from start or resume to the end of finish
-        self.stream, self.wsn, self.device, self.fingerprint = prepare(settings)
+        self._lock = lock or FolderLock(folder)  # held from start or resume until finish returns
+        self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings)
         self.progress = Progress()
         self._best: Mapping[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._graph: CapturedStep | None = None
         self._number = 0
         self._saved_at = -math.inf
-        self._parts = 1  # the most that a batch had to be split into
+        self._parts = 1  # the largest number of parts that a batch had to be split into
 
     @classmethod
     def start(cls, settings: TrainConfig, console: Console) -> Run:
-        """Begin in ``settings.out``, which must be empty or missing; nothing is written if the data are bad.
+        """Begin a run in ``settings.out``, which must be empty or missing. Nothing is written if the data are bad.
 
         Raises:
-            RunInUseError: another process begins there.
-            ValueError: the folder is not empty, or see :func:`wsn_fast.train.workshop.prepare`.
+            RunInUseError: another process begins a run there.
+            ValueError: the folder is not empty, or see :func:`wsn_fast.train.experiment.make_experiment`.
         """
         folder = Path(settings.out)
-        _check_unused(folder)
+        check_unused(folder)
         run = cls(settings, folder, console)
         folder.mkdir(parents=True, exist_ok=True)
         with run._lock.held_unless_failed():
-            _check_unused(folder)  # again: another may have begun while this one read its data
+            check_unused(folder)  # again: another run may have begun while this one read its data
             about = {
                 "command": config.command_line(settings),
                 "config": asdict(settings),
@@ -114,15 +89,22 @@ class Run:
         data_dir: str | None = None,
         device: str | None = None,
     ) -> Run:
-        """Go on from the newest checkpoint in ``folder``, or from the one called ``name``.
+        """Continue from the newest checkpoint in ``folder``, or from the one called ``name``.
+
+        Args:
+            folder: the folder of the run.
+            console: shows the progress.
+            name: the file name of a checkpoint; None means the newest.
+            data_dir: another folder of the data than before; None means the same.
+            device: another device than before; None means the same.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the checkpoint cannot be read.
             FileNotFoundError: the folder holds no run.
-            RunInUseError: another process is at work on the run.
+            RunInUseError: another process works on the run.
             ValueError: config or data are not those of the checkpoint.
         """
-        settings, lock = _moved(read_config(folder), data_dir, device), FolderLock(folder)
+        settings, lock = read_config(folder, data_dir=data_dir, device=device), FolderLock(folder)
         with lock.held_unless_failed():
             run = cls(settings, folder, console, lock)
             if name is None and not list((folder / "checkpoint").glob("*.safetensors")):
@@ -132,19 +114,20 @@ class Run:
         return run
 
     def finish(self) -> dict[str, Any]:
-        """Train what is left, then write ``results.json`` and the plots. Returns the results.
+        """Train the remaining tasks, then write ``results.json`` and the plots. Returns the results.
 
         Raises:
-            FloatingPointError: a loss, weight or score is not finite; the last checkpoint is kept.
+            FloatingPointError: a loss, weight or score is not finite. The last checkpoint is kept.
             CheckpointError: a checkpoint cannot be written.
             ForgottenError: a finished task has changed.
-            torch.OutOfMemoryError: even with batches in parts; the last checkpoint is kept.
+            UnmaskedReadError: a task reads something outside of its mask.
+            torch.OutOfMemoryError: the memory is too small for a batch, even in parts. The last checkpoint is kept.
         """
         self._lock.acquire()
         try:
             while self.progress.task < len(self.stream):
                 self._train_task()
-            self.wsn.verify()
+            self.verify()
             results = self.results()
             write_json(self.folder / "results.json", results)
             plot(results, self.folder)
@@ -154,8 +137,17 @@ class Run:
             self._lock.release()
         return results
 
+    def verify(self) -> None:
+        """Check that every finished task is what it was when it ended, and reads nothing outside of its mask.
+
+        Raises:
+            ForgottenError, UnmaskedReadError: it is not, or it does.
+        """
+        x = {task: self.stream.test_data(int(task))[0][:PROBE].to(self.device) for task in self.wsn.tasks}
+        self.wsn.verify(probe=lambda task: self.wsn(x[task]))
+
     def results(self) -> dict[str, Any]:
-        """The numbers of the finished tasks, in percent (see :func:`wsn_fast.train.report.summarize`)."""
+        """The measurements of the finished tasks, in percent (see :func:`wsn_fast.train.report.summarize`)."""
         k = len(self.progress.matrix)
         return {
             **summarize(
@@ -205,7 +197,7 @@ class Run:
             if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:
                 self.save()
         self.wsn.load_trainable_state(self._best)
-        self.wsn.end_task()
+        self.wsn.end_task(probe=val_x[:PROBE])
         self._end_task(time.perf_counter() - started)
 
     def _end_task(self, seconds: float) -> None:
@@ -240,7 +232,7 @@ class Run:
         self.console.epoch_ended(progress.epoch, train_loss, val_acc, used_lr)
 
     def _follow_validation(self, val_loss: float) -> None:
-        """Keep the best epoch's values; lower lr after ``lr_patience`` epochs without a better one."""
+        """Keep the values of the best epoch, and lower lr after ``lr_patience`` epochs without a better loss."""
         progress = self.progress
         if progress.best_loss is None or val_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch, progress.bad_epochs = val_loss, progress.epoch, 0
@@ -279,7 +271,7 @@ class Run:
         return evaluate(self.wsn, x.to(self.device), y.to(self.device))[1]
 
     def measure_random_init(self) -> list[float]:
-        """The accuracy on every task, in percent, with the values as they are: call this before training."""
+        """The accuracy on every task, in percent, with the present values. Call this before training."""
         accuracies = []
         for task in self.stream.task_ids:
             with self.wsn.use_head(task):
@@ -293,7 +285,7 @@ class Run:
 
     # --- what a killed run needs --------------------------------------------------------------------------
     def save(self) -> None:
-        """Write the next checkpoint. Raises ``CheckpointError`` if it cannot be written."""
+        """Write the next checkpoint. ``CheckpointError`` if it cannot be written."""
         tensors = {f"model/{name}": tensor for name, tensor in self.wsn.state_dict().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self._best.items()}
         tensors["rng/cpu"] = torch.get_rng_state()
@@ -312,36 +304,42 @@ class Run:
         self._saved_at = time.monotonic()
 
     def restore(self, loaded: Checkpoint) -> None:
-        """Become what the run was when it wrote a checkpoint.
+        """Set the run to the state in which it wrote a checkpoint.
 
         Raises:
-            CheckpointError: it holds other things than this program writes.
-            ValueError: config or data are others.
+            CheckpointError: the checkpoint does not hold what this program writes.
+            ValueError: config or data have changed since.
         """
         try:
-            self._check_same_run(loaded)
+            saved = config.from_dict(loaded.state["config"])
+        except checkpoint.NONSENSE as error:
+            raise CheckpointError(f"{loaded.path} holds no settings of a run: {error}") from error
+        try:
+            self._check_same_run(loaded, saved)
+        except KeyError as error:
+            raise CheckpointError(f"{loaded.path} is not that of a run: it has no {error}") from error
+        try:
             self._take_over(loaded)
-        except ValueError:
-            raise
         except checkpoint.NONSENSE as error:
             raise CheckpointError(f"{loaded.path} cannot be restored: {type(error).__name__}: {error}") from error
 
     def _take_over(self, loaded: Checkpoint) -> None:
         self._number, self._saved_at = loaded.number, time.monotonic()
-        self.progress = Progress(**loaded.state["progress"])
+        self.progress = Progress.from_json(loaded.state["progress"], len(self.stream))
         self.wsn.load_state_dict(_part(loaded, "model/"))
         self._best = {name: tensor.to(self.device) for name, tensor in _part(loaded, "best/").items()}
         if self.progress.training:
             self._optimizer = make_optimizer(self.wsn, self.settings)
             packed = checkpoint.unpack_optimizer(loaded.state["optimizer"], _part(loaded, "optimizer/"))
+            checkpoint.check_optimizer(packed, self._optimizer, self.progress.lr)
             self._optimizer.load_state_dict(packed)
             self._graph = make_graph(self.wsn, self._optimizer, self.settings)
         torch.set_rng_state(loaded.tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in loaded.tensors:
             torch.cuda.set_rng_state(loaded.tensors["rng/cuda"], self.device)
 
-    def _check_same_run(self, loaded: Checkpoint) -> None:
-        saved, own = config.from_dict(loaded.state["config"]), config.portable(self.settings)
+    def _check_same_run(self, loaded: Checkpoint, saved: TrainConfig) -> None:
+        own = config.portable(self.settings)
         changed = [name for name, x in config.portable(saved).items() if own[name] != x and name != "device"]
         if changed:
             raise ValueError(
@@ -350,85 +348,12 @@ class Run:
             )
         if loaded.state["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"data: expected those with fingerprint {loaded.state['fingerprint']}, on which this run was "
+                f"data: expected those with fingerprint {str(loaded.state['fingerprint'])[:99]}, on which this run was "
                 f"trained, got {self.fingerprint}: the files of {self.settings.data!r} have changed"
             )
 
     def _log(self, **entry: Any) -> None:
-        path = self.folder / "metrics.jsonl"
-        try:
-            with open(path, "ab") as file:
-                # What an interrupted run wrote after its last checkpoint will be written again.
-                file.truncate(min(file.tell(), self.progress.metrics_bytes))
-                file.write(json.dumps(entry).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                self.progress.metrics_bytes = file.tell()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def evaluate_run(
-    folder: Path, *, name: str | None = None, data_dir: str | None = None, device: str | None = None
-) -> dict[str, Any]:
-    """Measure a run anew from its checkpoint; writes nothing.
-
-    The last row of the matrix, the accuracies at random initialisation, capacity and reuse are measured,
-    earlier rows come from the checkpoint, and every task is verified.
-
-    Returns:
-        What ``results.json`` should hold.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
-        FileNotFoundError: the folder holds no run.
-        ForgottenError: a task is not what it was when it ended.
-        ValueError: the data are not those of the run, or no task has been finished yet.
-    """
-    run = Run(_moved(read_config(folder), data_dir, device), folder, Console(quiet=True))
-    random_init = run.measure_random_init()
-    run.restore(checkpoint.load_from(folder / "checkpoint", name))
-    if not run.progress.matrix:
-        raise ValueError(f"{folder}: no task has been finished yet; go on with `wsn-fast train --resume {folder}`")
-    run.wsn.verify()
-    run.progress.random_init = random_init
-    run.progress.matrix[-1] = run.measure_last_row()
-    return run.results()
-
-
-def read_config(folder: Path) -> TrainConfig:
-    """The config of the run in ``folder``.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: ``config.json`` is damaged.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no run: there is no {path}")
-    try:
-        return config.from_dict(json.loads(path.read_text("utf-8"))["config"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _check_unused(folder: Path) -> None:
-    """Raise ``ValueError`` unless a run may begin in ``folder``: it is missing, or holds no more than what one that
-    was killed at once has left."""
-    if folder.exists() and any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()):
-        raise ValueError(
-            f"out: expected an empty or new folder, got {str(folder)!r}; to continue the run in it, use "
-            f"`wsn-fast train --resume {folder}`"
-        )
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    write_atomic(path, json.dumps(content, indent=2).encode() + b"\n")
-
-
-def _moved(settings: TrainConfig, data_dir: str | None, device: str | None) -> TrainConfig:
-    return replace(settings, data_dir=data_dir or settings.data_dir, device=device or settings.device)
+        self.progress.metrics_bytes = append_metrics(self.folder, entry, self.progress.metrics_bytes)
 
 
 def _part(loaded: Checkpoint, prefix: str) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Streams of tasks made from one dataset: permuted pixels, split classes, rotated images.
 
-A stream keeps the dataset's uint8 images once and builds a task's float32 tensors when asked for them, the
-same each time from (seed, task): memory holds one task, and a resumed run sees what the first one saw.
+A stream keeps the dataset's uint8 images. It builds the float32 tensors of a task when asked for them, and they depend
+on seed and task alone. So memory holds one task at a time, and a resumed run sees what the first one saw.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = ("permuted", "split", "rotated")
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """One task's data: inputs float32 [N, C, H, W] (or [N, C*H*W]), labels int64 [N] in 0..classes-1.
+    """One task's data: inputs float32 [N, C, H, W], labels int64 [N] in 0..classes-1.
 
     Attributes:
         task: Task id, 0..T-1.
@@ -47,15 +47,31 @@ class TaskData:
 
 
 class TaskStream(Sequence[TaskData]):
-    """A sequence of tasks, each built when indexed; made by `make_stream`.
+    """A sequence of tasks that are made from one dataset. A task is built when the stream is indexed.
+
+    Inputs are normalised with the mean and the standard deviation of each channel over the whole training set. Scaling
+    the pixels to [0, 1] first would give the same, because the scale cancels.
+
+    Args:
+        kind: `permuted`: a task has all classes, and a permutation of the pixel positions of its own (the first task
+            too, as in the paper's code). `split`: the classes are dealt evenly to the tasks, in an order that the seed
+            decides, and renumbered from 0 within each task. `rotated`: a task has all classes, and task t of T is
+            rotated by t * 180/T degrees counter-clockwise (bilinear, with zeros from outside the image).
+        dataset: The dataset that the samples come from.
+        tasks: Number of tasks T.
+        seed: Decides the permutations, the order of the classes and the validation split.
+        val_fraction: Fraction of each task's training samples held out for validation, in [0, 1).
 
     Attributes:
         kind: `permuted`, `split` or `rotated`.
         task_ids: The task ids 0..T-1.
         classes: Number of classes of each task.
-        input_shape: Shape of one input, (C, H, W) or (C*H*W,).
+        input_shape: Shape of one input, (C, H, W).
         mean: Mean of each channel of the training images in raw pixel values, float32 [C, 1, 1].
         std: Their standard deviation (1 where a channel is constant), float32 [C, 1, 1].
+
+    Raises:
+        ValueError: If an argument is out of range, or the dataset has too few samples for it.
     """
 
     def __init__(
@@ -66,8 +82,6 @@ class TaskStream(Sequence[TaskData]):
         seed: int,
         *,
         val_fraction: float = 0.1,
-        flatten: bool = False,
-        shuffle_classes: bool = True,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -82,18 +96,15 @@ class TaskStream(Sequence[TaskData]):
         self.kind = kind
         self.task_ids = list(range(tasks))
         self._dataset, self._seed = dataset, seed
-        self._val_fraction, self._flatten = val_fraction, flatten
+        self._val_fraction = val_fraction
         self._class_sets = [torch.arange(dataset.classes)] * tasks
         if kind == "split":
-            order = torch.arange(dataset.classes)
-            if shuffle_classes:
-                order = torch.randperm(dataset.classes, generator=self._generator("classes"))
+            order = torch.randperm(dataset.classes, generator=self._generator("classes"))
             self._class_sets = list(order.chunk(tasks))
         self.classes = {task: len(self._class_sets[task]) for task in self.task_ids}
-        shape = tuple(dataset.train_x.shape[1:])
-        self.input_shape = (math.prod(shape),) if flatten else shape
+        self.input_shape = tuple(dataset.train_x.shape[1:])
         self.mean, self.std = _channel_statistics(dataset.train_x)
-        # One order for all tasks: an image held out for validation in one task is not trained on in another.
+        # All tasks use one order, so that an image held out for validation in one task is not trained on in another.
         self._order = torch.randperm(len(dataset.train_x), generator=self._generator("validation"))
         self._check_sizes()
 
@@ -132,7 +143,7 @@ class TaskStream(Sequence[TaskData]):
         )
 
     def test_data(self, task: int) -> tuple[Tensor, Tensor]:
-        """The test inputs and labels of one task alone, as in its `TaskData`: cheaper for evaluation.
+        """The test inputs and labels of one task, as in its `TaskData`. This is cheaper than building the whole task.
 
         Raises:
             IndexError: If there is no such task.
@@ -143,7 +154,7 @@ class TaskStream(Sequence[TaskData]):
         return self._inputs(self._dataset.test_x[rows], task), labels[rows]
 
     def _labels(self, task: int) -> Tensor:
-        """Each class of the dataset -> its label within the task, or -1."""
+        """Map each class of the dataset to its label within the task, or to -1."""
         labels = torch.full((self._dataset.classes,), -1)
         labels[self._class_sets[task]] = torch.arange(self.classes[task])
         return labels
@@ -156,8 +167,7 @@ class TaskStream(Sequence[TaskData]):
         x = images.float()
         if self.kind == "rotated":
             x = _rotate(x, 180.0 * task / len(self))
-        x = x.sub_(self.mean).div_(self.std)
-        return x.flatten(1) if self._flatten else x
+        return x.sub_(self.mean).div_(self.std)
 
     def _held_out(self, count: int) -> int:
         return round(count * self._val_fraction)
@@ -181,52 +191,9 @@ class TaskStream(Sequence[TaskData]):
         return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def make_stream(
-    kind: str,
-    dataset: Dataset,
-    tasks: int,
-    seed: int,
-    *,
-    val_fraction: float = 0.1,
-    flatten: bool = False,
-    shuffle_classes: bool = True,
-) -> TaskStream:
-    """Make a stream of tasks from a dataset.
-
-    Inputs are normalised with the mean and standard deviation of each channel over the whole training set,
-    computed from the dataset (the same as scaling to [0, 1] first: the scale cancels).
-
-    Args:
-        kind: `permuted`: all classes, pixel positions permuted by a permutation per task (the first task too,
-            as in the paper's code). `split`: the classes are dealt evenly to the tasks and renumbered from 0
-            within each. `rotated`: all classes, task t of T rotated by t * 180/T degrees counter-clockwise,
-            bilinear, with zeros (black) from outside the image.
-        dataset: Where the samples come from.
-        tasks: Number of tasks T.
-        seed: Decides permutations, class order and the validation split.
-        val_fraction: Fraction of each task's training samples held out for validation, in [0, 1).
-        flatten: Inputs as [N, C*H*W] instead of [N, C, H, W].
-        shuffle_classes: `split` only: deal the classes in an order drawn from the seed, else ascending.
-
-    Returns:
-        The stream; index it to build a task.
-
-    Raises:
-        ValueError: If an argument is out of range, or the dataset has too few samples for it.
-    """
-    return TaskStream(
-        kind,
-        dataset,
-        tasks,
-        seed,
-        val_fraction=val_fraction,
-        flatten=flatten,
-        shuffle_classes=shuffle_classes,
-    )
-
-
 def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, exact, from histograms: no float copy of the set is made."""
+    """Exact mean and standard deviation per channel. They come from histograms, so that no float copy of the set is
+    made."""
     histograms = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
     counts = torch.stack(histograms).double()
     values = torch.arange(256, dtype=torch.float64)
@@ -241,8 +208,8 @@ def _rotate(x: Tensor, degrees: float) -> Tensor:
     """Rotate images [N, C, H, W] counter-clockwise about their centre, bilinear, zeros from outside."""
     height, width = x.shape[2:]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    # The grid's coordinates run over -1..1 along either side: the ratio keeps angles right in oblong images.
+    # The coordinates of the grid go from -1 to 1 along either side. The ratio keeps angles right if the sides differ.
     theta = torch.tensor([[[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]]])
     grid = affine_grid(theta, [1, 1, height, width], align_corners=False)
-    # All images turn alike: as channels of one image they share one grid.
+    # All images are rotated in the same way, so they become channels of one image and share one grid.
     return grid_sample(x.reshape(1, -1, height, width), grid, align_corners=False).view(x.shape)

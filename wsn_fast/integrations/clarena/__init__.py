@@ -1,5 +1,5 @@
-"""CLArena (https://pypi.org/project/clarena) on subnet layers: backbones that its published ``WSN`` algorithm trains as
-they are, and :class:`FastWSN`, an algorithm of our own in its framework."""
+"""Integration with CLArena (https://pypi.org/project/clarena): backbones of subnet layers for its published ``WSN``
+algorithm, and :class:`FastWSN`, an algorithm of this library for its framework."""
 
 from importlib.util import find_spec
 

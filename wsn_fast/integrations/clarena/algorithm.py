@@ -10,18 +10,20 @@ from clarena.heads import HeadsTIL
 from torch import Tensor, nn
 
 from wsn_fast import ops
-from wsn_fast.subnet import check_score_init
+from wsn_fast.continual.first_inputs import FirstInputs
+from wsn_fast.integrations.lightning import end_task
+from wsn_fast.nn.scores import check_score_init
 
 from .backbone import FastSubnetBackbone
 
 
 class FastWSN(CLAlgorithm):
-    """WSN in CLArena's framework, on :class:`FastSubnetBackbone`: in the place of ``clarena.cl_algorithms.WSN``.
+    """WSN as an algorithm of CLArena, for a :class:`FastSubnetBackbone`. It replaces ``clarena.cl_algorithms.WSN``.
 
-    Optimization is Lightning's automatic one, so learning-rate schedulers are stepped, and clipping, accumulation and
-    bf16-mixed precision work. Masks, heads and the register of tasks are in every checkpoint: a fit that was cut short
-    goes on with ``trainer.fit(..., ckpt_path=...)`` after the same ``setup_task_id`` in a new process. Tasks may have
-    any number; each is trained once.
+    It uses Lightning's automatic optimization. So learning-rate schedulers are stepped, and gradient clipping,
+    accumulation and bf16-mixed precision work. Every checkpoint contains the masks, the heads and the register of
+    tasks. To continue a fit that was cut short, call the same ``setup_task_id`` in a new process, and then
+    ``trainer.fit(..., ckpt_path=...)``. Task ids may be any numbers. Each task can be trained once.
 
     Args:
         backbone: the backbone.
@@ -33,7 +35,7 @@ class FastWSN(CLAlgorithm):
             code does.
 
     Raises:
-        TypeError: ``backbone`` or ``heads`` is of another class.
+        TypeError: ``backbone`` or ``heads`` is of another class, or ``reinit_scores`` is no bool.
         ValueError: ``mask_percentage`` or ``parameter_score_init_mode`` is not one of those, or widths differ.
     """
 
@@ -53,10 +55,11 @@ class FastWSN(CLAlgorithm):
             if not isinstance(given, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(given).__name__}")
         super().__init__(backbone, heads, non_algorithmic_hparams or {})
+        self._first: FirstInputs | None = None
         self.mask_percentage = ops.check_density(mask_percentage, "mask_percentage")
         self.save_hyperparameters("mask_percentage", "parameter_score_init_mode", "reinit_scores")
         backbone.wsn.score_init = check_score_init(parameter_score_init_mode)
-        backbone.wsn.reinit_scores = reinit_scores
+        backbone.wsn.reinit_scores = ops.check_bool("reinit_scores", reinit_scores)
 
     def setup_task_id(
         self,
@@ -65,13 +68,13 @@ class FastWSN(CLAlgorithm):
         optimizer: Any,
         lr_scheduler: Any = None,
     ) -> None:
-        """Begin a task, or go on with the one in progress. Call it before ``trainer.fit``.
+        """Begin a task, or continue the one in progress. Call this before ``trainer.fit``.
 
         Args:
             task_id: the task.
-            num_classes: the width of its head.
-            optimizer: called with ``params=``, makes the optimizer.
-            lr_scheduler: called with ``optimizer=``, makes the scheduler; None for none.
+            num_classes: the number of outputs of its head.
+            optimizer: makes the optimizer; it is called with ``params=``.
+            lr_scheduler: makes the scheduler; it is called with ``optimizer=``. None means no scheduler.
 
         Raises:
             ValueError: the task has ended.
@@ -85,7 +88,7 @@ class FastWSN(CLAlgorithm):
         super().setup_task_id(task_id, num_classes, optimizer, lr_scheduler)
 
     def configure_optimizers(self) -> Any:
-        """As ``CLAlgorithm`` does; finished heads are out of training."""
+        """Do what ``CLAlgorithm`` does, after taking the heads of finished tasks out of training."""
         for task in self.backbone.wsn.tasks:
             self.heads.get_head(task).requires_grad_(False)
         return super().configure_optimizers()
@@ -126,22 +129,25 @@ class FastWSN(CLAlgorithm):
         return {"loss_cls": self.criterion(logits, y), "acc": (preds == y).float().mean(), "preds": preds}
 
     def on_fit_start(self) -> None:
-        """Raises ``RuntimeError`` if the task that was set up is not in progress: it has ended, or a checkpoint of
-        another task was loaded."""
+        """Look at the inputs of the first call. Raise ``RuntimeError`` if the task that was set up is not in progress,
+        because it has ended or a checkpoint of another task was loaded."""
         wsn = self.backbone.wsn
         if wsn.current_task != self.task_id:
             raise RuntimeError(
                 f"task {self.task_id} was set up last, but {wsn.current_task!r} is in progress and these are finished: "
                 f"{wsn.tasks}"
             )
+        self._first = FirstInputs(wsn)
 
     def on_train_end(self) -> None:
-        """End the task."""
+        """End the task. The first batch of this fit serves as the probe of ``end_task``."""
         if self.backbone.wsn.current_task is not None:
-            self.backbone.wsn.end_task()
+            end_task(self.backbone.wsn, self._first, self.trainer)
+            self._first = None
 
     def on_fit_end(self) -> None:
-        """End the task of a checkpoint that has no epoch left to train: Lightning skips ``on_train_end`` then."""
+        """End the task if ``on_train_end`` has not done so. Lightning skips that hook if the checkpoint has no epoch
+        left to train."""
         self.on_train_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -149,7 +155,7 @@ class FastWSN(CLAlgorithm):
         checkpoint["wsn_fast"] = {"processed_task_ids": list(self.processed_task_ids)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the heads of the checkpoint, in its order, which that of the parameters in an optimizer's state is.
+        """Make the heads of the checkpoint, in its order. The state of the optimizer follows this order.
 
         Raises:
             ValueError: the checkpoint is not one of this class.
@@ -163,8 +169,8 @@ class FastWSN(CLAlgorithm):
                 out, width = tensor.shape
                 self.heads.heads[match[1]] = nn.Linear(width, out, device=self.device, dtype=tensor.dtype)
         known = checkpoint["wsn_fast"]["processed_task_ids"]
-        self.heads.head_t = self.heads.get_head(known[-1])  # in the state under this name, too
-        # A task that was set up here stays the one to train: on_fit_start compares.
+        self.heads.head_t = self.heads.get_head(known[-1])  # the state has it under this name too
+        # A task that was set up here stays the task to train. on_fit_start compares it with the checkpoint's.
         self.task_id = getattr(self, "task_id", known[-1])
         self.processed_task_ids = [*known, *({self.task_id} - {*known})]
         self.backbone.task_id = self.heads.task_id = self.task_id

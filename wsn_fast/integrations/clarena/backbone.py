@@ -1,4 +1,4 @@
-"""Backbones: what CLArena calls the network before the heads."""
+"""Backbones. CLArena calls the network in front of the heads a backbone."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from clarena.backbones import WSNMaskBackbone
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from wsn_fast import WSN, FastSubnetLinear, ops, per_task
+from wsn_fast import WSN, FastSubnetLinear, ops
+from wsn_fast.continual.first_inputs import FirstInputs
+from wsn_fast.convert.patterns import Patterns
 from wsn_fast.integrations.lightning import guard
-from wsn_fast.patterns import Patterns
-from wsn_fast.subnet import SubnetLayer, check_score_init
+from wsn_fast.nn import per_task
+from wsn_fast.nn.gated import SubnetLayer
+from wsn_fast.nn.scores import check_score_init
 
 Masks = Mapping[str, Tensor | None]
 STAGES = ("train", "validation", "test")
 
 
 class ScoreGate(NamedTuple):
-    """In the place of CLArena's ``gate_fn``: the mask of scores. Gradients go through the layers, not through it, so
-    that the masks that an algorithm keeps hold no graph."""
+    """Replaces CLArena's ``gate_fn``: computes the mask of scores. No gradient flows through it, because gradients flow
+    through the layers. So the masks that an algorithm keeps hold no graph."""
 
     rule: str
 
@@ -35,11 +38,12 @@ class ScoreGate(NamedTuple):
 
 
 class _Scores(nn.Module):
-    """The scores of a gated tensor as CLArena knows them: ``.weight``, which of a bias is [1, n]."""
+    """The scores of a gated tensor in CLArena's form: an attribute ``weight``, which has the shape [1, n] for a
+    bias."""
 
     def __init__(self, layer: SubnetLayer, name: str) -> None:
         super().__init__()
-        self.__dict__["_layer"] = layer  # past registration: the layer has a place in the model
+        self.__dict__["_layer"] = layer  # not registered as a child, because the layer has its place in the model
         self._name = f"{name}_score"
 
     @property
@@ -49,26 +53,28 @@ class _Scores(nn.Module):
 
 
 class FastSubnetBackbone(WSNMaskBackbone):
-    """A model with subnet layers as a ``WSNMaskBackbone``: CLArena's ``WSN`` algorithm trains it, and forgets nothing.
+    """A model with subnet layers as a ``WSNMaskBackbone``. CLArena's ``WSN`` algorithm can train it, and forgets
+    nothing.
 
-    ``setup_task_id`` begins a task, and ends the one before; every optimizer that steps on the backbone is guarded
-    at its first step, whoever built it. Layers have CLArena's names: ``"block/0"`` for ``block.0``. Convert with
-    ``rule="value"``: CLArena ranks scores so.
+    ``setup_task_id`` begins a task, and ends the task before it. Every optimizer that steps on the backbone is guarded
+    at its first step, whoever built it. Layers have CLArena's names: ``"block/0"`` for ``block.0``. Convert the model
+    with ``rule="value"``, because CLArena ranks scores by value.
 
     Args:
-        model: input to features [B, output_dim], with subnet layers of one rule (see :func:`wsn_fast.convert`).
-        output_dim: the width of the features.
-        activations: for a subnet layer (``"fc/0"``) the module (``"relu0"``) whose output counts as its activation;
-            of other layers it is what the layer itself returns.
+        model: maps the input to features [B, output_dim]. All its subnet layers have the same rule (see
+            :func:`wsn_fast.convert`).
+        output_dim: the number of features.
+        activations: maps a subnet layer (``"fc/0"``) to the module (``"relu0"``) whose output is its activation. The
+            activation of a layer that is not named here is its own output.
         per_task, frozen, shared: see :class:`wsn_fast.WSN`.
 
     Attributes:
-        wsn: the :class:`wsn_fast.WSN` around ``model``: ``wsn.verify()``, ``wsn.capacity()``, ``wsn.end_task()`` after
-            the last task of the published algorithm.
+        wsn: the :class:`wsn_fast.WSN` around ``model``. Call ``wsn.end_task()`` after the last task of the published
+            algorithm.
 
     Raises:
-        ValueError: the model has no subnet layer, or layers of different rules; ``activations`` names something that is
-            not there.
+        ValueError: the model has no subnet layer, its layers have different rules, or ``activations`` names a layer or
+            module that does not exist.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class FastSubnetBackbone(WSNMaskBackbone):
         for name, layer in self._layers.items():
             self.weight_score_t[name] = _Scores(layer, "weight")
             self.bias_score_t[name] = None if layer.bias is None else _Scores(layer, "bias")
+        self._first: FirstInputs | None = None
         self._active = _activation_modules(model, self._layers, activations or {})
         _guard_optimizers_of(self)
 
@@ -104,16 +111,18 @@ class FastSubnetBackbone(WSNMaskBackbone):
         return None if layer_name is None else self._layers.get(layer_name)
 
     def setup_task_id(self, task_id: int) -> None:
-        """Begin a task; one that is in progress ends before, with the mask of its scores as they are.
+        """Begin a task. A task in progress ends first, with the mask of its present scores, and with its first batch as
+        the probe of ``end_task``.
 
         Raises:
-            ValueError, RuntimeError, OwnershipError, FloatingPointError: as ``begin_task`` and ``end_task`` of
-                :class:`wsn_fast.WSN`.
+            ValueError, RuntimeError, OwnershipError, FloatingPointError, UnmaskedReadError: as ``begin_task`` and
+                ``end_task`` of :class:`wsn_fast.WSN`.
         """
         if self.wsn.current_task != task_id:
             if self.wsn.current_task is not None:
-                self.wsn.end_task()
+                (self._first or FirstInputs(self.wsn)).end_task()
             self.wsn.begin_task(task_id)
+            self._first = FirstInputs(self.wsn)
         super().setup_task_id(task_id)
 
     def initialize_parameter_score(self, mode: str) -> None:
@@ -129,7 +138,8 @@ class FastSubnetBackbone(WSNMaskBackbone):
         mask_percentage: float,
         test_mask: tuple[Masks, Masks] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor | None], dict[str, Tensor]]:
-        """What CLArena's algorithm asks for. Masks are computed once more for it; :class:`FastWSN` does without.
+        """Compute what CLArena's algorithm needs. The masks are computed a second time for it; :class:`FastWSN` avoids
+        that.
 
         Args:
             input: a batch [B, ...].
@@ -142,8 +152,8 @@ class FastSubnetBackbone(WSNMaskBackbone):
             layer.
 
         Raises:
-            ValueError: ``stage`` is unknown; "test" comes without masks; the model has tensors with a copy per
-                task, and CLArena does not say which task a batch belongs to.
+            ValueError: ``stage`` is unknown, or it is "test" and there are no masks, or the model has per-task tensors
+                (CLArena does not say which task a batch belongs to).
         """
         if stage not in STAGES:
             raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
@@ -165,13 +175,13 @@ class FastSubnetBackbone(WSNMaskBackbone):
         return features, weight_mask, bias_mask, activations
 
     def set_density(self, density: float) -> None:
-        """The density of the task in training, for all layers. Outside (0, 1] it is a ``ValueError``."""
+        """Set the density of the task in training in all layers. ``ValueError`` if it is not in (0, 1]."""
         for layer in self._layers.values():
             if layer.gate_density != density:
                 layer.task_density = ops.check_density(density, "mask_percentage")
 
     def features(self, input: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features [B, output_dim] and activations by layer, as the task in use."""
+        """Features [B, output_dim] and activations by layer, of the task in use."""
         activations: dict[str, Tensor] = {}
         hooks = [m.register_forward_hook(partial(_keep, activations, name)) for name, m in self._active.items()]
         try:
@@ -191,17 +201,18 @@ class FastSubnetBackbone(WSNMaskBackbone):
             yield
         finally:
             for layer in self._layers.values():
-                layer.active_row = layer.active_row  # which puts its own view back
+                layer.active_row = layer.active_row  # this restores the layer's own mask
 
 
 class FastSubnetMLP(FastSubnetBackbone):
-    """Drop-in for CLArena's ``WSNMaskMLP``: its arguments, its layer names (``fc/0``, ``fc/1``, ...), its activations.
+    """Replaces CLArena's ``WSNMaskMLP``, with the same arguments, layer names (``fc/0``, ``fc/1``, ...) and
+    activations.
 
     Args:
-        input_dim: the number of inputs; batches are flattened.
-        hidden_dims: the widths of the hidden layers; may be empty.
-        output_dim: the width of the features.
-        activation_layer: makes the activation after every layer; None for none.
+        input_dim: the number of inputs. Batches are flattened.
+        hidden_dims: the widths of the hidden layers; it may be empty.
+        output_dim: the number of features.
+        activation_layer: makes the activation after every layer; None means no activation.
         bias: whether layers have a bias (gated, as the weight is).
         dropout: the probability of dropout after every activation; None for no dropout.
         rule: "value" (CLArena) or "magnitude" (the paper's code).
@@ -254,8 +265,8 @@ def _keep(outputs: dict[str, Tensor], name: str, module: nn.Module, args: Any, o
 
 
 def _guard_optimizers_of(backbone: FastSubnetBackbone) -> None:
-    """Guard every optimizer that steps on ``backbone``, at its first step: the published algorithm builds its own, and
-    tells nobody. The hook of this process goes with the backbone."""
+    """Guard every optimizer that steps on ``backbone`` at its first step, because the published algorithm builds its
+    optimizers itself. The hook is removed when the backbone is."""
     guarded: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
     hook = register_optimizer_step_pre_hook(partial(_guard_new, weakref.ref(backbone), guarded))
     weakref.finalize(backbone, hook.remove).atexit = False

@@ -1,4 +1,4 @@
-"""The parts of the page that set runs side by side."""
+"""The parts of the page that compare runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Entries = Sequence[Entry]
 
 # --- numbers ----------------------------------------------------------------------------------------------
 def summary(entries: Entries) -> Html:
-    """The main numbers, a run a row, and what the runs beside the paper's do otherwise."""
+    """The main numbers, with a row per run, and how the runs differ from the paper's setting."""
     paper = {entry.number: beside_paper(entry.run.results) for entry in entries if entry.run.results}
     known = any(paper.values())
     head = ["run", "tasks", "density", "ACC", "BWT", "FWT", "forgetting", "CAP", "CAP*", "samples/s", "time"]
@@ -71,7 +71,7 @@ def _otherwise(entries: Entries, paper: Mapping[int, tuple[float, float, str] | 
 
 # --- pictures ---------------------------------------------------------------------------------------------
 def charts(entries: Entries) -> Html:
-    """Accuracy, weights owned and time, task by task."""
+    """Charts of the accuracy, of the weights owned and of the time, task by task."""
     accuracy, owned_so_far, seconds = [], [], []
     for entry in entries:
         number, label, results = entry.number, entry.label, entry.run.results
@@ -122,7 +122,7 @@ def _chart(name: str, chart: Chart, caption: str) -> Html:
 
 # --- settings and paths -----------------------------------------------------------------------------------
 def settings(entries: Entries) -> Html:
-    """What differs between the runs, and what is the same in all."""
+    """The settings that differ between the runs, and those that are the same in all."""
     of_runs = [
         {
             **{name: _plain(value) for name, value in entry.run.settings.items()},
@@ -160,19 +160,17 @@ def _shown(value: object) -> Html:
 
 
 def paths(entries: Entries) -> Html:
-    """What ran each operation, a run a column."""
-    rows: dict[str, list[str]] = {}
+    """Which backend ran each operation, with a column per run."""
+    rows: dict[str, list[dict[str, None]]] = {}  # per operation and run, in the order of the tasks
     for column, entry in enumerate(entries):
         for task in entry.run.tasks:
             chosen = [("optimizer", task.optimizer)] if task.optimizer else []
             chosen += [(path["operation"], path["backend"]) for path in task.paths]
             for operation, what in chosen:
-                cells = rows.setdefault(operation, [""] * len(entries))
-                if what not in cells[column].split(", "):
-                    cells[column] += f", {what}" if cells[column] else what
+                rows.setdefault(operation, [{} for _ in entries])[column][what] = None
     if not rows:
         return Html("<p>None of these runs wrote down what ran its operations.</p>\n")
     head = ["operation", *(entry.label for entry in entries)]
-    body = [[operation, *(cell or NONE for cell in cells)] for operation, cells in rows.items()]
+    body = [[operation, *(", ".join(cell) or NONE for cell in cells)] for operation, cells in rows.items()]
     reasons = Html("<p>The reasons, layer by layer, are in the section of each run.</p>\n")
     return join([table("The optimizer, and what ran each operation", head, body, range(len(head))), reasons])

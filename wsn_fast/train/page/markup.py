@@ -1,4 +1,4 @@
-"""HTML from templates, in which every value is escaped unless it is HTML already."""
+"""HTML from templates. Every value is escaped, unless it is HTML already."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 from string import Template
 
 _FOLDER = Path(__file__).parent
+CELLS = 100_000  # of a table
 
 
 class Html(str):
-    """Text that is HTML already, and goes into a page as it is."""
+    """Text that is HTML already. It goes into a page unchanged."""
 
     __slots__ = ()
 
 
 def escape(value: object) -> Html:
-    """Any value as HTML; :class:`Html` stays what it is.
+    """Any value as HTML; :class:`Html` stays unchanged.
 
-    What is not printable (control characters, those that turn the direction of writing, half of a pair that a folder's
-    name may hold) is shown by its code.
+    A character that is not printable is shown by its code: control characters, characters that change the direction of
+    writing, and single surrogates, which the name of a folder may hold.
     """
     if isinstance(value, Html):
         return value
@@ -28,12 +29,12 @@ def escape(value: object) -> Html:
 
 
 def join(parts: Iterable[object]) -> Html:
-    """Parts one after the other."""
+    """Join the parts."""
     return Html("".join(map(escape, parts)))
 
 
 def fill(template: str, **values: object) -> Html:
-    """``template`` with each ``$name`` replaced. ``KeyError`` if one has no value."""
+    """Replace each ``$name`` in ``template``. ``KeyError`` if one has no value."""
     return Html(Template(template).substitute({name: escape(value) for name, value in values.items()}))
 
 
@@ -45,14 +46,19 @@ def load(name: str) -> str:
 def table(
     caption: object, head: Sequence[object], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,)
 ) -> Html:
-    """A table that scrolls by itself where the page is too narrow for it.
+    """A table. It scrolls by itself if the page is too narrow for it. If it has more than ``CELLS`` cells, a sentence
+    stands in its place.
 
     Args:
-        caption: what it shows.
+        caption: what the table shows.
         head: a heading for each column.
-        rows: the cells; the first of each is the heading of its row.
-        texts: the columns that hold words, and stand to the left; numbers stand to the right.
+        rows: the cells of each row. The first cell is the heading of its row.
+        texts: the columns that hold words. They are aligned to the left, and numbers to the right.
     """
+    rows = list(rows)
+    cells = sum(map(len, rows))
+    if cells > CELLS:
+        return fill("<p>$caption: $cells numbers are too many for a page.</p>\n", caption=caption, cells=cells)
     start = [Html(' class="text"') if column in texts else Html("") for column in range(len(head))]
     body = [
         join(
@@ -75,14 +81,14 @@ def table(
 
 
 def figure(svg: str, alt: str, caption: object, numbers: Html, *, wide: bool = False) -> Html:
-    """A picture with its description, and its numbers as a table to unfold.
+    """A picture with its description, and its numbers as a table that unfolds.
 
     Args:
         svg: from :func:`wsn_fast.train.figures.svg`.
-        alt: what there is to see, in a sentence.
-        caption: what is shown.
+        alt: describes the picture in a sentence, for screen readers.
+        caption: what the picture shows.
         numbers: the table.
-        wide: it takes the whole width of the page, being small print otherwise.
+        wide: whether the picture takes the whole width of the page, because its text would be too small otherwise.
     """
     return fill(
         '<figure$wide>\n<div role="img" aria-label="$alt">$svg</div>\n'
@@ -96,5 +102,5 @@ def figure(svg: str, alt: str, caption: object, numbers: Html, *, wide: bool = F
 
 
 def unfold(summary: object, content: Html) -> Html:
-    """Content that opens at a click."""
+    """Content that unfolds at a click."""
     return fill("<details>\n<summary>$summary</summary>\n$content</details>\n", summary=summary, content=content)

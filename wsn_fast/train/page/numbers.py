@@ -1,4 +1,4 @@
-"""How numbers, names and runs are written on the page."""
+"""The format of numbers, names and runs on the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NONE = Html("&ndash;")
 
 
 class Entry(NamedTuple):
-    """A run on the page, by its number there."""
+    """A run on the page, with its number there."""
 
     number: int
     run: Record
@@ -24,7 +24,7 @@ class Entry(NamedTuple):
         """A short name for pictures."""
         name = Path(self.run.name).resolve().name
         short = name if len(name) <= 32 else f"{name[:15]}…{name[-16:]}"
-        # As the page shows it, since fonts do not know what is not printable.
+        # A font has no glyph for a character that is not printable.
         return f"{self.number} " + "".join(c if c.isprintable() else "?" for c in short)
 
     @property
@@ -34,27 +34,27 @@ class Entry(NamedTuple):
 
     @property
     def link(self) -> Html:
-        """The whole name, leading to the run's own section."""
+        """The whole name, as a link to the section of the run."""
         return fill('<a href="#run-$number">$name</a>', number=self.number, name=self.run.name)
 
 
 def fixed(value: float | None, digits: int = 2, *, sign: bool = False) -> Html:
-    """A number with so many digits after the point; a dash for None."""
+    """A number with ``digits`` digits after the point; a dash for None."""
     if value is None:
         return NONE
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    if not text.strip("+-0."):  # no minus before a zero
+    if not text.strip("+-0."):  # a zero has no minus
         text = text.replace("-", "+" if sign else "")
     return Html(text.replace("-", "&minus;"))
 
 
 def rate(value: float | None) -> Html:
-    """A whole number with its thousands apart; a dash for None."""
+    """A whole number with separated thousands; a dash for None."""
     return NONE if value is None else escape(f"{value:,.0f}")
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words; a dash for none."""
+    """Seconds in words; a dash for 0."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds else NONE
     minutes, rest = divmod(round(seconds), 60)
@@ -62,19 +62,19 @@ def duration(seconds: float) -> str:
 
 
 def total_seconds(run: Record) -> float:
-    """Of all epochs."""
+    """The time of all epochs."""
     return sum(task.seconds for task in run.tasks)
 
 
 def samples_per_second(run: Record) -> float | None:
-    """Over all epochs; None if some task's samples are not known."""
+    """Training samples per second over all epochs; None if the samples of a task are not known."""
     if not total_seconds(run) or any(task.train_samples is None for task in run.tasks):
         return None
     return sum((task.train_samples or 0) * task.epochs for task in run.tasks) / total_seconds(run)
 
 
 def span(values: Iterable[float]) -> str:
-    """The least and the greatest, in words."""
+    """The smallest and the largest value, in words."""
     known = list(values)
     low, high = f"{min(known):.1f}", f"{max(known):.1f}"
     return f"all {low} %" if low == high else f"from {low} to {high} %"

@@ -1,4 +1,4 @@
-"""The part of the page that is about one run."""
+"""The section of the page about one run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wsn_fast.train.records import Record, TaskLog
 
 
 def section(entry: Entry) -> Html:
-    """All about one run."""
+    """The section of one run."""
     run = entry.run
     return fill(
         load("run.html"),
@@ -30,7 +30,7 @@ def section(entry: Entry) -> Html:
 
 
 def notes(title: str, lines: Iterable[str]) -> Html:
-    """A notice with a list; nothing without lines."""
+    """A notice with a list; empty if there are no lines."""
     items = join(fill("<li>$line</li>\n", line=line) for line in lines)
     if not items:
         return items
@@ -50,7 +50,7 @@ def _state(run: Record) -> str:
 
 # --- task by task -----------------------------------------------------------------------------------------
 def _tasks(run: Record) -> Html:
-    """All that is known of each task, a task a row."""
+    """A table of all that is known about each task, with a row per task."""
     head = [
         "task", "accuracy", "forgetting", "at random", "before", "density", "reuse", "new", "owned so far",
         "epochs", "best", "seconds", "s/epoch", "samples/s",
@@ -106,7 +106,7 @@ def _ids(results: Mapping[str, Any]) -> list[Any]:
 
 
 def _square(results: Mapping[str, Any]) -> tuple[float, float]:
-    """The size of a picture with a cell for each pair of tasks: it has to hold a number while they are few."""
+    """The size of a picture with a cell for each pair of tasks. A cell has room for a number if there are few tasks."""
     tasks = len(results["reuse"])
     side = 1.6 + 0.42 * (max(tasks, 6) if tasks <= figures.MANY else 10)
     return side + 1.5, side
@@ -216,7 +216,7 @@ def _layers(number: int, results: Mapping[str, Any]) -> list[Html]:
 
 # --- paths ------------------------------------------------------------------------------------------------
 def _paths(run: Record) -> Html:
-    """What ran each operation and why; for each stretch of tasks in which nothing changed."""
+    """Which backend ran each operation and why, for each group of successive tasks in which that did not change."""
     stretches: list[tuple[list[int], TaskLog]] = []
     for log in run.tasks:
         if not log.paths:

@@ -1,0 +1,116 @@
+"""What the optimizer kernels compute for one tile: the gradients, and the updates of AdamW and SGD. These functions
+store nothing.
+
+The order of operations and of roundings is that of PyTorch's fused optimizers. Everything is computed in float32, and
+rounded where PyTorch stores.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _layout as layout
+from ._bits import unpack_bits
+from ._elementwise import below, convert, table_pointer, widen
+
+SCALES = {None: None, torch.float32: tl.float32, torch.float64: tl.float64}
+"""The dtypes that a scale and a step count may have."""
+
+
+@triton.jit
+def load_threshold(gradients_ptr, tensor, tensors, DTYPE: tl.constexpr, GIVEN: tl.constexpr):
+    """The threshold of the last forward pass. Gradients that are GIVEN do not need it."""
+    if GIVEN:
+        return 0.0
+    else:
+        return tl.load(table_pointer(gradients_ptr, layout.GRADIENT_TAU, tensor, tensors, DTYPE, ALIGNED=False))
+
+
+@triton.jit
+def load_scale(gradients_ptr, tensor, tensors, SCALE: tl.constexpr):
+    """The factor for dW and dS."""
+    if SCALE is None:
+        return 1.0
+    else:
+        scale_ptr = table_pointer(gradients_ptr, layout.GRADIENT_SCALE, tensor, tensors, SCALE, ALIGNED=False)
+        return tl.load(scale_ptr).to(tl.float32)
+
+
+@triton.jit
+def load_frozen(union_ptr, at, left, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """Which of the BLOCK elements from ``at`` on are frozen; ``left`` elements remain in the tensor."""
+    byte = tl.arange(0, BLOCK // 8)
+    return unpack_bits(tl.load(union_ptr + at // 8 + byte, mask=byte * 8 < left if TAIL else None))
+
+
+@triton.jit
+def gradients(
+    g, ds, w, s, tau, frozen, scale,
+    MAGNITUDE: tl.constexpr, HAS_UNION: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """``dW`` and ``dS`` times ``scale``, in float32 and rounded to the dtype of ``w``.
+
+    They are formed from G as in :mod:`.gate_gradients`. Where they are GIVEN, ``g`` and ``ds`` are dW and dS already.
+    """
+    DTYPE: tl.constexpr = w.dtype
+    dw = convert(g, DTYPE)
+    if not GIVEN:
+        ds = convert(widen(dw) * widen(w), DTYPE)
+        if MAGNITUDE:  # the sign of NaN is 0, as PyTorch's
+            ds = convert(widen(ds) * ((widen(s) > 0).to(tl.float32) - (widen(s) < 0).to(tl.float32)), DTYPE)
+        drop = below(s, tau, MAGNITUDE)
+        if HAS_UNION:
+            drop |= frozen
+        dw = tl.where(drop, tl.zeros_like(dw), dw)
+    return widen(convert(widen(dw) * scale, DTYPE)), widen(convert(widen(ds) * scale, DTYPE))
+
+
+@triton.jit
+def load_settings(settings_ptr, ADAM: tl.constexpr):
+    """The coefficients of one parameter's update, in the order in which :func:`adamw` or :func:`sgd` takes them."""
+    if ADAM:
+        return (
+            tl.load(settings_ptr + layout.ADAMW_LERP),
+            tl.load(settings_ptr + layout.ADAMW_BETA2),
+            tl.load(settings_ptr + layout.ADAMW_REST2),
+            tl.load(settings_ptr + layout.ADAMW_EPS),
+            tl.load(settings_ptr + layout.ADAMW_CORRECTION),
+            tl.load(settings_ptr + layout.ADAMW_SIZE),
+            tl.load(settings_ptr + layout.ADAMW_SHRINK),
+            tl.load(settings_ptr + layout.ADAMW_DECAY),
+        )
+    else:
+        return (
+            tl.load(settings_ptr + layout.SGD_SIZE),
+            tl.load(settings_ptr + layout.SGD_MOMENTUM),
+            tl.load(settings_ptr + layout.SGD_REST),
+            tl.load(settings_ptr + layout.SGD_DECAY),
+            tl.load(settings_ptr + layout.SGD_NESTEROV),
+            tl.load(settings_ptr + layout.SGD_FIRST),
+        )
+
+
+@triton.jit
+def adamw(p, g, mean, square, settings):
+    """The parameter and its running means after an update."""
+    lerp, beta2, rest2, eps, correction, size, shrink, decay = settings
+    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    # With t = 1 - beta1, torch.lerp computes mean + t * (g - mean) if t < 0.5, and g - (1 - t) * (g - mean) otherwise.
+    # A positive ``lerp`` is t, for the first form. A negative one is t - 1, for the second form.
+    mean = tl.fma(lerp, g - mean, tl.where(lerp > 0, mean, g))
+    square = square * beta2 + rest2 * g * g
+    root = tl.div_rn(tl.sqrt_rn(square), correction) + eps
+    return p * shrink + tl.div_rn(size * mean, root), mean, square
+
+
+@triton.jit
+def sgd(p, g, momentum, settings, HAS_MOMENTUM: tl.constexpr):
+    """The parameter and its momentum after an update."""
+    size, factor, rest, decay, nesterov, first = settings
+    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    if HAS_MOMENTUM:
+        momentum = tl.where(first != 0, g, tl.fma(g, rest, momentum * factor))
+        g = tl.where(nesterov != 0, tl.fma(momentum, factor, g), momentum)
+    return tl.fma(g, size, p), momentum

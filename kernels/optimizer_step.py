@@ -1,0 +1,241 @@
+"""One-pass AdamW and SGD for gated tensors: from G, the gradient of the masked weight, to updated weights and scores.
+
+``update_kernel`` forms ``dW`` and ``dS`` in registers and never stores to a frozen weight. For tensors with a ``next``
+it also writes the masked weight of the next forward pass with a guess of the new threshold; :mod:`.warm_threshold` then
+computes the threshold and corrects the masked weight. The coefficients come from :mod:`.step_coefficients`. One launch
+updates any number of tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _layout as layout
+from ._elementwise import FP_FUSION, convert, is_magnitude, table_pointer, widen
+from ._update_rules import SCALES, adamw, gradients, load_frozen, load_scale, load_settings, load_threshold, sgd
+from .threshold import stretch
+from .threshold_table import DTYPES
+from .update_table import UpdateTable, Workspace
+from .warm_threshold import add_counts, load_window, note
+
+
+@triton.jit
+def _store_weight(
+    w_ptr, w, w_new, frozen, inside, BLOCK: tl.constexpr, HAS_UNION: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    """Store the weights that are not frozen. Returns the weights after the update."""
+    if HAS_UNION:
+        w_new = tl.where(frozen, w, w_new)
+        # A wide store cannot skip a frozen element, so each thread stores one element, and neighbours store neighbours.
+        apart = tl.max_contiguous(tl.arange(0, BLOCK), 1)
+        tl.store(w_ptr + apart, w_new, mask=(frozen == 0) & inside if TAIL else frozen == 0)
+    else:
+        tl.store(w_ptr + tl.arange(0, BLOCK), w_new, mask=inside)
+    return w_new
+
+
+@triton.jit
+def _update_tile(
+    operands, at, left, tau, settings, window, state_ptr, keys_ptr, places_ptr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, MAGNITUDE: tl.constexpr, HAS_UNION: tl.constexpr, GIVEN: tl.constexpr,
+    ADAM: tl.constexpr, WEIGHT_STATES: tl.constexpr, SCORE_STATES: tl.constexpr, NEXT: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Update one block, from element ``at``; ``left`` elements remain in the tensor. Returns the counts of
+    :func:`note`."""
+    for_weight, for_scores, scale = settings
+    g_ptr, ds_ptr, w_ptr, s_ptr, w1_ptr, w2_ptr, s1_ptr, s2_ptr, union_ptr, masked_ptr = operands
+    lane = tl.arange(0, BLOCK)
+    inside = lane < left if TAIL else None
+    # Loads come before the first store, because the compiler cannot know that no two operands overlap. Two
+    # cases load the last state later, because they would use too many registers: AdamW (on sm_80), and SGD in float32
+    # with a next gate (LATE, on sm_100).
+    LATE: tl.constexpr = NEXT and not ADAM and w_ptr.dtype.element_ty == tl.float32
+    g = tl.load(g_ptr + at + lane, mask=inside)
+    w = tl.load(w_ptr + at + lane, mask=inside)
+    s = tl.load(s_ptr + at + lane, mask=inside)
+    ds = tl.load(ds_ptr + at + lane, mask=inside) if GIVEN else s
+    w1 = tl.load(w1_ptr + at + lane, mask=inside) if WEIGHT_STATES > 0 else w
+    w2 = tl.load(w2_ptr + at + lane, mask=inside) if ADAM else w
+    s1 = tl.load(s1_ptr + at + lane, mask=inside) if SCORE_STATES > 0 and not LATE else s
+    frozen = lane < 0
+    if HAS_UNION:
+        frozen = load_frozen(union_ptr, at, left, BLOCK, TAIL)
+
+    dw, ds = gradients(g, ds, w, s, tau, frozen, scale, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN)
+    if ADAM:
+        w_new, w1_new, w2_new = adamw(widen(w), dw, widen(w1), widen(w2), for_weight)
+        tl.store(w2_ptr + at + lane, convert(w2_new, w.dtype), mask=inside)
+        s2 = tl.load(s2_ptr + at + lane, mask=inside)
+        s_new, s1_new, s2_new = adamw(widen(s), ds, widen(s1), widen(s2), for_scores)
+        tl.store(s2_ptr + at + lane, convert(s2_new, w.dtype), mask=inside)
+    else:
+        w_new, w1_new = sgd(widen(w), dw, widen(w1), for_weight, HAS_MOMENTUM=WEIGHT_STATES > 0)
+        if LATE:
+            if WEIGHT_STATES > 0:
+                tl.store(w1_ptr + at + lane, convert(w1_new, w.dtype), mask=inside)
+            if SCORE_STATES > 0:
+                s1 = tl.load(s1_ptr + at + lane, mask=inside)
+        s_new, s1_new = sgd(widen(s), ds, widen(s1), for_scores, HAS_MOMENTUM=SCORE_STATES > 0)
+    if WEIGHT_STATES > 0 and not LATE:
+        tl.store(w1_ptr + at + lane, convert(w1_new, w.dtype), mask=inside)
+    if SCORE_STATES > 0:
+        tl.store(s1_ptr + at + lane, convert(s1_new, w.dtype), mask=inside)
+    s_new = convert(s_new, s.dtype)
+    tl.store(s_ptr + at + lane, s_new, mask=inside)
+    w_new = _store_weight(w_ptr + at, w, convert(w_new, w.dtype), frozen, inside, BLOCK, HAS_UNION, TAIL)
+    if NEXT:
+        return note(
+            w_new, s_new, at + lane, inside, window, masked_ptr + at + lane, state_ptr, keys_ptr, places_ptr,
+            MAGNITUDE=MAGNITUDE, LANES=LANES,
+        )  # fmt: skip
+    else:
+        return tl.zeros([LANES], tl.int32)
+
+
+def _kernel_name(specialization: Any) -> str:
+    """The name in profiles, which tells the two optimizers apart."""
+    return "adamw_kernel" if specialization.constants["ADAM"] else "sgd_kernel"
+
+
+@triton.jit(
+    repr=_kernel_name,
+    do_not_specialize=[
+        "fields_ptr", "gradients_ptr", "tensors_ptr", "programs_ptr", "settings_ptr", "state_ptr", "keys_ptr",
+        "places_ptr", "tensors", "items_each",
+    ],
+)  # fmt: skip
+def update_kernel(
+    fields_ptr,  # [FIELDS, tensors] int64, UpdateTable.fields
+    gradients_ptr,  # [GRADIENTS, tensors] int64
+    tensors_ptr,  # [tensors, TENSOR_COLUMNS] int64, UpdateTable.tensors
+    programs_ptr,  # [P, PROGRAM_COLUMNS] int64, UpdateTable.programs
+    settings_ptr,  # [tensors, SETTINGS] fp32, Workspace.settings
+    state_ptr,  # [tensors, STATE_SIZE] int64
+    keys_ptr,  # [UpdateTable.listed] uint32
+    places_ptr,  # [UpdateTable.listed] int64
+    tensors,
+    items_each,  # elements per program
+    GRAD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+    SCALE: tl.constexpr,  # a dtype, or None for no scale
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,  # the program's threads
+    MAGNITUDE: tl.constexpr,
+    HAS_UNION: tl.constexpr,
+    GIVEN: tl.constexpr,  # whether dW and dS are given, and not G
+    ADAM: tl.constexpr,  # AdamW or Adam; else SGD
+    WEIGHT_STATES: tl.constexpr,  # how many states the weight has: 2 for AdamW, 0 or 1 for SGD
+    SCORE_STATES: tl.constexpr,
+    NEXT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Update weights and scores by AdamW or SGD."""
+    tensor, row_ptr, start, items, _ = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
+    start = start // BLOCK * BLOCK  # the same number, but now the compiler sees that BLOCK divides it
+    operands = (
+        table_pointer(gradients_ptr, layout.GRADIENT_WEIGHT, tensor, tensors, GRAD, ALIGNED),
+        table_pointer(gradients_ptr, layout.GRADIENT_SCORES, tensor, tensors, DTYPE, ALIGNED),
+        table_pointer(fields_ptr, layout.FIELD_WEIGHT, tensor, tensors, DTYPE, ALIGNED),
+        table_pointer(fields_ptr, layout.FIELD_SCORES, tensor, tensors, DTYPE, ALIGNED),
+        table_pointer(fields_ptr, layout.FIELD_WEIGHT_STATE_1, tensor, tensors, DTYPE, ALIGNED),
+        table_pointer(fields_ptr, layout.FIELD_WEIGHT_STATE_2, tensor, tensors, DTYPE, ALIGNED),
+        table_pointer(fields_ptr, layout.FIELD_SCORES_STATE_1, tensor, tensors, DTYPE, ALIGNED),
+        table_pointer(fields_ptr, layout.FIELD_SCORES_STATE_2, tensor, tensors, DTYPE, ALIGNED),
+        table_pointer(fields_ptr, layout.FIELD_UNION, tensor, tensors, tl.uint8, ALIGNED=False),
+        table_pointer(fields_ptr, layout.FIELD_MASKED, tensor, tensors, MASKED, ALIGNED),
+    )
+    settings_ptr += tensor * layout.SETTINGS
+    scale = load_scale(gradients_ptr, tensor, tensors, SCALE)
+    settings = (
+        load_settings(settings_ptr + layout.SETTINGS_WEIGHT, ADAM),
+        load_settings(settings_ptr + layout.SETTINGS_SCORES, ADAM),
+        scale,
+    )
+    tau = load_threshold(gradients_ptr, tensor, tensors, DTYPE, GIVEN)
+    window = (0, 0, 0, 0)
+    if NEXT:
+        state_ptr = layout.state_of(state_ptr, tensor)
+        window = load_window(row_ptr, state_ptr, DTYPE, MAGNITUDE)
+        first = tl.load(row_ptr + layout.TENSOR_LIST)
+        keys_ptr += first
+        places_ptr += first
+
+    counts = tl.zeros([LANES], tl.int32)
+    whole = items // BLOCK * BLOCK
+    # Full blocks load without a bounds check. With one, no block could use wide loads when n is odd.
+    for offset in range(0, whole, BLOCK):
+        counts += _update_tile(
+            operands, start + offset, BLOCK, tau, settings, window, state_ptr, keys_ptr, places_ptr,
+            BLOCK=BLOCK, LANES=LANES, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM,
+            WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES, NEXT=NEXT, TAIL=False,
+        )  # fmt: skip
+    if whole < items:
+        counts += _update_tile(
+            operands, start + whole, items - whole, tau, settings, window, state_ptr, keys_ptr, places_ptr,
+            BLOCK=BLOCK, LANES=LANES, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM,
+            WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES, NEXT=NEXT, TAIL=True,
+        )  # fmt: skip
+    if NEXT:
+        add_counts(state_ptr, counts)
+
+
+def update(
+    table: UpdateTable,
+    workspace: Workspace,
+    gradients: Tensor,
+    *,
+    grad: torch.dtype,
+    scale: torch.dtype | None,
+    given: bool,
+    aligned: bool,
+    rule: str,
+) -> None:
+    """Update the weights and scores of every tensor of ``table`` in place, in one launch. A table with step counts is
+    updated by AdamW, any other by SGD. With a ``next``, the caller has to call :func:`.warm_threshold.settle` after it.
+
+    Args:
+        table: of :func:`.update_table.make_table`.
+        workspace: as :func:`.step_coefficients.prepare` left it.
+        gradients: int64 [GRADIENTS, T], addresses, in the rows that ``_layout.GRADIENT_...`` names.
+        grad: the dtype of G, or of dW.
+        scale: the dtype of the scales, or None if there is no scale.
+        given: whether the gradients are dW and dS, and not G.
+        aligned: whether the addresses in ``gradients`` are multiples of 16 bytes.
+        rule: "magnitude" or "value".
+    """
+    config = table.config
+    update_kernel[(len(table.programs),)](
+        fields_ptr=table.fields,
+        gradients_ptr=gradients,
+        tensors_ptr=table.tensors,
+        programs_ptr=table.programs,
+        settings_ptr=workspace.settings,
+        state_ptr=workspace.state,
+        keys_ptr=workspace.keys,
+        places_ptr=workspace.places,
+        tensors=len(table.tensors),
+        items_each=config.items,
+        GRAD=DTYPES[grad],
+        DTYPE=DTYPES[table.dtype],
+        MASKED=DTYPES[table.masked or table.dtype],
+        SCALE=SCALES[scale],
+        BLOCK=config.block,
+        LANES=32 * config.num_warps,
+        MAGNITUDE=is_magnitude(rule),
+        HAS_UNION=table.has_union,
+        GIVEN=given,
+        ADAM=table.steps is not None,
+        WEIGHT_STATES=table.states[0],
+        SCORE_STATES=table.states[1],
+        NEXT=table.masked is not None,
+        ALIGNED=aligned and table.aligned,
+        num_warps=config.num_warps,
+        **FP_FUSION,
+    )

@@ -1,0 +1,174 @@
+"""The exact threshold of the next forward pass, found from what the update of the scores noted: the warm start.
+
+Scores move slowly, and so does tau. An update of :mod:`.optimizer_step` writes the masked weight by a guess, the last
+tau. While it does so it notes where the new tau may be: it counts the keys below a window around the guess and those
+equal to the window's ends, and it lists the keys strictly inside, with their places. After the update
+
+1. ``threshold.digit_kernel`` finds the key of the wanted rank. There are three cases. If the key is an end
+   of the window, there is nothing to search. If it is inside the window and the list did not run over, the search is in
+   the list. Otherwise the search is among all scores. The program that finds tau writes it, and the window for the next
+   time.
+2. ``fix_kernel`` corrects the masked weight: for the listed elements between the guess and tau, or for the whole tensor
+   if some of these elements are not in the list. That is the case after a search through all scores, and if the guess
+   or tau is the low end of the window, or NaN.
+
+Nothing is decided on the host, and the number of launches does not depend on the tensors. The result is exact for every
+window; only the time depends on it. The window follows tau: it reaches four times as far as tau moved of late, as long
+as the list has room. A key that many scores share becomes an end of the window, where it is counted and not listed, so
+that it cannot fill the list again and again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from . import _layout as layout
+from ._bits import order_key
+from ._elementwise import FP_FUSION, below, convert, is_magnitude, table_pointer
+from ._window import nan_key
+from .threshold import digit_kernel, list_part, stretch
+from .threshold_table import DTYPES, digit_shifts
+from .update_table import UpdateTable, Workspace
+
+
+@triton.jit
+def load_window(row_ptr, state_ptr, DTYPE: tl.constexpr, MAGNITUDE: tl.constexpr):
+    """The window as :func:`note` takes it: its ends, the smallest key that the guess keeps, the room of the list."""
+    guess = tl.load(state_ptr + layout.STATE_GUESS).to(tl.uint32)
+    guess = tl.where(guess == nan_key(DTYPE, MAGNITUDE), 0, guess)  # a threshold of NaN drops nothing
+    low = tl.load(state_ptr + layout.STATE_LOW).to(tl.uint32)
+    high = tl.load(state_ptr + layout.STATE_HIGH).to(tl.uint32)
+    return low, high, guess, tl.load(row_ptr + layout.TENSOR_ROOM)
+
+
+@triton.jit
+def note(
+    w, s, place, inside, window, masked_ptr, state_ptr, keys_ptr, places_ptr,
+    MAGNITUDE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write the masked weight of a tile by the guess, and list the keys that lie in the window. ``inside`` tells which
+    elements belong to the tensor; None means all of them.
+
+    Returns:
+        [LANES] int32, for each thread: keys below the window, at its low end and at its high end, 8 bits each.
+    """
+    low, high, guess, room = window
+    key = order_key(s, MAGNITUDE)
+    masked = convert(w, masked_ptr.dtype.element_ty)
+    tl.store(masked_ptr, tl.where(key < guess, tl.zeros_like(masked), masked), mask=inside)
+    between = (key > low) & (key < high)
+    kind = tl.where(key < low, 1, tl.where(key == low, 1 << 8, tl.where(key == high, 1 << 16, 0)))
+    if inside is not None:
+        between &= inside
+        kind = tl.where(inside, kind, 0)
+    found = tl.sum(between.to(tl.int32), 0)
+    if found > 0:
+        begin = tl.atomic_add(state_ptr + layout.STATE_LISTED, found.to(tl.int64), sem="relaxed")
+        if begin + found <= room:
+            slot = begin + tl.cumsum(between.to(tl.int32), 0) - 1
+            tl.store(keys_ptr + slot, key, mask=between)
+            tl.store(places_ptr + slot, place, mask=between)
+    return tl.sum(kind.reshape(LANES, kind.numel // LANES), 1)
+
+
+@triton.jit
+def add_counts(state_ptr, counts):
+    """Add to the state what :func:`note` counted in all tiles of a program."""
+    tl.atomic_add(state_ptr + layout.STATE_BELOW, tl.sum(counts & 0xFF, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(state_ptr + layout.STATE_AT_LOW, tl.sum((counts >> 8) & 0xFF, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(state_ptr + layout.STATE_AT_HIGH, tl.sum((counts >> 16) & 0xFF, 0).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(
+    do_not_specialize=[
+        "fields_ptr", "tensors_ptr", "programs_ptr", "state_ptr", "keys_ptr", "places_ptr", "tensors", "items_each",
+        "list_bits",
+    ]
+)  # fmt: skip
+def fix_kernel(
+    fields_ptr,  # [FIELDS, tensors] int64, UpdateTable.fields
+    tensors_ptr,  # [tensors, TENSOR_COLUMNS] int64, UpdateTable.tensors
+    programs_ptr,  # [P, PROGRAM_COLUMNS] int64, UpdateTable.programs
+    state_ptr,  # [tensors, STATE_SIZE] int64
+    keys_ptr,  # [UpdateTable.listed] uint32
+    places_ptr,  # [UpdateTable.listed] int64
+    tensors,
+    items_each,  # elements per program
+    list_bits,  # listed keys per program: 2**list_bits
+    DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Correct the masked weight where the guess was wrong."""
+    tensor, row_ptr, start, items, s_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
+    state_ptr = layout.state_of(state_ptr, tensor)
+    action = tl.load(state_ptr + layout.STATE_ACTION)
+    if action > layout.ACTION_NONE:
+        w_ptr = table_pointer(fields_ptr, layout.FIELD_WEIGHT, tensor, tensors, DTYPE, ALIGNED)
+        masked_ptr = table_pointer(fields_ptr, layout.FIELD_MASKED, tensor, tensors, MASKED, ALIGNED)
+        tau = tl.load(tl.load(row_ptr + layout.TENSOR_TAU).to(tl.pointer_type(DTYPE)))
+        lane = tl.arange(0, BLOCK)
+        if action == layout.ACTION_LIST:
+            first, left, _ = list_part(row_ptr, state_ptr, list_bits)
+            least, guess = order_key(tau, MAGNITUDE), tl.load(state_ptr + layout.STATE_GUESS).to(tl.uint32)
+            for offset in range(0, left, BLOCK):
+                inside = offset + lane < left
+                key = tl.load(keys_ptr + first + offset + lane, mask=inside, other=0)
+                wrong = inside & ((key < least) != (key < guess))
+                place = tl.load(places_ptr + first + offset + lane, mask=wrong, other=0)
+                w = convert(tl.load(w_ptr + place, mask=wrong), MASKED)
+                tl.store(masked_ptr + place, tl.where(key < least, tl.zeros_like(w), w), mask=wrong)
+        else:
+            start = start // BLOCK * BLOCK  # the same number, but now the compiler sees that BLOCK divides it
+            whole = items // BLOCK * BLOCK
+            for offset in range(0, whole, BLOCK):
+                _gate_tile(
+                    w_ptr + start + offset, s_ptr + offset, masked_ptr + start + offset, tau, None, MAGNITUDE, BLOCK
+                )
+            if whole < items:
+                at = start + whole
+                inside = lane < items - whole
+                _gate_tile(w_ptr + at, s_ptr + whole, masked_ptr + at, tau, inside, MAGNITUDE, BLOCK)
+
+
+@triton.jit
+def _gate_tile(w_ptr, s_ptr, masked_ptr, tau, inside, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    drop = below(tl.load(s_ptr + lane, mask=inside), tau, MAGNITUDE)
+    w = convert(tl.load(w_ptr + lane, mask=inside), masked_ptr.dtype.element_ty)
+    tl.store(masked_ptr + lane, tl.where(drop, tl.zeros_like(w), w), mask=inside)
+
+
+def settle(table: UpdateTable, workspace: Workspace, *, rule: str) -> None:
+    """Complete the update of ``table``: write the thresholds, correct the masked weights and move the windows of all
+    its tensors, in 5 launches for float32 scores and 3 for 16-bit ones.
+
+    Args:
+        table: with ``next``.
+        workspace: as the update left it.
+        rule: "magnitude" or "value".
+    """
+    config, every_program = table.config, (len(table.programs),)
+    form: dict[str, Any] = {"tensors_ptr": table.tensors, "programs_ptr": table.programs, "state_ptr": workspace.state}
+    form |= {"items_each": config.items, "list_bits": config.list_bits, "DTYPE": DTYPES[table.dtype]}
+    form |= {"MAGNITUDE": is_magnitude(rule), "num_warps": config.num_warps}
+    for shift in digit_shifts(table.dtype):
+        digit_kernel[every_program](
+            **form, lists_ptr=workspace.keys, shift=shift, BLOCK=config.digit_block, **FP_FUSION
+        )
+    fix_kernel[every_program](
+        **form,
+        fields_ptr=table.fields,
+        keys_ptr=workspace.keys,
+        places_ptr=workspace.places,
+        tensors=len(table.tensors),
+        MASKED=DTYPES[table.masked],
+        BLOCK=config.block,
+        ALIGNED=table.aligned,
+        **FP_FUSION,
+    )

@@ -1,0 +1,154 @@
+"""The native library itself: its C tests, how it is found, and every way in which it can be missing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import torch
+
+from wsn_fast.backends import native
+from wsn_fast.backends import torch as portable
+from wsn_fast.backends.native import binding, shared_library
+from wsn_fast.backends.native.shared_library import NativeLibrary, open_file
+
+
+@pytest.mark.parametrize("program", ["abi_test", "sizes_test", "threads_test"])
+def test_c_tests(build_folder: Path, program: str) -> None:
+    result = subprocess.run([build_folder / "csrc" / "tests" / program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_only_the_abi_is_exported(library_file: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    listed = subprocess.run(["nm", "-D", "--defined-only", library_file], capture_output=True, text=True, check=True)
+    names = {line.split()[2] for line in listed.stdout.splitlines() if line.split()[1] == "T"}
+    own = {"wsn_abi_version", "wsn_error_message", "wsn_limit_instructions"}
+    assert names - {"_init", "_fini"} == binding.INTERFACE.signatures.keys() | own
+
+
+def test_missing_library_is_named_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (native, binding):
+        monkeypatch.setattr(module, "load", lambda: NativeLibrary(None, "it was not built"))
+    with pytest.raises(RuntimeError, match="it was not built"):
+        native.pack(torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.usefixtures("library")
+def test_error_code_becomes_its_message() -> None:
+    with pytest.raises(RuntimeError, match="wsn_pack_bits: a size is negative"):
+        binding.call("wsn_pack_bits", None, -1, None)
+
+
+def test_absent_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shared_library, "package_roots", lambda: iter([tmp_path]))
+    library = binding.load.__wrapped__()
+    assert library.lib is None
+    assert "not installed" in library.reason
+
+
+def test_foreign_file_is_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "libwsn_cpu.so"
+    path.write_bytes(b"not a library of this platform")
+    library = open_file(path, binding.INTERFACE)
+    assert library.lib is None
+    assert "cannot be loaded" in library.reason
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (
+            "int wsn_abi_version(void) { return 999; }",
+            f"ABI version 999, this package needs {binding.INTERFACE.abi_version}",
+        ),
+        (f"int wsn_abi_version(void) {{ return {binding.INTERFACE.abi_version}; }}", "lacks a function"),
+        ("int something_else(void) { return 1; }", "lacks a function"),
+    ],
+    ids=["another version", "functions missing", "another library"],
+)
+def test_unfit_library_is_a_reason(tmp_path: Path, source: str, reason: str) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("needs the compiler cc")
+    (tmp_path / "unfit.c").write_text(source)
+    built = tmp_path / "unfit.so"
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "unfit.c", "-o", built], check=True)
+    library = open_file(built, binding.INTERFACE)
+    assert library.lib is None
+    assert reason in library.reason
+
+
+def test_first_library_that_loads_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library_file: Path) -> None:
+    roots = [tmp_path / "broken", tmp_path / "good"]
+    for root in roots:
+        (root / binding.INTERFACE.file).parent.mkdir(parents=True)
+    (roots[0] / binding.INTERFACE.file).write_bytes(b"broken")
+    shutil.copy(library_file, roots[1] / binding.INTERFACE.file)
+    monkeypatch.setattr(shared_library, "package_roots", lambda: iter(roots))
+    assert str(roots[1]) in binding.load.__wrapped__().reason
+
+
+def test_installed_library_is_found() -> None:
+    try:
+        root = distribution("wsn-fast").locate_file("wsn_fast")
+    except PackageNotFoundError:
+        pytest.skip("wsn-fast is not installed")
+    if not Path(str(root), binding.INTERFACE.file).is_file():
+        pytest.skip("wsn-fast is installed without its native library")
+    assert binding.load().lib is not None, binding.load().reason
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("operation", "dtype", "reason"),
+    [
+        ("threshold", torch.bfloat16, None),
+        ("restore_frozen", torch.int64, None),
+        ("pack", None, None),
+        ("threshold", torch.int32, "no torch.int32"),
+        ("restore_frozen", torch.complex128, "no torch.complex128"),
+        ("adamw_step", torch.float64, None),
+        ("sgd_step", torch.bfloat16, "no torch.bfloat16"),
+        ("masked_linear", torch.float32, "no masked_linear"),
+    ],
+)
+def test_supports(operation: str, dtype: torch.dtype | None, reason: str | None) -> None:
+    answer = native.supports(operation, dtype)
+    assert (answer is None) if reason is None else (reason in str(answer))
+
+
+def test_supports_nothing_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (native, binding):
+        monkeypatch.setattr(module, "load", lambda: NativeLibrary(None, "it was not built"))
+    assert native.supports("threshold", torch.float32) == "it was not built"
+
+
+def test_operations_are_primitives_of_the_portable_backend() -> None:
+    assert {name for name in native.OPERATIONS if callable(getattr(portable, name, None))} == native.OPERATIONS
+
+
+def _threshold_in_child(scores: torch.Tensor, connection: object) -> None:
+    torch.set_num_threads(4)
+    connection.send(native.threshold(scores, 500_000, "value").item())  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs fork")
+    scores = torch.randn(1_000_001)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    expected = native.threshold(scores, 500_000, "value").item()
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_threshold_in_child, args=(scores, send))
+    child.start()
+    child.join(60)
+    child.kill()
+    assert receive.poll() and receive.recv() == expected

@@ -1,0 +1,113 @@
+"""Compiles Triton kernels for GPUs that need not be there, and tells which resources the machine code uses.
+
+Machine code tells what the source cannot: whether there were enough registers, and whether a product uses tensor cores.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import triton
+from kernel_resources import Row
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from wsn_fast.kernels._elementwise import FP_FUSION
+
+# An instruction as nvdisasm prints it: its address in a comment, perhaps a predicate, its name up to the first dot.
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)")
+# By the first digits of the capability, as machine code spells them and as PTX does. On sm_100 Triton takes the
+# instruction of sm_80 for tiles that do not suit the newer one.
+TENSOR_CORE = {
+    8: (("HMMA",), ("mma.sync",)),
+    9: (("HGMMA",), ("wgmma.mma_async",)),
+    10: (("UTCHMMA", "UTCQMMA", "HMMA"), ("tcgen05.mma", "mma.sync")),
+    12: (("HMMA",), ("mma.sync",)),
+}
+
+
+class CompileCase(NamedTuple):
+    """One kernel with one choice of types, constants and options.
+
+    Attributes:
+        name: what reports and tests call it.
+        fn: the ``@triton.jit`` function.
+        signature: argument name to Triton type ("*bf16", "i64"), for every argument that is not a constexpr.
+        constexprs: constexpr name to value.
+        attrs: argument name to the power of two that divides it (a pointer: its address).
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline.
+        needs_tensor_core: whether the machine code must hold a tensor-core instruction.
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    attrs: Mapping[str, int] = {}
+    num_warps: int = 4
+    num_stages: int = 3
+    needs_tensor_core: bool = False
+
+
+def compile_kernel(case: CompileCase, capability: int) -> Any:
+    """Compile for a GPU of this capability, 90 for sm_90, that need not be there. Not in Triton's interpreter, where
+    kernels are plain Python. Returns Triton's compiled kernel; ``asm`` has its forms."""
+    names = case.fn.arg_names
+    source = ASTSource(
+        fn=case.fn,
+        signature={name: "constexpr" if name in case.constexprs else case.signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
+        attrs={(names.index(name),): [["tt.divisibility", divisor]] for name, divisor in case.attrs.items()},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FP_FUSION}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_case(case: CompileCase, capability: int, *, disassemble: bool = True) -> Row:
+    """Compile, and find out what the kernel takes.
+
+    Args:
+        case: what to compile.
+        capability: as for :func:`compile_kernel`.
+        disassemble: whether to count tensor-core instructions in the machine code, where there is a disassembler, and
+            not in the PTX. Each of the PTX becomes one of the machine code.
+
+    Returns:
+        What the kernel takes; ``note`` says how instructions were counted, if not in the machine code.
+    """
+    kernel = compile_kernel(case, capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        registers, spills, local = map(int, found.groups())  # what is spilled lies in the stack frame
+        disassembler = find_disassembler() if disassemble else None
+        tensor_core, note = None, ""
+        if case.needs_tensor_core:  # else not worth the time
+            in_machine_code, in_ptx = TENSOR_CORE[capability // 10]
+            if disassembler:
+                instructions = INSTRUCTION.findall(_run(disassembler, "-c", "-ndf", cubin.name))
+                tensor_core = sum(map(instructions.count, in_machine_code))
+            else:
+                tensor_core, note = sum(map(kernel.asm["ptx"].count, in_ptx)), "counted in the PTX"
+    return Row(case.name, capability, registers, spills, local, kernel.metadata.shared, tensor_core, note)
+
+
+def find_disassembler() -> str | None:
+    """Where nvdisasm is. Triton comes with it, but need not."""
+    try:
+        return knobs.nvidia.nvdisasm.path
+    except RuntimeError:
+        return None
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

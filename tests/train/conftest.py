@@ -1,0 +1,33 @@
+"""What the tests of the driver share: a small finished run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from wsn_fast.train.__main__ import main
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads_are_put_back() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks of two epochs on the digits. Tests must not write there: see ``copy``."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    settings = ["--tasks", "2", "--epochs", "2", "--batch-size", "128", "--device", "cpu", "--quiet"]
+    assert main(["train", "permuted", *settings, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))

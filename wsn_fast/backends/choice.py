@@ -1,0 +1,146 @@
+"""Decides which backend runs an operation on a device, and says why.
+
+Whether a layer uses a fused product also depends on shapes: see :mod:`wsn_fast.ops.fusion` and
+:mod:`wsn_fast.backends.triton.tuning`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import NamedTuple
+
+# Not `import torch`: inside this package that name is the backend of the same name.
+from torch import device as Device
+from torch import dtype as Dtype
+from torch._C import _get_tracing_state as _tracing
+from torch._C import _len_torch_dispatch_stack as _modes
+
+from . import availability, native
+from . import torch as portable
+
+ENVIRONMENT_VARIABLE = "WSN_FAST_BACKEND"
+"""Overrides the choice for the whole process, as the ``backend`` argument of :func:`choose` does for a call. It is read
+once, at the first choice."""
+
+NAMES = ("torch", "triton", "native")
+PRIMITIVES = (
+    "threshold", "keep_mask", "gate", "gates", "gate_packed", "gate_backward", "gates_backward", "restore_frozen",
+    "restore_frozen_many", "pack", "unpack", "union", "popcount", "adamw_step", "sgd_step", "gradient_squares",
+    "masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv",
+)  # fmt: skip
+"""The operations, all of them in :mod:`wsn_fast.backends.torch`."""
+
+
+class Choice(NamedTuple):
+    """A backend module, its name, and the reason for it."""
+
+    backend: ModuleType
+    name: str
+    reason: str
+
+
+@functools.cache
+def parse_override(text: str) -> Mapping[str, str]:
+    """An override as a mapping from operation to backend; the key "" stands for every operation that has none.
+
+    Args:
+        text: ``"triton"``, ``"threshold=torch"``, or several of these separated by commas.
+
+    Raises:
+        ValueError: an unknown backend or operation; the message lists the known ones.
+    """
+    wanted: dict[str, str] = {}
+    for part in text.split(","):
+        operation, separator, name = part.strip().rpartition("=")
+        if name not in NAMES or bool(separator) != bool(operation) or operation in wanted:
+            raise ValueError(f"backend must be one of {NAMES}, or operation=backend, got {part.strip()!r} in {text!r}")
+        if operation:
+            _check_operation(operation)
+        wanted[operation] = name
+    return MappingProxyType(wanted)
+
+
+def _check_operation(operation: str) -> None:
+    if operation not in PRIMITIVES:
+        raise ValueError(f"operation must be a primitive of the torch backend, {PRIMITIVES}, got {operation!r}")
+
+
+@functools.cache
+def _environment() -> str | None:
+    text = os.environ.get(ENVIRONMENT_VARIABLE)
+    try:
+        return text if text and parse_override(text) else None
+    except ValueError as error:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
+
+
+def overridden(operation: str, backend: str | None) -> tuple[str | None, str]:
+    """Return the override for an operation, or None, and its source: the argument ``backend`` of the call or layer, or
+    else the environment variable."""
+    for text, source in (
+        (backend, f"backend={backend!r}"),
+        (_environment(), f"{ENVIRONMENT_VARIABLE}={_environment()}"),
+    ):
+        if text:
+            wanted = parse_override(text)
+            name = wanted.get(operation, wanted.get(""))
+            if name is not None:
+                return name, source
+    return None, ""
+
+
+@functools.cache
+def choose(operation: str, device: Device | str, dtype: Dtype | None = None, backend: str | None = None) -> Choice:
+    """Decide which backend runs ``operation`` on tensors of ``device``, and say why.
+
+    Args:
+        operation: the name of a primitive of :mod:`wsn_fast.backends.torch`, such as ``"threshold"`` or ``"pack"``.
+        device: the tensors' device.
+        dtype: the dtype of the weights or scores; None for an operation on masks, or to ask without a dtype.
+        backend: an override for this call or layer (see :func:`parse_override`), which goes before that of the
+            environment. If it cannot run the operation, the torch backend runs it, and the reason says so.
+
+    Raises:
+        ValueError: for an operation that no backend has, or an unknown backend in an override.
+    """
+    _check_operation(operation)
+    device = Device(device)
+    wanted, source = overridden(operation, backend)
+    if wanted == "torch":
+        return Choice(portable, "torch", source)
+    if wanted is not None:
+        module, reason = _offers(wanted, operation, device, dtype, forced=True)
+        if module is not None:
+            return Choice(module, wanted, f"{source}; {reason}")
+        return Choice(portable, "torch", f"{source}, but {reason}")
+    automatic = "triton" if device.type == "cuda" else "native"
+    module, reason = _offers(automatic, operation, device, dtype, forced=False)
+    return Choice(portable, "torch", reason) if module is None else Choice(module, automatic, reason)
+
+
+def _offers(
+    name: str, operation: str, device: Device, dtype: Dtype | None, *, forced: bool
+) -> tuple[ModuleType | None, str]:
+    """The backend of this name if it can run the operation, and the reason why or why not."""
+    if name == "triton":
+        return availability.triton(operation, device, dtype, forced=forced)
+    if device.type != "cpu":
+        return None, f"the native library runs on the CPU, not on {device.type}"
+    obstacle = native.supports(operation, dtype)
+    return (native, native.load().reason) if obstacle is None else (None, obstacle)
+
+
+def recording() -> bool:
+    """Whether something records PyTorch's operations: a trace, or a dispatch mode such as fake tensors."""
+    return _tracing() is not None or _modes() > 0
+
+
+def run(operation: str, device: Device, dtype: Dtype | None = None, backend: str | None = None) -> ModuleType:
+    """Return the backend module of :func:`choose`. While something records PyTorch's operations, return the torch
+    backend, because a recorder does not see the operations of the others."""
+    if recording():
+        return portable
+    return choose(operation, device, dtype, backend).backend

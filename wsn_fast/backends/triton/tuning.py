@@ -1,0 +1,242 @@
+"""Tile shapes and crossovers of the Triton kernels: data in ``kernels/tuning``, measured on the GPU that it names.
+
+Nothing is tuned at run time, so that no step pays for it and a captured graph holds none of it. On a GPU that nobody
+has measured, elementwise kernels use their default tile. A fused product is used there only if the user asks for it by
+name; its tile then comes from :func:`default_tile`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...kernels import (
+    gate,
+    gate_gradients,
+    implicit_conv,
+    masked_matmul,
+    masked_matmul_grad,
+    masked_matmul_tasks,
+    threshold,
+)
+from ...kernels._elementwise import Config
+
+FOLDER = Path(__file__).parents[2] / "kernels" / "tuning"
+NEAR = 1.0
+"""A measurement is used for another shape if each dimension is within a factor of ``2 ** NEAR`` of the measured one."""
+
+
+class Tile(NamedTuple):
+    """How a masked product is cut: the tile of a program, and the parts that its sum is split into."""
+
+    config: Any
+    splits: int
+
+
+class Gpu(NamedTuple):
+    """What a GPU has: multiprocessors, and bytes of shared memory that one block may use."""
+
+    processors: int
+    shared: int
+
+
+class Product(NamedTuple):
+    """A kind of masked product, as the tables are keyed.
+
+    Attributes:
+        operation: "masked_linear", "masked_linear_grad", "masked_linear_tasks" or "masked_conv".
+        dtype: the compute dtype.
+        precision: how float32 is multiplied, "ieee" or "tf32".
+        source: where the mask comes from: "packed" or "scores".
+        backward: whether it is the gradient of the input.
+    """
+
+    operation: str
+    dtype: torch.dtype
+    precision: str
+    source: str
+    backward: bool = False
+
+    @property
+    def configs(self) -> tuple[Any, ...]:
+        """The tiles to choose from."""
+        conv = implicit_conv.DX_CONFIGS if self.backward else implicit_conv.CONFIGS
+        tables = {
+            "masked_linear": (masked_matmul.CONFIGS, masked_matmul.TF32_CONFIGS, masked_matmul.IEEE_CONFIGS),
+            "masked_linear_tasks": (
+                masked_matmul_tasks.TASKS_CONFIGS,
+                masked_matmul_tasks.TASKS_TF32_CONFIGS,
+                masked_matmul_tasks.TASKS_IEEE_CONFIGS,
+            ),
+            "masked_linear_grad": (
+                masked_matmul_grad.CONFIGS, masked_matmul_grad.TF32_CONFIGS, masked_matmul_grad.IEEE_CONFIGS,
+            ),
+            "masked_conv": (conv, conv, implicit_conv.IEEE_CONFIGS),
+        }  # fmt: skip
+        half, tf32, ieee = tables[self.operation]
+        if self.dtype is not torch.float32:
+            return half
+        return tf32 if self.precision == "tf32" else ieee
+
+    def config_of(self, numbers: list[int]) -> Any:
+        """The tile that a table has written as ``numbers``, or None if there is no such tile any more."""
+        return next((config for config in self.configs if list(astuple(config)) == numbers), None)
+
+
+def file_name(device_name: str) -> str:
+    """The file for a GPU model, such as ``nvidia-h200.json``."""
+    return "-".join(device_name.lower().split()) + ".json"
+
+
+class Table:
+    """What was measured on one GPU model; empty for one that nobody has measured.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` gives it.
+        folder: where the files are.
+    """
+
+    def __init__(self, device_name: str, folder: Path = FOLDER) -> None:
+        self.device_name = device_name
+        path = folder / file_name(device_name)
+        self.data: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        self._crossovers: dict[tuple[Product, int, int], tuple[int, str]] = {}
+
+    @functools.cached_property
+    def gate(self) -> Config:
+        """The tile of :func:`wsn_fast.kernels.gate.gate`."""
+        return self._elementwise("gate", gate.CONFIGS)
+
+    @functools.cached_property
+    def gate_backward(self) -> Config:
+        """The tile of :func:`wsn_fast.kernels.gate_gradients.gate_backward`."""
+        return self._elementwise("gate_backward", gate_gradients.CONFIGS)
+
+    def _elementwise(self, operation: str, configs: Sequence[Config]) -> Config:
+        measured = self.data.get("elementwise", {}).get(operation)
+        return next((c for c in configs if measured == list(astuple(c))), configs[0])
+
+    @functools.cached_property
+    def threshold(self) -> threshold.Config:
+        """The tile sizes of :func:`wsn_fast.kernels.threshold.select`."""
+        measured = self.data.get("elementwise", {}).get("threshold")
+        return next((c for c in threshold.CONFIGS if measured == vars(c)), threshold.CONFIGS[0])
+
+    def fused_rows(self, product: Product, n: int, k: int) -> tuple[int, str]:
+        """Up to how many rows the fused product is faster than a masked weight in memory, and how that is known. Layers
+        ask this in every forward pass, so the answer is looked up once."""
+        key = (product, n, k)
+        if key not in self._crossovers:
+            self._crossovers[key] = self._find_crossover(product, n, k)
+        return self._crossovers[key]
+
+    def _find_crossover(self, product: Product, n: int, k: int) -> tuple[int, str]:
+        entry = self._nearest(product, n, k)
+        if entry is None:
+            return 0, f"no crossover of {product.operation} has been measured near {n} x {k} on {self.device_name}"
+        rows = entry["max_rows"]
+        verdict = f"faster up to {rows} rows" if rows else "slower at every number of rows"
+        return rows, f"fused is {verdict}, as measured at {entry['n']} x {entry['k']} on {self.device_name}"
+
+    def tile(self, product: Product, rows: int, n: int, k: int, gpu: Gpu) -> Tile:
+        """The tile for a product of ``rows`` rows with a weight [n, k]."""
+        entry = self._nearest(product, n, k)
+        for measured in entry["tiles"] if entry else ():
+            config = product.config_of(measured["config"])
+            if rows <= measured["rows"] and config is not None:
+                return Tile(config, measured["splits"])
+        if product.operation == "masked_linear_grad":
+            return default_grad_tile(product, rows, n, k, gpu)
+        outputs, terms = (k, n) if product.backward else (n, k)
+        return default_tile(product, rows, outputs, terms, gpu)
+
+    def _nearest(self, product: Product, n: int, k: int) -> dict[str, Any] | None:
+        def distance(entry: dict[str, Any]) -> float:
+            return max(abs(math.log2(entry["n"] / n)), abs(math.log2(entry["k"] / k)))
+
+        rows = self.data.get(product.operation.removeprefix("masked_"), ())
+        matching = [entry for entry in rows if _is_of(entry, product)]
+        best = min(matching, key=distance, default=None)
+        return best if best is not None and distance(best) <= NEAR else None
+
+    def conv_wins(self, product: Product, shape: dict[str, int] | None) -> tuple[bool, str]:
+        """Whether the implicit convolution was measured to win at just this shape, and how that is known."""
+        entry = self._conv(product, shape)
+        if entry is None:
+            return False, f"the implicit convolution has not been measured at this shape on {self.device_name}"
+        verdict = "faster" if entry["wins"] else "slower"
+        return entry["wins"], f"the implicit convolution is {verdict} at this shape on {self.device_name}"
+
+    def conv_config(self, product: Product, shape: dict[str, int] | None, positions: int, gpu: Gpu) -> Any:
+        """The tile of the implicit convolution of this shape, with that many positions in all its images."""
+        entry = self._conv(product, shape)
+        measured = product.config_of(entry["config"]) if entry else None
+        return default_tile(product, positions, 1, 1, gpu).config if measured is None else measured
+
+    def _conv(self, product: Product, shape: dict[str, int] | None) -> dict[str, Any] | None:
+        rows = self.data.get("conv", ())
+        return next((entry for entry in rows if entry["shape"] == shape and _is_of(entry, product)), None)
+
+
+def _is_of(entry: dict[str, Any], product: Product) -> bool:
+    """Whether a row of a table is about this kind of product."""
+    return (
+        entry["dtype"] == str(product.dtype).removeprefix("torch.")
+        and entry["precision"] == product.precision
+        and entry["source"] == product.source
+        and entry["backward"] == product.backward
+    )
+
+
+@functools.cache
+def table(device_name: str) -> Table:
+    """The table of a GPU model, read once."""
+    return Table(device_name)
+
+
+def _fitting(product: Product, gpu: Gpu) -> list[Any]:
+    """The tiles whose pipeline surely has room in shared memory, or the one that needs the least."""
+
+    def needed(config: Any) -> int:
+        size = 4 if product.dtype is torch.float32 else 2
+        if product.operation == "masked_linear_grad":
+            return config.num_stages * size * config.block_m * (config.block_n + config.block_k)
+        # The weight is read as it is stored, and the scores with it: four bytes each at most.
+        return config.num_stages * config.block_r * (size * config.block_m + (4 + 4) * config.block_o)
+
+    fitting = [config for config in product.configs if needed(config) <= gpu.shared]
+    return fitting or [min(product.configs, key=needed)]
+
+
+def default_tile(product: Product, rows: int, outputs: int, terms: int, gpu: Gpu) -> Tile:
+    """The tile to use without a measurement: the smallest one that holds all rows, with the sum split until every
+    processor has work."""
+    configs = _fitting(product, gpu)
+    fitting = [c for c in configs if c.block_m >= rows]
+    config = min(fitting, key=lambda c: (c.block_m, c.slots)) if fitting else max(configs, key=lambda c: c.block_m)
+    programs = math.ceil(rows / config.block_m) * math.ceil(outputs / config.block_o)
+    steps = math.ceil(terms / config.block_r)
+    # At least four steps to a part. This is a guess: with fewer, the extra part is expected to cost more than it saves.
+    return Tile(config, max(1, min(gpu.processors // programs, steps // 4)))
+
+
+def default_grad_tile(product: Product, rows: int, n: int, k: int, gpu: Gpu) -> Tile:
+    """The tile to use without a measurement for the gradient of a weight [n, k]: the largest one that gives every
+    processor work; if there is none, the smallest one, with the batch split."""
+
+    def programs(config: Any) -> int:
+        return math.ceil(n / config.block_n) * math.ceil(k / config.block_k)
+
+    configs = _fitting(product, gpu)
+    enough = [config for config in configs if programs(config) >= gpu.processors]
+    if enough:
+        return Tile(max(enough, key=lambda c: c.block_n * c.block_k), 1)
+    config = max(configs, key=programs)
+    return Tile(config, max(1, min(gpu.processors // programs(config), rows // (4 * config.block_m))))

@@ -1,0 +1,116 @@
+"""Fingerprints of what a finished task computes with. They are taken when the task ends, and ``WSN.verify`` compares
+them with the present ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..nn import per_task
+from ..nn.task_ids import TaskId
+from .model_parts import ModelParts
+
+
+class Drift(NamedTuple):
+    """A tensor that a finished task uses and that has changed since the task ended. ``how`` gives both dtypes if the
+    dtype has changed (or "absent"); it is empty if only values have changed."""
+
+    task: TaskId
+    name: str
+    how: str = ""
+
+
+_ADVICE = "Call wsn.guard(optimizer) for every optimizer of this model, and do not write to weights by hand."
+
+
+class ForgottenError(RuntimeError):
+    """A finished task was changed: ``drifts`` lists each task with each of its tensors that changed."""
+
+    def __init__(self, drifts: list[Drift], advice: str = _ADVICE) -> None:
+        listed = "\n".join(f"  task {d.task!r}: {d.name} {d.how}".rstrip() for d in drifts)
+        super().__init__(f"these tensors of finished tasks have changed:\n{listed}\n{advice}")
+        self.drifts = drifts
+
+
+class VerifyReport(NamedTuple):
+    """What was verified: the finished tasks, the number of tensors compared, and the names declared ``shared``, which
+    may change."""
+
+    tasks: list[TaskId]
+    tensors: int
+    shared: list[str]
+
+
+def digest(tensor: Tensor) -> str:
+    """The dtype of a tensor and a 128-bit BLAKE2b hash (hex) of its bytes in row-major order."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    return f"{str(tensor.dtype).removeprefix('torch.')} {hashlib.blake2b(data.data, digest_size=16).hexdigest()}"
+
+
+def fingerprint(parts: ModelParts, task: TaskId, row: int) -> dict[str, str]:
+    """The digests, by tensor name, of everything that the finished ``task`` computes with.
+
+    That is: its masks (in ``row``), the weights inside them, its head, its per-task values, and the frozen tensors.
+    """
+    prints: dict[str, str] = {}
+    for name, gate in parts.gated():
+        mask = ops.unpack_mask(gate.masks[row], gate.param.shape)
+        prints[name] = digest(gate.param.detach()[mask])
+        prints[f"{name} (mask)"] = digest(gate.masks[row])
+    for prefix, heads in parts.heads.items():
+        if task in heads.tasks:
+            head = heads.head(task)
+            for name, tensor in (*head.named_parameters(), *head.named_buffers()):
+                prints[f"{prefix}.{name}".lstrip(".")] = digest(tensor)
+    for item in parts.owned:
+        if item.kind == "per_task":
+            # Without a row the module was added or replaced, and the name is absent.
+            if row < per_task.count(item.module, item.attribute):
+                prints[item.name] = digest(per_task.value(item.module, item.attribute, row))
+        elif item.kind == "frozen":
+            prints[item.name] = digest(item.tensor)
+    return prints
+
+
+def wrong_unions(parts: ModelParts) -> list[str]:
+    """The names of the gated tensors whose union is not that of the masks of all finished tasks. Nothing protects what
+    it lacks."""
+    finished = [(name, gate) for name, gate in parts.gated() if len(gate.masks)]
+    return [
+        name
+        for name, gate in finished
+        if gate.union is None or not torch.equal(gate.union, ops.union_packed(gate.masks))
+    ]
+
+
+def frozen_buffers(parts: ModelParts) -> dict[str, str]:
+    """The digests of the buffers that are declared ``frozen``, by name."""
+    return {
+        item.name: digest(item.tensor)
+        for item in parts.owned
+        if item.kind == "frozen" and not isinstance(item.tensor, nn.Parameter)
+    }
+
+
+def check_frozen_buffers(parts: ModelParts, then: Mapping[str, str]) -> None:
+    """Raise ``RuntimeError`` if a buffer has another digest than :func:`frozen_buffers` returned earlier."""
+    now = frozen_buffers(parts) if then else {}
+    for name, digest_then in then.items():
+        if now.get(name) != digest_then:
+            raise RuntimeError(f"{name} is a buffer declared frozen and has changed: declare it per_task")
+
+
+def compare(task: TaskId, then: Mapping[str, str], now: Mapping[str, str]) -> list[Drift]:
+    """The differences between two fingerprints of a task."""
+    drifts = []
+    for name in sorted(then.keys() | now.keys()):
+        before, after = then.get(name, "absent -"), now.get(name, "absent -")
+        if before != after:
+            was, is_now = before.split()[0], after.split()[0]
+            drifts.append(Drift(task, name, "" if was == is_now else f"({was}, now {is_now})"))
+    return drifts

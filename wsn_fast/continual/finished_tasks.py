@@ -1,0 +1,200 @@
+"""What can be done with the finished tasks of a WSN: measure them, remove one, save and load them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..nn import model_owner
+from ..nn.model_gates import ModelGates
+from ..nn.task_ids import TaskId, check_task
+from . import fingerprints, removal, renames, shown_values, state_hooks, statistics
+from .guard import Guards
+from .model_parts import ModelParts
+from .probe import Probe, check_reads
+from .register import TaskRegister
+from .statistics import Capacity, TaskStats
+from .view import View
+
+_OF_LAYERS = ("masks", "union", "view")
+
+
+class FinishedTasks(nn.Module):
+    """The part of :class:`wsn_fast.WSN` that works with finished tasks only."""
+
+    _parts: ModelParts
+    _register: TaskRegister
+    _generation: int
+    _view: View
+    _guards: Guards
+    gates: ModelGates
+    model: nn.Module
+
+    # --- are they what they were? ----------------------------------------------------------------------------------
+    def verify(
+        self, progress: Callable[[int, int], object] | None = None, *, probe: Probe | None = None
+    ) -> fingerprints.VerifyReport:
+        """Check that every tensor that a finished task computes with is, to the bit, what it was when the task ended.
+        If a finished task is in use, the model also has to show what is kept of it.
+
+        Args:
+            progress: is called after each task with the number of tasks checked and of all. The time grows linearly
+                with the tasks.
+            probe: what to compute as each finished task, to find code that reads weights without calling their layer,
+                as a tied decoder does: an input, or a tuple, a dict or a function (see
+                :func:`~wsn_fast.continual.probe.check_reads`).
+
+        Raises:
+            ForgottenError: a tensor has changed; the message names the tasks and the tensors.
+            RenamedError: only the names of modules have changed; see :meth:`rename`.
+            UnmaskedReadError: a task reads something outside of its mask; the message names the tensors.
+        """
+        self._refresh()
+        report = self._register.verify(self._parts, progress)
+        shown_values.check(self._parts, self._view.task, self._register.tasks)
+        check_reads(cast(Any, self), self._parts, self._register.tasks, probe)
+        return report
+
+    def check_finite(self) -> None:
+        """Raise ``FloatingPointError``, naming the tensor, if a gated tensor or its scores are not all finite."""
+        self._parts.check_finite()
+
+    # --- what the tasks share --------------------------------------------------------------------------------------
+    def capacity(self) -> Capacity:
+        """The capacity used so far, by the paper's formula (fractions; see
+        :class:`~wsn_fast.continual.statistics.Capacity`)."""
+        gates = [gate for _, gate in self._parts.gated()]
+        compressed = self._register.compressed([g.masks for g in gates])
+        return statistics.capacity([g.masks for g in gates], [g.param.numel() for g in gates], compressed)
+
+    def task_stats(self) -> list[TaskStats]:
+        """Density, reuse and new weights of each finished task (see
+        :class:`~wsn_fast.continual.statistics.TaskStats`)."""
+        gates = [gate for _, gate in self._parts.gated()]
+        return statistics.task_stats(self._register.tasks, [g.masks for g in gates], [g.param.numel() for g in gates])
+
+    # --- tasks that go ---------------------------------------------------------------------------------------------
+    @torch.inference_mode(False)  # what is left is trained
+    def remove_task(self, task: TaskId, *, redraw_free: bool = False) -> None:
+        """Remove a finished task (exact unlearning). Its mask, head and per-task values go, and the weights that it
+        alone used are drawn anew, with their scores, and are free again. Every other task computes what it did, to the
+        bit. The task may be begun again.
+
+        Build the optimizer anew after this call: its running means come from the weights of then.
+
+        Args:
+            task: its id.
+            redraw_free: also draw anew all other weights that no remaining task uses, and all scores. The training of
+                the task has moved those too, although its mask does not keep them. Do not ask for this if the free
+                weights are pretrained ones that later tasks are to start with.
+
+        Raises:
+            RuntimeError: a task is in progress.
+            TypeError: ``redraw_free`` is no bool.
+            ValueError: no such task has ended; the message lists those that have.
+
+            After each of these errors, and any other one, every task is still there.
+        """
+        task, tasks = check_task(task), self._register.tasks
+        redraw_free = ops.check_bool("redraw_free", redraw_free)
+        if self._register.current is not None:
+            raise RuntimeError(f"task {self._register.current.task!r} is in progress: end_task() before remove_task")
+        if task not in tasks:
+            raise ValueError(f"task {task!r} has not ended; finished tasks: {tasks}")
+        self._refresh()
+        self._show(View(None, None))
+        try:
+            removal.remove(
+                self._parts, tasks.index(task), redraw_free, lambda: self._register.remove(task, self._parts)
+            )
+        finally:
+            self._generation += 1
+            self._guards.kept.forget()  # less is frozen now, and free weights have other values
+            self._fix_parameters()
+            self._guards.keep_for_task(cast(Any, self))
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel(wsn) must not send: masks, and what finished tasks use. While a task is in use,
+        a buffer shares memory with its masks, and other processes may use another task."""
+        names = [f"{n}.{k}_{end}" for n, layer in self._parts.layers.items() for k in layer.GATED for end in _OF_LAYERS]
+        names += [f"{item.name}{end}" for item in self._parts.owned for end in ("_tasks", "_live")]
+        return [f"model.{name.lstrip('.')}" for name in names]
+
+    # --- saving and loading ----------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        self._restore_frozen()
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.gates.of(self._parts.layers.values())  # a copy has its own layers
+        model_owner.watch(self.model, self)
+
+    def rename(self, names: renames.Names) -> None:
+        """Tell the register of tasks that modules of the model have been renamed, moved or wrapped.
+
+        Args:
+            names: the new path of each module by its old one, both relative to the model. The empty path is the model
+                itself. The message of :class:`~wsn_fast.RenamedError` has them.
+
+        Raises:
+            ForgottenError: under the new names, the finished tasks are not what they were. Nothing has been changed.
+            TypeError: ``names`` is no mapping from strings to strings.
+        """
+        before = self._register.encode()
+        self._register.rename(renames.check_names(names))
+        try:
+            self.verify()
+        except BaseException:
+            self._register.decode(before)
+            raise
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state, whole or not at all. It may be of more or fewer tasks.
+
+        Args:
+            state_dict: what ``state_dict()`` returned, of this model or of one that was built in the same way. See
+                :func:`wsn_fast.rename_state` if its modules have other names.
+            strict: as for every module of torch. A state that does not fit together is refused in any case.
+            assign: as for every module of torch. Tied parameters stay tied.
+
+        Returns:
+            The missing and the unexpected names, as torch does.
+
+        Raises:
+            TypeError: ``strict`` or ``assign`` is no bool.
+            StateError: the state does not fit the model, or its parts do not fit together. It is a ``RuntimeError`` and
+                a ``ValueError``. Nothing has been loaded.
+        """
+        strict, assign = ops.check_bool("strict", strict), ops.check_bool("assign", assign)
+        with state_hooks.strictness(self, strict):
+            return super().load_state_dict(state_dict, strict, assign)
+
+    def _before_model_load(self, model: nn.Module, state: dict[str, Any], prefix: str, assign: bool) -> None:
+        state_hooks.before_model_load(cast(Any, self), model, state, prefix, assign)
+
+    def get_extra_state(self) -> Tensor:
+        """The register of tasks (order, fingerprints, the task in progress) as JSON bytes, for ``state_dict``."""
+        return self._register.encode()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The inverse of :meth:`get_extra_state`. Raises ``ValueError`` for the state of another version."""
+        self._register.decode(state)
+
+    # --- what WSN does ---------------------------------------------------------------------------------------------
+    def _restore_frozen(self) -> None:
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        raise NotImplementedError
+
+    def _show(self, view: View) -> None:
+        raise NotImplementedError
+
+    def _fix_parameters(self) -> None:
+        raise NotImplementedError

@@ -1,0 +1,208 @@
+"""The parts of a model that WSN works with: subnet layers, heads, per-task tensors, and all other tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..convert.patterns import matches
+from ..nn import per_task, shown_rows
+from ..nn.gate import Gated
+from ..nn.gated import SubnetLayer
+from ..nn.heads import TaskHeads
+from ..nn.task_ids import TaskId, task_key
+from . import ownership, wrappers
+
+T = TypeVar("T")
+Density = float | Mapping[str, float]
+
+
+class ModelParts:
+    """The parts of ``model`` by name. :meth:`refresh` finds them again, because users edit models between tasks.
+
+    Args:
+        model: a model with subnet layers; without any, ``ValueError`` is raised.
+        declared: the name patterns of each kind of owner (see :mod:`wsn_fast.continual.ownership`).
+    """
+
+    def __init__(self, model: nn.Module, declared: dict[str, tuple[str, ...]]) -> None:
+        self._declared = declared
+        self._shown: tuple[int | None, TaskId | None] = None, None
+        self.refresh(model)
+        ownership.mark_per_task(self.owned, finished=len(self.tasks_of_layers()))
+        self.copied = [module for module in model.modules() if per_task.marked(module)]
+
+    def refresh(self, model: nn.Module) -> None:
+        """Find the parts of ``model`` again. Raises ``ValueError`` if it has no subnet layer, or if its layers disagree
+        about the tasks that have ended."""
+        self.model = model
+        # A compiled model wraps the original; names stay those of the original.
+        named = [(name.replace("_orig_mod.", "").removesuffix("_orig_mod"), m) for name, m in model.named_modules()]
+        self.layers = {name: m for name, m in named if isinstance(m, SubnetLayer)}
+        if not self.layers:
+            raise ValueError("model has no subnet layer: convert(model) it first, or build it from FastSubnet layers")
+        self.heads = {name: m for name, m in named if isinstance(m, TaskHeads)}
+        self.owned = ownership.classify(model, self._declared)
+        self.copied = [module for _, module in named if per_task.marked(module)]  # those with per-task tensors
+        self.tasks_of_layers()
+
+    def gated(self) -> Iterator[tuple[str, Gated]]:
+        """The gated tensors by name. A tensor that tied layers share together with its scores appears once."""
+        seen = set()
+        for prefix, layer in self.layers.items():
+            for gate in layer.gated():
+                if (id(gate.param), id(gate.score)) not in seen:
+                    seen.add((id(gate.param), id(gate.score)))
+                    yield f"{prefix}.{gate.name}".lstrip("."), gate
+
+    def unions(self) -> dict[int, Tensor | None]:
+        """By the id of each gated tensor, the packed mask of the elements that finished tasks use; None before the
+        first task has ended. Layers may share a tensor and have masks of their own: this covers those of all."""
+        found: dict[int, Tensor | None] = {}
+        for _, gate in self.gated():
+            other = found.get(id(gate.param))
+            found[id(gate.param)] = gate.union if other is None or gate.union is None else other | gate.union
+        return found
+
+    def tasks_of_layers(self) -> list[TaskId]:
+        """The finished tasks that the layers have masks of. Raises ``ValueError`` if the layers disagree."""
+        listed = {name: layer.tasks for name, layer in self.layers.items()}
+        first, tasks = next(iter(listed.items()))
+        for name, other in listed.items():
+            if other != tasks:
+                raise ValueError(
+                    f"subnet layers disagree about the finished tasks: {first} has {tasks}, {name} has {other}. A "
+                    "layer cannot join or be replaced after a task has ended"
+                )
+        return tasks
+
+    def check_rows(self, tasks: int) -> None:
+        """Raise ``ValueError`` unless every per-task tensor has a row for each of the ``tasks`` that have ended."""
+        for item in self.owned:
+            if item.kind == "per_task":
+                known = item.attribute in per_task.marked(item.module)
+                rows = per_task.count(item.module, item.attribute)
+                if not known or rows != tasks:
+                    raise ValueError(
+                        f"{item.name} has values for {rows} finished tasks, but the subnet layers have masks for "
+                        f"{tasks}: its module was added or replaced after WSN(model)"
+                    )
+
+    def task_densities(self, density: Density | None) -> dict[str, float | None]:
+        """The density of a task for each layer by name; None where the density of the layer holds.
+
+        Raises:
+            ValueError: a density is outside (0, 1], or a pattern matches no layer.
+        """
+        names = list(self.layers)
+        own: dict[str, float | None] = dict.fromkeys(names)
+        if density is None:
+            return own
+        if not isinstance(density, Mapping):
+            return dict.fromkeys(names, ops.check_density(density))
+        for pattern, value in reversed(list(density.items())):  # so that the first match counts
+            hits = [name for name in names if matches(pattern, name)]
+            if not hits:
+                raise ValueError(f"density pattern {pattern!r} matches no subnet layer; layers: {names}")
+            own.update(dict.fromkeys(hits, ops.check_density(value, f"density[{pattern!r}]")))
+        return own
+
+    def check_tied(self, densities: Mapping[str, float | None]) -> None:
+        """Raise ``ValueError`` if layers that share a weight and its scores have different densities. Each would have
+        its own mask then, and only one of the masks would be stored."""
+        first: dict[tuple[int, int], str] = {}
+        for name, layer in self.layers.items():
+            other = first.setdefault((id(layer.weight), id(layer.weight_score)), name)
+            own, others = (densities[n] or self.layers[n].density for n in (name, other))
+            if own != others:
+                raise ValueError(
+                    f"{other} and {name} are tied and share one mask, so they need one density, got {others} and {own}"
+                )
+
+    @torch.no_grad()
+    def check_initialised(self) -> None:
+        """Raise ``RuntimeError``, naming the tensor, if a tensor is on the meta device, sharded, or was made in
+        inference mode, or if a gated tensor or its scores contain NaN, as they do before they are initialised
+        (:meth:`SubnetLayer.initialise`); also if a module is wrapped for several processes."""
+        wrappers.check_model(self.model)
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if tensor.is_meta:
+                raise RuntimeError(f"{name} is on the meta device: wsn_fast.materialize(model, device) gives it memory")
+            if tensor.is_inference():
+                raise RuntimeError(
+                    f"{name} was made under torch.inference_mode() and cannot be trained: build, load and move the "
+                    "model outside of it, or take copy.deepcopy(model)"
+                )
+        for name, gate in self.gated():
+            for what, tensor in (("", gate.param), ("_score", gate.score)):
+                if tensor.isnan().any():
+                    raise RuntimeError(
+                        f"{name}{what} has NaN among its values. Load or initialise it after to_empty; if it was "
+                        "loaded, training has diverged"
+                    )
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raise ``FloatingPointError``, naming the tensor, if a gated tensor or its scores are not all finite."""
+        for name, gate in self.gated():
+            for what, tensor in (("", gate.param), ("_score", gate.score)):
+                if not tensor.isfinite().all():
+                    raise FloatingPointError(f"{name}{what} has values that are not finite")
+
+    def fixed(self, tasks: list[TaskId]) -> Iterator[nn.Parameter]:
+        """The parameters that must not change at all after ``tasks`` have ended: their heads, and those declared
+        ``frozen``."""
+        finished = {task_key(task) for task in tasks}
+        for heads in self.heads.values():
+            for key, head in heads.heads.items():
+                if key in finished:
+                    yield from head.parameters()
+        for item in self.owned:
+            if tasks and item.kind == "frozen" and isinstance(item.tensor, nn.Parameter):
+                yield item.tensor
+
+    def show(self, row: int | None, head: TaskId | None) -> None:
+        """Make the model compute with the masks and per-task values of ``row`` and with ``head``. For ``row`` None, it
+        computes with the current scores and live values. After an error it computes with what it did before."""
+        try:
+            self._show(row, head)
+        except BaseException:
+            self._show(*self._shown)  # needs no memory: what had to be kept for it is kept
+            raise
+        self._shown = row, head
+
+    def _show(self, row: int | None, head: TaskId | None) -> None:
+        for heads in self.heads.values():
+            heads.active = head
+        for layer in self.layers.values():
+            layer.active_row = row
+        watched = [self.model, *self.copied]
+        shown_rows.watch(watched, None)
+        per_task.use_row(self.copied, row)
+        shown_rows.watch(watched, row)
+
+    @torch.no_grad()
+    def append_task(self, task: TaskId, packed: Mapping[str, Mapping[str, Tensor]], then: Callable[[], T]) -> T:
+        """Store a finished task: its packed masks by layer and gated tensor, and the live per-task values.
+
+        Calls ``then`` afterwards and returns its result. After an error, in ``then`` too, everything is as before.
+        """
+        changed = [*self.layers.values(), *self.copied]
+        before = [dict(module._buffers) for module in changed]
+        try:
+            for name, layer in self.layers.items():
+                layer.append_task(task, packed[name])
+            for module in self.copied:
+                per_task.append_task(module)
+            return then()
+        except BaseException:
+            for module, buffers in zip(changed, before, strict=True):
+                module._buffers.update(buffers)
+            for layer in self.layers.values():
+                layer.tasks = layer.tasks[: len(layer.weight_masks)]
+                layer.rebuild_union()
+            raise

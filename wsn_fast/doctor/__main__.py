@@ -1,0 +1,7 @@
+"""``python -m wsn_fast.doctor``."""
+
+import sys
+
+from .findings import main
+
+sys.exit(main())

@@ -1,0 +1,112 @@
+"""The report of ``python -m wsn_fast.doctor``: versions, native libraries, the backend that runs each operation on this
+machine and why, and advice."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import torch
+
+from .. import __version__
+from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, choose, native
+from ..backends.native import cuda_select
+
+ON_MASKS = ("pack", "unpack", "union", "popcount")
+PACKAGES = ("torch", "numpy", "triton")
+
+
+class Finding(NamedTuple):
+    """A line of the report: its subject, what was found, and the reason if there is one."""
+
+    subject: str
+    found: str
+    reason: str = ""
+
+
+def installation() -> Iterator[Finding]:
+    """Versions, and the native libraries."""
+    yield Finding("wsn_fast", __version__)
+    yield Finding("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        try:
+            yield Finding(package, version(package))
+        except PackageNotFoundError:
+            yield Finding(package, "not installed")
+    for name, library in (("native CPU library", native.load()), ("native CUDA library", cuda_select.load())):
+        yield Finding(name, "missing" if library.lib is None else "loaded", library.reason)
+    if cuda_select.load().lib is not None:
+        yield Finding("", "", "not used yet: layers use the Triton selection, because this one is untested on a GPU")
+    override = os.environ.get(ENVIRONMENT_VARIABLE)
+    yield Finding(ENVIRONMENT_VARIABLE, override or "not set", "it overrides the choices below" if override else "")
+
+
+def devices() -> list[tuple[torch.device, str]]:
+    """The devices of this machine, with their names."""
+    found = [(torch.device("cpu"), f"{torch.get_num_threads()} threads")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found.append((torch.device("cuda", index), torch.cuda.get_device_name(index)))
+    return found
+
+
+def routes(device: torch.device) -> Iterator[Finding]:
+    """The backend that runs each operation on float32 tensors of ``device``. Whether a fused product runs also depends
+    on its shape."""
+    for operation in PRIMITIVES:
+        choice = choose(operation, device, None if operation in ON_MASKS else torch.float32)
+        yield Finding(operation, choice.name, choice.reason)
+
+
+def advice() -> Iterator[str]:
+    """What the user can do to make the library faster on this machine."""
+    if native.load().lib is None:
+        tools = {"a C++ compiler": _compiler(), "CMake": shutil.which("cmake")}
+        missing = [name for name, found in tools.items() if not found]
+        first = f"install {' and '.join(missing)}, then " if missing else ""
+        yield (
+            f"for a faster CPU path: {first}reinstall wsn_fast (WSN_FAST_NATIVE must not be 0). If the library is "
+            "still missing, read the build log"
+        )
+    if not torch.cuda.is_available():
+        yield "for the Triton and CUDA kernels: use an NVIDIA GPU and a CUDA build of torch"
+        return
+    choice = choose("gate", "cuda", torch.float32)
+    if choice.name == "torch":
+        yield f"the Triton kernels do not run: {choice.reason}"
+
+
+def _compiler() -> str | None:
+    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def report() -> str:
+    """The whole report."""
+    sections = [("installation", list(installation()))]
+    sections += [(f"{device}: {name}", list(routes(device))) for device, name in devices()]
+    width = max(len(finding.subject) for _, findings in sections for finding in findings)
+    lines = []
+    for title, findings in sections:
+        lines += [title, *(f"  {f.subject:{width}}  {f.found:12}  {f.reason}".rstrip() for f in findings), ""]
+    lines += ["what would make the library faster", *(f"  {line}" for line in advice() or ())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    """Print the report."""
+    try:
+        sys.stdout.write(report())
+    except ValueError as error:  # a wrong override
+        sys.stdout.write("".join(f"{f.subject}  {f.found}  {f.reason}\n" for f in installation()) + f"\n{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""How scores are drawn."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+SCORE_INITS = ("default", "N01", "U01")
+
+
+def check_score_init(mode: object) -> str:
+    """Return ``mode``. Raises ``ValueError`` if it is not one of ``SCORE_INITS``."""
+    if mode not in SCORE_INITS:
+        raise ValueError(f"score_init must be one of {SCORE_INITS}, got {mode!r}")
+    return str(mode)
+
+
+def draw(score: Tensor, mode: str, fan_in: int) -> None:
+    """Draw new scores, in place.
+
+    Args:
+        score: of any shape.
+        mode: one of ``SCORE_INITS``; see :meth:`wsn_fast.nn.gated.SubnetLayer.reset_scores`.
+        fan_in: that of the weight of the layer.
+    """
+    if mode == "default":
+        # Kaiming uniform has the same bound as the biases: gain(sqrt 5) * sqrt(3 / fan_in) = 1 / sqrt(fan_in).
+        bound = 1 / math.sqrt(fan_in)
+        nn.init.uniform_(score, -bound, bound)
+    elif mode == "N01":
+        nn.init.normal_(score)
+    else:
+        nn.init.uniform_(score)

@@ -1,0 +1,1 @@
+"""The oracle: the specification of every operation, and the published training programs, in plain PyTorch."""

@@ -1,0 +1,109 @@
+"""Folders of images, one folder per class, and TinyImageNet's layout. Pillow decodes the images.
+
+A file of some kilobytes can hold an image of gigabytes. So the size of an image is bounded before it is decoded, and
+the memory for all of them by the sizes of their files. Only PNG and JPEG are decoded: for other formats Pillow may
+start other programs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsn_fast.train.data.dataset import Dataset
+from wsn_fast.train.data.files import ALWAYS, DataError, read_bytes
+
+_EXPANDS = 160  # a byte of a PNG in black and white, such as Omniglot's, can stand for a hundred bytes of RGB
+_PIXELS = 1 << 24
+
+
+def load_image_folder(root: Path) -> Dataset:
+    """The images below ``root``, in ``train`` and in ``val`` or ``test``."""
+    train = root / "train"
+    names = sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
+    if not names:
+        raise DataError(f"{train}: no class folders there (expected train/<class>/*.png, *.jpg or *.jpeg)")
+    labels = {name: label for label, name in enumerate(names)}
+    # "val" first: TinyImageNet's "test" has no labels.
+    test = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
+    if test is None:
+        raise DataError(f"{root}: found neither val/ nor test/ beside train/")
+    train_files = list(_by_class(train, labels))
+    annotations = test / "val_annotations.txt"
+    test_files = list(_annotated(annotations, labels) if annotations.is_file() else _by_class(test, labels))
+    if not test_files:
+        raise DataError(f"{annotations if annotations.is_file() else test}: no images")
+    size = _decode(train_files[0][0]).shape
+    train_x, test_x = _decode_all(train_files, size), _decode_all(test_files, size)
+    train_y, test_y = (torch.tensor([label for _, label in files]) for files in (train_files, test_files))
+    return Dataset("folder", train_x, train_y, test_x, test_y, len(names))
+
+
+def _by_class(folder: Path, labels: dict[str, int]) -> Iterator[tuple[Path, int]]:
+    """(file, label) of every image in folder/<class>/ or, as TinyImageNet has it, folder/<class>/images/."""
+    for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        if class_folder.name not in labels:
+            raise DataError(f"{class_folder}: a class that train/ does not have")
+        inner = class_folder / "images"
+        files = (inner if inner.is_dir() else class_folder).iterdir()
+        images = sorted(path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if not images:
+            raise DataError(f"{class_folder}: no .png, .jpg or .jpeg files")
+        yield from ((path, labels[class_folder.name]) for path in images)
+
+
+def _annotated(annotations: Path, labels: dict[str, int]) -> Iterator[tuple[Path, int]]:
+    """(file, label) of every line of TinyImageNet's val_annotations.txt: file name, class, box (unused)."""
+    for number, line in enumerate(read_bytes(annotations).decode("utf-8", "replace").splitlines(), 1):
+        where = f"{annotations}: line {number}"
+        columns = line.split("\t")
+        if len(columns) < 2 or columns[1] not in labels:
+            raise DataError(f"{where}: expected a file name and a class of train/, got {line[:99]!r}")
+        path = annotations.parent / "images" / columns[0]
+        if Path(columns[0]).name != columns[0] or not path.is_file():
+            raise DataError(f"{where}: no file {path}")
+        yield path, labels[columns[1]]
+
+
+def _decode_all(files: list[tuple[Path, int]], size: tuple[int, ...]) -> Tensor:
+    """Image files -> uint8 [N, 3, H, W]; every image must have the given (H, W, 3)."""
+    wanted, stored = len(files) * math.prod(size), sum(path.stat().st_size for path in {path for path, _ in files})
+    if wanted > ALWAYS + _EXPANDS * stored:
+        raise DataError(
+            f"{files[0][0].parent}: {len(files)} images of (height, width) {size[:2]} take {wanted} bytes, and files "
+            f"of {stored} bytes may expand to {ALWAYS + _EXPANDS * stored} at most"
+        )
+    images = torch.empty((len(files), 3, *size[:2]), dtype=torch.uint8)
+    for row, (path, _) in enumerate(files):
+        pixels = _decode(path)
+        if pixels.shape != size:
+            raise DataError(f"{path}: (height, width) {pixels.shape[:2]}, the first image's {size[:2]}")
+        images[row] = torch.from_numpy(pixels).permute(2, 0, 1)
+    return images
+
+
+def _decode(path: Path) -> np.ndarray[Any, Any]:
+    """One image file -> uint8 [H, W, 3]."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("image folders are decoded with Pillow: pip install 'wsn-fast[images]'") from error
+    try:
+        if not path.is_file():  # the end of a pipe may never come
+            raise FileNotFoundError("it is no regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the next line but one has a lower bound
+            image = Image.open(path, formats=("PNG", "JPEG"))
+        with image:
+            if image.width * image.height > _PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {_PIXELS}")
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+        raise DataError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error

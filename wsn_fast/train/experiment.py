@@ -1,0 +1,76 @@
+"""The stream of tasks and the untrained model that a config describes."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from wsn_fast import WSN
+from wsn_fast.convert.to_subnet import convert
+from wsn_fast.train import data, nets, streams
+from wsn_fast.train.config import TrainConfig
+
+
+class Experiment(NamedTuple):
+    """What a run works on.
+
+    Attributes:
+        stream: the tasks.
+        wsn: the model, before any training.
+        device: the device of the model.
+        fingerprint: identifies the data; see :class:`wsn_fast.train.data.Dataset`.
+    """
+
+    stream: streams.TaskStream
+    wsn: WSN
+    device: torch.device
+    fingerprint: str
+
+
+def make_experiment(settings: TrainConfig) -> Experiment:
+    """Load the data, make the stream, and build, convert and place the model, initialised from the seed.
+
+    Sets torch's global seed and its number of threads.
+
+    Raises:
+        ValueError: the settings do not fit together, or the data cannot be read (``DataError``).
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected one that this machine has, got 'cuda'")
+    name = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    dataset = data.load(settings.data, settings.data_dir)
+    stream = streams.TaskStream(
+        settings.stream, dataset, settings.tasks, settings.seed, val_fraction=settings.val_fraction
+    )
+    _check_size(settings, stream)
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    net = convert(
+        nets.build(settings.net, stream.input_shape, max(stream.classes.values())),
+        settings.density,
+        rule=settings.rule,
+        heads={"head": stream.classes},
+        score_init=settings.score_init,
+    )
+    wsn = WSN(net, reinit_scores=settings.reinit_scores, score_init=settings.score_init, gates_ahead=True)
+    return Experiment(stream, wsn.to(name), torch.device(name), dataset.fingerprint)
+
+
+def _check_size(settings: TrainConfig, stream: streams.TaskStream) -> None:
+    """Raise ``ValueError`` if the weights, scores, heads and masks would not fit into the memory of this machine."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return
+    with torch.device("meta"):
+        net = nets.build(settings.net, stream.input_shape, max(stream.classes.values()))
+    gated = sum(parameter.numel() for parameter in net.features.parameters())
+    head = sum(parameter.numel() for parameter in net.head.parameters())
+    wanted = 8 * gated + settings.tasks * (4 * head + gated // 8)
+    if wanted > memory:
+        raise ValueError(
+            f"net: {settings.net} for inputs {stream.input_shape} and {settings.tasks} tasks takes "
+            f"{wanted / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB"
+        )

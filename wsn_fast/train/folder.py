@@ -1,0 +1,80 @@
+"""The files in the folder of a run: ``config.json``, ``results.json`` and ``metrics.jsonl``.
+
+Checkpoints are in :mod:`wsn_fast.train.checkpoint`, the lock is in :mod:`wsn_fast.train.lock`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wsn_fast.train import config
+from wsn_fast.train.config import TrainConfig
+from wsn_fast.train.lock import NAME as LOCK
+from wsn_fast.train.safe_files import open_to_append, read_json, write_atomic
+
+
+def check_unused(folder: Path) -> None:
+    """Raise ``ValueError`` unless a run may begin in ``folder``.
+
+    The folder may be missing. It may also hold the lock and temporary files, which a run leaves behind when it is
+    killed at its start.
+    """
+    if folder.exists() and any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()):
+        raise ValueError(
+            f"out: expected an empty or new folder, got {str(folder)!r}; to continue the run in it, use "
+            f"`wsn-fast train --resume {folder}`"
+        )
+
+
+def read_config(folder: Path, *, data_dir: str | None = None, device: str | None = None) -> TrainConfig:
+    """The config of the run in ``folder``, with another ``data_dir`` or ``device`` if one is given.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: ``config.json`` is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no run: there is no {path}")
+    try:
+        settings = config.from_dict(read_json(path)["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return replace(settings, data_dir=data_dir or settings.data_dir, device=device or settings.device)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    write_atomic(path, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def append_metrics(folder: Path, entry: Mapping[str, Any], size: int) -> int:
+    """Add a line to ``metrics.jsonl``, and wait until it is on the disk.
+
+    Args:
+        folder: the folder of the run.
+        entry: the line, as JSON.
+        size: the length of the file in bytes as far as it counts. Whatever an interrupted run wrote after its last
+            checkpoint is cut off, because the resumed run writes it again.
+
+    Returns:
+        The length of the file in bytes.
+
+    Raises:
+        OSError: the file cannot be written; ``filename`` is its path.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        with open_to_append(path) as file:
+            file.truncate(min(file.tell(), size))
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
