@@ -70,6 +70,34 @@ def test_the_values_of_finished_tasks_may_not_be_missing(name: str) -> None:
     refused(finished(per_task="0.*"), state, rf"lacks what they compute with: .*0\.{name}_tasks", strict=False)
 
 
+def twins() -> tuple[WSN, WSN]:
+    """Two models with tasks of the same names and other masks and heads."""
+    both = finished(frozen="0.*"), finished(frozen="0.*")
+    assert not torch.equal(logits(both[0], 0), logits(both[1], 0))
+    return both
+
+
+def test_the_masks_of_finished_tasks_may_not_be_missing() -> None:
+    """The masks that the model keeps would be those of other tasks."""
+    wsn, other = twins()
+    state = {name: value for name, value in other.state_dict().items() if not name.endswith("weight_masks")}
+    refused(wsn, state, r"lacks what they compute with: .*weight_masks", strict=False)
+
+
+def test_a_model_does_not_keep_its_heads_for_the_tasks_of_a_state_without_heads() -> None:
+    wsn, other = twins()
+    state = {name: value for name, value in other.state_dict().items() if ".heads." not in name}
+    refused(wsn, state, "has no head, and .* is not what task 0 ended with", strict=False)
+
+
+def test_a_model_keeps_its_heads_if_they_are_those_of_the_tasks_of_the_state() -> None:
+    wsn = finished(frozen="0.*")
+    expected = logits(wsn, 0)
+    wsn.load_state_dict({n: v for n, v in wsn.state_dict().items() if ".heads." not in n}, strict=False)
+    assert torch.equal(logits(wsn, 0), expected)
+    wsn.verify()
+
+
 @pytest.mark.parametrize("tasks", [0, 1])
 def test_the_task_in_progress_may_not_lack_its_head(tasks: int) -> None:
     wsn = WSN(convnet())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import per_task
+from ..nn.heads import TaskHeads
 from ..nn.task_ids import TaskId
 from .model_parts import ModelParts
 
@@ -63,10 +64,7 @@ def fingerprint(parts: ModelParts, task: TaskId, row: int) -> dict[str, str]:
         prints[name] = digest(gate.param.detach()[mask])
         prints[f"{name} (mask)"] = digest(gate.masks[row])
     for prefix, heads in parts.heads.items():
-        if task in heads.tasks:
-            head = heads.head(task)
-            for name, tensor in (*head.named_parameters(), *head.named_buffers()):
-                prints[f"{prefix}.{name}".lstrip(".")] = digest(tensor)
+        prints |= head_digests(prefix, heads, task)
     for item in parts.owned:
         if item.kind == "per_task":
             # Without a row the module was added or replaced, and the name is absent.
@@ -75,6 +73,15 @@ def fingerprint(parts: ModelParts, task: TaskId, row: int) -> dict[str, str]:
         elif item.kind == "frozen":
             prints[item.name] = digest(item.tensor)
     return prints
+
+
+def head_digests(name: str, heads: TaskHeads, task: TaskId) -> dict[str, str]:
+    """The digests of the head of ``task``, named as in a fingerprint; ``name`` is that of ``heads`` in the model."""
+    if task not in heads.tasks:
+        return {}
+    head = heads.head(task)
+    tensors = (*head.named_parameters(), *head.named_buffers())
+    return {f"{name}.{attribute}".lstrip("."): digest(tensor) for attribute, tensor in tensors}
 
 
 def wrong_unions(parts: ModelParts) -> list[str]:

@@ -17,8 +17,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..nn import per_task, rows
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
-from ..nn.task_ids import TaskId, task_from_key, task_key
-from . import register_state, renames, trainable_state
+from ..nn.task_ids import TaskId, task_from_key
+from . import loaded_heads, register_state, renames, trainable_state
 
 if TYPE_CHECKING:
     from .wsn import WSN
@@ -280,19 +280,12 @@ def _check_tasks(
                     f"{len(tasks)} tasks. Nothing has been loaded"
                 )
         if isinstance(module, TaskHeads):
-            _check_heads(module, state, path, [*tasks, *([] if current is None else [current])])
+            expected = [*tasks, *([] if current is None else [current])]
+            records = [] if register is None else register.records
+            loaded_heads.check(name[len("model.") :], module, state, path, expected, records)
     if register is not None:
         _check_fingerprints(wsn, register)
     return tasks
-
-
-def _check_heads(heads: TaskHeads, state: Mapping[str, Any], path: str, tasks: list[TaskId]) -> None:
-    start, end = f"{path}heads.", ".weight"
-    given = {name[len(start) : -len(end)] for name in state if name.startswith(start) and name.endswith(end)}
-    there = given or set(heads.heads)
-    lacking = [task for task in tasks if task_key(task) not in there]
-    if lacking:
-        raise StateError(f"{path}heads would have no head for the tasks {_some(lacking)}. Nothing has been loaded")
 
 
 def _check_fingerprints(wsn: WSN, register: register_state.RegisterState) -> None:
@@ -318,7 +311,7 @@ def _check_complete(wsn: WSN, own: Mapping[str, _Own], state: Mapping[str, Any],
     """Raise ``StateError`` if a state with finished tasks lacks a tensor that they compute with. Of tied tensors one is
     enough."""
     parts = wsn._parts
-    used = {id(gate.param) for _, gate in parts.gated()}
+    used = {id(tensor) for _, gate in parts.gated() for tensor in (gate.param, gate.masks)}
     used |= {id(item.tensor) for item in parts.owned if item.kind == "frozen"}
     there = {id(item.tensor) for name, item in own.items() if name in state}
     missing = [name for name, item in own.items() if id(item.tensor) in used - there]
