@@ -64,9 +64,10 @@ def explain(model: nn.Module, *, dtype: torch.dtype | None = None) -> Explanatio
         raise ValueError(f"model has no subnet layer: {type(model).__name__}")
     routes = Explanation()
     for name, layer in layers:
-        weight, backend = layer.weight, layer.backend
+        first, backend = next(layer.gated()), layer.backend
+        weight = first.param
         for operation in STEP:
-            dtype_of = layer.weight_score.dtype if operation == "threshold" else weight.dtype
+            dtype_of = first.score.dtype if operation == "threshold" else weight.dtype
             chosen = choose(operation, weight.device, dtype_of, backend)
             routes.append(Route(name, operation, chosen.name, chosen.reason))
         if layer.one_pass:

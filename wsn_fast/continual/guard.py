@@ -117,7 +117,7 @@ class OptimizerGuard:
             claimed = optimizer.claim(layers)  # type: ignore[attr-defined]
             taken = {id(layer) for layer in claimed if optimizer.one_pass}  # type: ignore[attr-defined]
         for layer in layers.values():
-            if id(layer.weight) in own:
+            if not own.isdisjoint(id(gate.param) for gate in layer.gated()):
                 layer.gate_state.belongs_to(optimizer if id(layer) in taken else None, layer.gated())
 
     def holds(self, params: Iterable[Tensor]) -> bool:
@@ -171,10 +171,12 @@ class OptimizerGuard:
     def _check_raw(self, optimizer: torch.optim.Optimizer, own: set[int]) -> None:
         """Raise ``RuntimeError`` if a raw gradient is meant for another optimizer."""
         for name, layer in self._wsn.subnet_layers().items():
-            mine = layer.gate_state.owner is optimizer or id(layer.weight) not in own
-            if not mine and layer.one_pass and layer.weight.grad is not None:
+            if layer.gate_state.owner is optimizer or not layer.one_pass:
+                continue
+            raw = [g.name for g in layer.gated() if id(g.param) in own and g.param.grad is not None]
+            if raw:
                 raise RuntimeError(
-                    f"the gradient of {name}.weight is meant for the optimizer that was guarded last. If one of two "
+                    f"the gradient of {name}.{raw[0]} is meant for the optimizer that was guarded last. If one of two "
                     "optimizers is one-pass, they cannot simply alternate on a layer: call wsn.guard(this optimizer) "
                     "again before the forward pass"
                 )

@@ -14,6 +14,7 @@ from ..nn import per_task, shown_rows
 from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
+from ..nn.reads import share_scope
 from ..nn.task_ids import TaskId, task_key
 from . import ownership, wrappers
 
@@ -46,6 +47,7 @@ class ModelParts:
         if not self.layers:
             raise ValueError("model has no subnet layer: convert(model) it first, or build it from FastSubnet layers")
         self.heads = {name: m for name, m in named if isinstance(m, TaskHeads)}
+        self.scope = share_scope(model, self.layers.values())
         self.owned = ownership.classify(model, self._declared)
         self.copied = [module for _, module in named if per_task.marked(module)]  # those with per-task tensors
         self.tasks_of_layers()
@@ -116,12 +118,14 @@ class ModelParts:
         its own mask then, and only one of the masks would be stored."""
         first: dict[tuple[int, int], str] = {}
         for name, layer in self.layers.items():
-            other = first.setdefault((id(layer.weight), id(layer.weight_score)), name)
-            own, others = (densities[n] or self.layers[n].density for n in (name, other))
-            if own != others:
-                raise ValueError(
-                    f"{other} and {name} are tied and share one mask, so they need one density, got {others} and {own}"
-                )
+            for gate in layer.gated():
+                other = first.setdefault((id(gate.param), id(gate.score)), name)
+                own, others = (densities[n] or self.layers[n].density for n in (name, other))
+                if own != others:
+                    raise ValueError(
+                        f"{other} and {name} are tied and share one mask, so they need one density, got {others} and "
+                        f"{own}"
+                    )
 
     @torch.no_grad()
     def check_initialised(self) -> None:
@@ -203,6 +207,6 @@ class ModelParts:
             for module, buffers in zip(changed, before, strict=True):
                 module._buffers.update(buffers)
             for layer in self.layers.values():
-                layer.tasks = layer.tasks[: len(layer.weight_masks)]
+                layer.tasks = layer.tasks[: len(next(layer.gated()).masks)]
                 layer.rebuild_union()
             raise

@@ -100,10 +100,10 @@ def _redraw(layer: SubnetLayer, gate: Gated, union: Tensor | None, used: Tensor 
     if used is not None:
         free &= ops.unpack_mask(used, shape)
         scores = free
-    bound = 1 / math.sqrt(layer.fan_in())  # as torch initialises weights and biases
+    bound = 1 / math.sqrt(layer.fan_in(gate.name))  # as torch initialises weights and biases
     for tensor, where in ((gate.param, free), (gate.score, scores)):
         undo.callback(tensor.__setitem__, where, tensor[where])
     fresh = torch.empty_like(gate.param).uniform_(-bound, bound)
     gate.param.copy_(torch.where(free, fresh, gate.param))
-    draw(fresh, layer._score_init, layer.fan_in())
+    draw(fresh, layer._score_init, layer.fan_in(gate.name))
     gate.score.copy_(torch.where(scores, fresh, gate.score))

@@ -270,9 +270,9 @@ class WSN(FinishedTasks):
         if not torch.compiler.is_compiling():
             self._guards.before_forward(self)
         if not self.gates.give():
-            return self.model(*args, **kwargs)
+            return self._parts.scope(self.model, *args, **kwargs)
         try:
-            return self.model(*args, **kwargs)
+            return self._parts.scope(self.model, *args, **kwargs)
         finally:
             self.gates.take_back()
 

@@ -9,41 +9,33 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .. import ops
 from ..nn import per_task
 from ..nn.gated import SubnetLayer
-from .selection import Names, shown
+from .problems import Problems
+from .selection import Chosen, Names, gated_places, shown
 
 BATCH_NORMS = ("per_task", "stateless")
 BATCH_NORM_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Gate(NamedTuple):
-    """How a layer will be gated."""
+    """How the tensors of a module will be gated."""
 
     density: float
     rule: str
 
 
-def check_layer(module: nn.Module, name: str) -> None:
-    """Raise ``ValueError`` for a layer that cannot be converted by changing its class."""
-    for attribute in ("weight", "bias"):
-        param = module._parameters.get(attribute)
-        if param is not getattr(module, attribute):
-            raise ValueError(
-                f"{name}.{attribute} is computed (weight_norm, spectral_norm, pruning, another parametrization), "
-                "so there is nothing to gate: remove the parametrization, or exclude the layer"
-            )
-        if param is not None and (param.dtype not in ops.SCORE_DTYPES or not param.numel()):
-            raise ValueError(
-                f"{name}.{attribute} must be non-empty and of a dtype in {ops.SCORE_DTYPES}, got "
-                f"{param.dtype} {tuple(param.shape)}: exclude the layer"
-            )
-    if "forward" in vars(module):
-        raise ValueError(
-            f"{name}.forward was replaced on this object, so the mask would not be applied: restore the forward of the "
-            "class, or exclude the layer"
-        )
+def check_modules(names: Names, chosen: Chosen, problems: Problems) -> None:
+    """Note modules that do with their tensors what a masked tensor does not allow."""
+    for module in chosen:
+        name = shown(names[module][0])
+        for option in ("max_norm", "sparse"):
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and getattr(module, option) not in (None, False):
+                what = "writes to its weight in forward" if option == "max_norm" else "has sparse gradients"
+                problems.add(
+                    f"{name} ({type(module).__name__}) has {option}={getattr(module, option)}: it {what}, which a "
+                    "gated weight cannot have. Set it off, or exclude the module (exclude_modules)"
+                )
 
 
 class _Use(NamedTuple):
@@ -51,56 +43,66 @@ class _Use(NamedTuple):
 
     name: str
     module: nn.Module
+    attribute: str
     param: nn.Parameter
 
 
-def check_ties(names: Names, gates: Mapping[nn.Module, Gate], classifiers: Container[nn.Module]) -> None:
-    """Raise ``ValueError`` unless all layers that share a weight are gated alike and nothing else reads that weight.
+def check_ties(
+    names: Names, chosen: Chosen, gates: Mapping[nn.Module, Gate], classifiers: Container[nn.Module], problems: Problems
+) -> None:
+    """Note the Parameters that modules share and that are not gated alike wherever they are.
 
     Args:
         names: all modules of the model.
-        gates: the layers to convert, each with its gate.
+        chosen: the modules to convert with their tensors.
+        gates: the gate of each of them.
         classifiers: modules that heads will replace.
+        problems: gets what is wrong.
     """
+    ours = {*gated_places(chosen, names)}
     uses: defaultdict[int, list[_Use]] = defaultdict(list)
     for module, own in names.items():
         for attribute, param in module._parameters.items():
             if param is not None and module not in classifiers:
                 # Tensors on the meta device have no memory, so only their identity tells them apart.
-                use = _Use(f"{own[0]}.{attribute}".lstrip("."), module, param)
+                use = _Use(f"{own[0]}.{attribute}".lstrip("."), module, attribute, param)
                 uses[param.data_ptr() or id(param)].append(use)
     for tied in uses.values():
-        ours = [use for use in tied if use.module in gates]
-        if len(tied) == 1 or not ours:
-            continue
-        ungated = [use for use in tied if use.module not in gates and not isinstance(use.module, SubnetLayer)]
-        if ungated:
-            raise ValueError(
-                f"{ours[0].name} is tied to {ungated[0].name}, which is not converted and would read the weight "
-                f"without the mask: exclude the layer of {ours[0].name} (exclude_modules), make it a head (heads) or "
-                "untie the two"
-            )
-        if any(use.param is not tied[0].param for use in tied):
-            raise ValueError(
-                f"{tied[0].name} and {tied[-1].name} share memory but are not one Parameter: make them one, or copy one"
-            )
+        gated = [use for use in tied if (use.module, use.attribute) in ours]
+        if len(tied) > 1 and gated:
+            _check_tie(tied, gated, gates, problems)
+
+
+def _check_tie(tied: list[_Use], gated: list[_Use], gates: Mapping[nn.Module, Gate], problems: Problems) -> None:
+    bare = [use.name for use in tied if use not in gated]
+    if bare:
+        names = [use.name for use in gated]
+        problems.add(
+            f"{', '.join(names)} and {', '.join(bare)} are one tied parameter, and only the first would be masked: "
+            f"gate all of them, or exclude {' and '.join(names)} (exclude_modules), make the module a head (heads) or "
+            "untie them"
+        )
+    elif any(use.param is not tied[0].param for use in tied):
+        problems.add(
+            f"{tied[0].name} and {tied[-1].name} share memory but are not one Parameter: make them one, or copy one"
+        )
+    else:
         shared = {use.name: _gate(use.module, gates) for use in tied}
-        if len(set(shared.values())) > 1:
-            raise ValueError(f"one tied parameter needs one density and rule: {shared}")
+        if len({*shared.values()} - {None}) > 1:
+            problems.add(f"one tied parameter needs one density and rule: {shared}")
 
 
-def _gate(module: nn.Module, gates: Mapping[nn.Module, Gate]) -> Gate:
-    return Gate(module.density, module.rule) if isinstance(module, SubnetLayer) else gates[module]
+def _gate(module: nn.Module, gates: Mapping[nn.Module, Gate]) -> Gate | None:
+    return Gate(module.density, module.rule) if isinstance(module, SubnetLayer) else gates.get(module)
 
 
-def check_batch_norm(names: Names, batch_norm: str) -> None:
-    """Raise ``ValueError`` if ``batch_norm`` is unknown, or is "stateless" after an earlier conversion with
-    "per_task"."""
+def check_batch_norm(names: Names, batch_norm: str, problems: Problems) -> None:
+    """Note it if ``batch_norm`` is unknown, or is "stateless" after an earlier conversion with "per_task"."""
     if batch_norm not in BATCH_NORMS:
-        raise ValueError(f"batch_norm must be one of {BATCH_NORMS}, got {batch_norm!r}")
+        problems.add(f"batch_norm must be one of {BATCH_NORMS}, got {batch_norm!r}")
     for module, own in names.items():
         if batch_norm == "stateless" and isinstance(module, BATCH_NORM_CLASSES) and per_task.marked(module):
-            raise ValueError(
+            problems.add(
                 f"batch_norm must be 'per_task', got 'stateless': an earlier convert made {shown(own[0])} per-task. "
                 "For 'stateless', convert a new model"
             )

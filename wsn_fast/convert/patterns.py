@@ -1,4 +1,4 @@
-"""Name patterns: all arguments that choose modules or parameters by name follow this rule."""
+"""Name patterns: all arguments that choose modules, parameters or buffers by name follow this rule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ def as_patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
     return listed
 
 
-def matches(pattern: str, name: str) -> bool:
+def names_it(pattern: str, name: str) -> bool:
     """Whether ``pattern`` is the full name, the end of it after a dot ("fc1" for "blocks.0.fc1"), or an ``fnmatch``
     pattern for the full name (case-sensitive)."""
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` names ``name``, or a module in which it is: "blocks.0" matches "blocks.0.fc1.weight"."""
+    return any(names_it(pattern, name[:end]) for end in [*_dots(name), len(name)])
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, letter in enumerate(name) if letter == "."]

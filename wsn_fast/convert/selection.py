@@ -1,41 +1,31 @@
-"""Which layers of a model are converted, and with which density. Nothing here changes the model."""
+"""Which tensors of a model are gated, and with which density. Nothing here changes the model."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from .. import ops
+from ..nn import per_task
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
-from ..nn.registry import LAYERS, subnet_class
-from .patterns import as_patterns, matches
+from ..nn.registry import product_class
+from ..nn.tensors import colliding_name, is_matrix
+from .patterns import as_patterns, matches, names_it
+from .problems import Problems
 
 FilterFn = Callable[[nn.Module, str], bool]
 Names = dict[nn.Module, list[str]]
 """Every module with all its names."""
-
-# Classes, by module and name, that use the weights of linear layers inside them without calling those layers.
-_WEIGHT_READERS = (
-    ("torch.nn.modules.activation", "MultiheadAttention"),
-    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"),
-    ("timm.models.beit", "Attention"),
-    ("timm.models.eva", "EvaAttention"),
-    ("timm.models.swin_transformer_v2", "WindowAttention"),
-)
+Chosen = dict[nn.Module, tuple[str, ...]]
+"""The modules to convert, in the order of the model, each with the names of the Parameters in it that are gated."""
 
 
 def all_names(model: nn.Module) -> Names:
-    """List every module of ``model`` with all its names, in order. A module that is used at two paths has two names.
-
-    Raises:
-        ValueError: a lazy module is not initialised yet.
-    """
+    """All modules of ``model`` with their names. Raises ``ValueError`` for one that is not initialised yet."""
     names: Names = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -49,147 +39,175 @@ def shown(name: str) -> str:
     return name or "(the model itself)"
 
 
-def _matches(pattern: str, names: Iterable[str]) -> bool:
-    return any(matches(pattern, name) for name in names)
+def tensor_names(own: Iterable[str], attribute: str) -> list[str]:
+    """The names of a tensor of a module that has the names ``own``."""
+    return [f"{name}.{attribute}".lstrip(".") for name in own]
+
+
+class Left(NamedTuple):
+    """A Parameter that stays as it is.
+
+    Attributes:
+        name: its name.
+        module: the module that has it.
+        tensor: the Parameter.
+        reason: why it is left out.
+        asked: whether an argument of the user left it out.
+    """
+
+    name: str
+    module: nn.Module
+    tensor: Tensor
+    reason: str
+    asked: bool
 
 
 class Selection(NamedTuple):
-    """The layers that the user wants converted, by the arguments of :func:`wsn_fast.convert`. The methods take all
-    names of one module."""
+    """What the user wants gated, by the arguments of :func:`wsn_fast.convert`."""
 
     targets: tuple[str, ...] | None
     excluded: tuple[str, ...] | None
     filter_fn: FilterFn | None
 
-    def targets_by_name(self, names: Sequence[str]) -> bool:
-        """Whether a pattern of ``target_modules`` matches."""
-        return any(_matches(pattern, names) for pattern in self.targets or ())
+    def left_by(self, module: nn.Module, own: list[str], attribute: str) -> str:
+        """The argument that leaves a Parameter out; empty if none does."""
+        names = tensor_names(own, attribute)
+        if any(matches(pattern, name) for pattern in self.excluded or () for name in names):
+            return "exclude_modules"
+        if self.targets is not None and not any(matches(p, name) for p in self.targets for name in names):
+            return "target_modules"
+        return "" if self.filter_fn is None or self.filter_fn(module, own[0]) else "filter_fn"
 
-    def excludes(self, names: Sequence[str]) -> bool:
-        """Whether a pattern of ``exclude_modules`` matches."""
-        return any(_matches(pattern, names) for pattern in self.excluded or ())
+    def names_tensor(self, own: list[str], attribute: str) -> bool:
+        """Whether a pattern of ``target_modules`` names this very Parameter, and not only its module."""
+        return any(names_it(p, name) for p in self.targets or () for name in tensor_names(own, attribute))
 
-    def wants(self, module: nn.Module, names: Sequence[str]) -> bool:
-        """Whether all three arguments allow the conversion of ``module``."""
-        if self.excludes(names) or (self.targets is not None and not self.targets_by_name(names)):
-            return False
-        return self.filter_fn is None or bool(self.filter_fn(module, names[0]))
-
-    def check_used(self, known: Names) -> None:
-        """Raise ``ValueError`` for a pattern that matches none of the modules ``known``: it is a typo, probably."""
+    def check_used(self, known: Iterable[str], problems: Problems) -> None:
+        """Note each pattern that matches none of the names ``known``: it is a typo, probably."""
+        known = list(known)
         for argument, patterns in (("target_modules", self.targets), ("exclude_modules", self.excluded)):
             for pattern in patterns or ():
-                if not any(_matches(pattern, names) for names in known.values()):
-                    listed = [names[0] for names in known.values()]
-                    raise ValueError(f"{argument}={pattern!r} matches no layer to convert; the layers are: {listed}")
+                if not any(matches(pattern, name) for name in known):
+                    listed = [*dict.fromkeys(name.rpartition(".")[0] or name for name in known)]
+                    problems.add(f"{argument}={pattern!r} matches nothing that can be gated; there is: {listed}")
 
 
-def subnet_class_of(module: nn.Module) -> type[SubnetLayer] | None:
-    """The class that ``module`` would be converted to, by its exact type; None if it cannot be converted."""
-    # Torch gives a parametrized module a new class. Look at the old one, so that check_layer can refuse the module.
-    kind = parametrize.type_before_parametrizations(module)
-    return subnet_class(kind)
-
-
-def choose(names: Names, selection: Selection, classifiers: Container[nn.Module]) -> list[nn.Module]:
-    """The modules to convert, in the order of the model.
+def choose(
+    names: Names, selection: Selection, classifiers: Collection[nn.Module], problems: Problems
+) -> tuple[Chosen, list[Left]]:
+    """The modules to convert with their tensors, and the Parameters that are left out.
 
     Args:
         names: all modules of the model.
         selection: what the user asked for.
-        classifiers: modules that heads will replace; they are not converted.
-
-    Raises:
-        ValueError: a pattern matches nothing, a chosen layer sits in a module that reads its weight without calling it,
-            or no layer is left to convert.
+        classifiers: modules that heads will replace; nothing in them is converted.
+        problems: notes that a pattern matches nothing, or that nothing is left to convert.
     """
-    of_heads = {m for heads in names if isinstance(heads, TaskHeads) for m in heads.heads.modules()}
-    layers: Names = {m: n for m, n in names.items() if subnet_class_of(m) and m not in of_heads}
-    subnets: Names = {m: n for m, n in names.items() if isinstance(m, SubnetLayer)}
-    readers: Names = {m: n for m, n in names.items() if _reads_weights(m)}
-    inside: Names = {m: names[m] for reader in readers for m in _linears(reader)}
-    derived: Names = {m: n for m, n in names.items() if _is_derived(m) and m not in of_heads and m not in inside}
-    selection.check_used({**layers, **subnets, **readers, **inside, **derived})
-    for reader in readers:
-        _check_reader(reader, selection, names)
-    candidates = {m: n for m, n in layers.items() if m not in classifiers and m not in inside}
-    chosen = [m for m, own in candidates.items() if selection.wants(m, own)]
-    if not chosen and not subnets:
-        rejected = [own[0] for own in candidates.values()]
-        reason = (
-            f"filter_fn, target_modules and exclude_modules rejected all of {rejected}"
-            if rejected
-            else ("it has no linear or convolution layer outside of heads and attention modules")
+    of_heads = {m for one in (*classifiers, *names) if one in classifiers or isinstance(one, TaskHeads)
+                for m in one.modules()}  # fmt: skip
+    chosen: Chosen = {}
+    left: list[Left] = []
+    known: list[str] = []
+    for module, own in names.items():
+        if isinstance(module, SubnetLayer):
+            known += (name for attribute in module.GATED for name in tensor_names(own, attribute))
+        elif module not in of_heads and not per_task.is_norm(module):
+            known += (name for attribute in module._parameters for name in tensor_names(own, attribute))
+            gated, others = _of_module(module, own, selection)
+            left += others
+            if gated:
+                chosen[module] = gated
+    selection.check_used(known, problems)
+    if not chosen and not any(isinstance(module, SubnetLayer) for module in names):
+        rejected = sorted({one.name.rpartition(".")[0] for one in left if one.asked})
+        problems.add(
+            "model has no layer to convert: "
+            + (
+                f"filter_fn, target_modules and exclude_modules rejected all of {rejected}"
+                if rejected
+                else "it has no matrix outside of heads and normalisation layers"
+            )
         )
-        raise ValueError(f"model has no layer to convert: {reason}")
-    _warn_left_out([m for m, own in derived.items() if selection.wants(m, own)], names)
-    return chosen
+    return chosen, left
 
 
-def _is_derived(module: nn.Module) -> bool:
-    """Whether the class of ``module`` derives from a dense class of a layer, and is none itself."""
-    dense = tuple(layer.DENSE for layer in LAYERS)
-    return isinstance(module, dense) and not isinstance(module, SubnetLayer) and subnet_class_of(module) is None
+def _of_module(module: nn.Module, own: list[str], selection: Selection) -> tuple[tuple[str, ...], list[Left]]:
+    """The Parameters of one module that are gated, and the others."""
+    gated: list[str] = []
+    left: list[Left] = []
+    product, collision = product_class(module), colliding_name(module)
+    for attribute, param in module._parameters.items():
+        if param is None:
+            continue
+        reason, asked = selection.left_by(module, own, attribute), True
+        if not reason:
+            reason, asked = _obstacle(attribute, param, product is not None), False
+            if reason and selection.names_tensor(own, attribute) and param.dtype in ops.SCORE_DTYPES and param.numel():
+                reason = ""
+            if not reason and product is None and collision is not None:
+                reason = f"its attribute {collision!r} has a name that subnet layers use"
+        if reason:
+            left.append(Left(tensor_names(own, attribute)[0], module, param, reason, asked))
+        else:
+            gated.append(attribute)
+    return tuple(gated), left
 
 
-def _warn_left_out(modules: Sequence[nn.Module], names: Names) -> None:
-    """Say which layers stay dense although nobody asked for that."""
-    if modules:
-        listed = ", ".join(f"{shown(names[m][0])} ({type(m).__name__})" for m in modules)
-        warnings.warn(
-            f"these layers stay dense, because their classes derive from one that is converted and may compute "
-            f"something else: {listed}. If that is wanted, name them in exclude_modules",
-            stacklevel=4,
-        )
-
-
-def _reads_weights(module: nn.Module) -> bool:
-    """Whether ``module`` or a base of its class is one of ``_WEIGHT_READERS``."""
-    return any((c.__module__, c.__name__) in _WEIGHT_READERS for c in type(module).__mro__)
-
-
-def _linears(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, nn.Linear)]
-
-
-def _check_reader(reader: nn.Module, selection: Selection, names: Names) -> None:
-    """Refuse to convert inside a module that would bypass the masks, unless the user has excluded it."""
-    own = names[reader]
-    asked = selection.targets_by_name(own) or any(selection.wants(m, names[m]) for m in _linears(reader))
-    if asked and not selection.excludes(own):
-        raise ValueError(
-            f"{shown(own[0])} ({type(reader).__name__}) computes with bare weights or with the weights of linear "
-            "layers that it does not call, so its masks would be dropped silently. Either leave it dense "
-            f"(exclude_modules={own[0]!r}) and declare its parameters in WSN(model, per_task=..., frozen=... "
-            "or shared=...), or use an attention module that calls its nn.Linear layers."
-        )
+def _obstacle(attribute: str, param: Tensor, of_product: bool) -> str:
+    """Why a Parameter is not gated unless the user names it; empty if it is gated."""
+    if param.dtype not in ops.SCORE_DTYPES:
+        return f"scores cannot have the dtype {param.dtype}"
+    if not param.numel():
+        return "it is empty"
+    if of_product:
+        return ""
+    if not (is_matrix(param) or "bias" in attribute):
+        return "it is a vector and no bias"
+    return "" if param.requires_grad else "it is constant (requires_grad=False)"
 
 
 def densities_of(
-    names: Names, chosen: Sequence[nn.Module], density: float | Mapping[str, float]
+    names: Names, chosen: Chosen, density: float | Mapping[str, float], problems: Problems
 ) -> dict[nn.Module, float]:
-    """The density of each chosen layer.
+    """The density of each chosen module. Notes what is wrong with the patterns.
 
     Raises:
-        ValueError: a density is outside (0, 1], a layer has no density, or a pattern matches no layer.
+        TypeError, ValueError: a density is no number in (0, 1].
     """
     if not isinstance(density, Mapping):
         return dict.fromkeys(chosen, ops.check_density(density))
     as_patterns("density", density)
     by_pattern = {p: ops.check_density(d, f"density[{p!r}]") for p, d in density.items()}
-    wanted, densities = set(chosen), {}
+    densities = {}
     # A pattern may also name layers that an earlier call converted. They stay as they are.
     unused = by_pattern.keys() - {"*"}
     for module in (*chosen, *(m for m in names if isinstance(m, SubnetLayer))):
-        pattern = next((p for p in by_pattern if _matches(p, names[module])), None)
-        unused -= {pattern}
-        if module in wanted:
-            if pattern is None:
-                raise ValueError(f"density has no pattern for {shown(names[module][0])} ('*' takes the rest)")
-            densities[module] = by_pattern[pattern]
+        found = {a: _first(by_pattern, names[module], a) for a in chosen.get(module) or module.GATED}  # type: ignore[union-attr]
+        unused -= {*found.values()}
+        if module in chosen:
+            name, wanted = shown(names[module][0]), {by_pattern.get(p or "") for p in found.values()}
+            if None in wanted:
+                problems.add(f"density has no pattern for {name} ('*' takes the rest)")
+            elif len(wanted) > 1:
+                problems.add(f"density: the tensors of {name} need one density, got those of {found}")
+            else:
+                densities[module] = wanted.pop() or 0.0
     if unused:
-        raise ValueError(
+        problems.add(
             f"density: the patterns {sorted(unused)} have no effect: they match no layer to convert, or an earlier "
             "pattern matches all their layers"
         )
     return densities
+
+
+def _first(patterns: Iterable[str], own: list[str], attribute: str) -> str | None:
+    return next((p for p in patterns if any(matches(p, name) for name in tensor_names(own, attribute))), None)
+
+
+def gated_places(chosen: Chosen, names: Names) -> Iterator[tuple[nn.Module, str]]:
+    """Each module with the name of a tensor in it that is gated, or will be."""
+    for module, attributes in chosen.items():
+        yield from ((module, attribute) for attribute in attributes)
+    for module in names:
+        if isinstance(module, SubnetLayer):
+            yield from ((module, attribute) for attribute in module.GATED)

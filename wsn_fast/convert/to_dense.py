@@ -12,17 +12,17 @@ from .. import ops
 from ..nn import model_owner, per_task, shown_rows
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
+from ..nn.reads import forget_reader
 from ..nn.task_ids import TaskId, check_task
 
 
 def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
     """Make a plain copy of the model for one finished task, with the masks of that task baked into the weights.
 
-    Subnet layers become layers of their dense classes (``nn.Linear``, ``nn.Conv2d`` and so on), ``TaskHeads`` becomes
+    Subnet layers become modules of their dense classes (``nn.Linear``, ``nn.LSTM`` and so on), ``TaskHeads`` becomes
     the ``nn.Linear`` of the task, and per-task tensors get the values of the task. The copy contains nothing of this
-    library, so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``.
-    ``convert`` switched off torch's fast paths for transformers. They stay off in the copy, because they would round
-    differently. A layer that was Hugging Face's ``Conv1D`` becomes an ``nn.Linear``, whose weight is a transposed view
+    library, so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``. A
+    layer that was Hugging Face's ``Conv1D`` becomes an ``nn.Linear``, whose weight is a transposed view
     and not contiguous.
 
     Args:
@@ -63,6 +63,7 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
         twin.become_dense(_baked(layer, row, done))
     for module in dense.modules():
         _fix_per_task(module, row)
+        forget_reader(module)
     return dense
 
 

@@ -7,7 +7,7 @@ stays one module, and no weight is copied. All checks come before the first chan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -15,11 +15,15 @@ from torch import nn
 from .. import ops
 from ..nn import per_task
 from ..nn.gated import SubnetLayer
+from ..nn.reads import share_scope
+from ..nn.registry import subnet_class
 from ..nn.scores import check_score_init
-from .checks import BATCH_NORM_CLASSES, Gate, check_batch_norm, check_layer, check_ties
+from . import report
+from .checks import BATCH_NORM_CLASSES, Gate, check_batch_norm, check_modules, check_ties
 from .new_heads import Heads, HeadSpec, make_heads
 from .patterns import Patterns, as_patterns
-from .selection import FilterFn, Names, Selection, all_names, choose, densities_of, shown, subnet_class_of
+from .problems import Problems
+from .selection import Chosen, FilterFn, Names, Selection, all_names, choose, densities_of
 
 
 @torch.inference_mode(False)  # what is added here is trained
@@ -35,27 +39,35 @@ def convert(
     batch_norm: str = "per_task",
     score_init: str = "default",
 ) -> nn.Module:
-    """Turn the linear and convolution layers of a model into subnet layers, in place, and keep their weights.
+    """Turn a model into a subnet model, in place, and keep its weights: gate its matrices and biases.
 
-    Layers are converted if their type is exactly ``nn.Linear``, ``nn.Conv1d/2d/3d``, ``nn.ConvTranspose1d/2d/3d`` or
-    Hugging Face's ``Conv1D``. Other modules stay as they are, and so do subnet layers. Tied layers share their scores
-    as they share their weight, and normalisation layers become per-task. Where linear layers of an
-    ``nn.TransformerEncoderLayer`` are converted, its inference fast path is switched off, because it would bypass the
-    masks. Build optimizers afterwards, because the scores are new parameters.
+    Every Parameter with at least two dimensions longer than 1 is gated, and every one whose name contains "bias",
+    outside of heads and normalisation layers: in linear and convolution layers, embeddings, attention, recurrent
+    layers, experts and modules of any other class. Other vectors, constant Parameters (``requires_grad=False``) and
+    buffers stay as they are and need an owner (see :class:`wsn_fast.WSN`). Normalisation layers become per-task.
 
-    A name pattern is a full module name, the end of a name after a dot (``"fc1"`` for ``"blocks.0.fc1"``), or an
-    ``fnmatch`` pattern for the full name. A pattern that matches nothing is an error, so that a typo does not pass
-    silently.
+    Layers that multiply with a weight get fast classes (:class:`FastSubnetLinear` and so on). Other modules compute as
+    before, and get the masked tensor when they read an attribute: in a forward pass of the model, also when another
+    module reads it (tied decoders, fused attention, torch's fast paths for transformers). Tied tensors share their
+    scores as they share their values. Build optimizers afterwards, because the scores are new parameters.
+
+    A name pattern is a full name of a module or Parameter, the end of a name after a dot (``"fc1"`` for
+    ``"blocks.0.fc1"``), or an ``fnmatch`` pattern for the full name. The name of a module stands for everything in it.
+    A pattern that matches nothing is an error, so that a typo does not pass silently.
+
+    Logs, in the logger ``wsn_fast``, how many parameters are gated, and which are left out and why.
 
     Args:
         model: the model, which may be a single layer, on any device. A large model may be on the meta device and get
             its memory later (:func:`wsn_fast.materialize`). Only the scores need new memory.
         density: the fraction kept, in (0, 1]; one number for all layers, or numbers by name pattern. The first match
-            counts, and every layer needs a match (``"*"`` matches all the rest).
+            counts, and every layer needs a match (``"*"`` matches all the rest). The gated tensors of one module have
+            one density.
+        filter_fn: called with each module and its name; where it returns false, the module stays dense.
+        target_modules: name patterns of what is gated; None means everything above. A pattern that names a Parameter
+            itself gates it also if it is a vector.
+        exclude_modules: name patterns of what is left as it is.
         rule: "magnitude" (the paper's code) or "value" (CLArena); see :func:`wsn_fast.topc_threshold`.
-        filter_fn: called with each layer to convert and its name; where it returns false, the layer stays dense.
-        target_modules: name patterns of the layers to convert; None means all.
-        exclude_modules: name patterns of layers, or of attention modules, to leave as they are.
         heads: classifiers to replace by :class:`TaskHeads`; their weights and hooks are dropped. ``"fc"`` is the name
             of an ``nn.Linear`` and gives each task a head of its width. ``{"fc": 5}`` gives each task a head of width
             5. ``{"fc": [0, "a"]}`` also makes the heads of these two tasks at once. ``{"fc": {0: 5, "a": 2}}`` makes
@@ -69,15 +81,15 @@ def convert(
 
     Raises:
         TypeError: an argument is of a wrong type.
-        ValueError: an argument has a bad value or matches nothing; there is no layer to convert; or a layer cannot be
-            converted faithfully, because it is uninitialised or parametrized, because it sits in an attention module
-            that bypasses it, or because it shares a weight with something that is not converted.
+        ValueError: an argument has a bad value or matches nothing; there is nothing to gate; a module is uninitialised,
+            or does with its weight what a masked weight does not allow; or a tied parameter would not be gated
+            everywhere. The message lists everything that was found.
 
         If one of these is raised, nothing has been changed.
 
     Warns:
-        UserWarning: a layer that no argument leaves out stays dense, because its class only derives from one of those
-            above.
+        UserWarning: less than half of the floating parameters outside of heads and normalisation layers are gated, and
+            no argument asked for that.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -86,21 +98,23 @@ def convert(
     excluded = None if exclude_modules is None else as_patterns("exclude_modules", exclude_modules)
     names = all_names(model)
     new_heads = make_heads(names, heads)
-    chosen = choose(names, Selection(targets, excluded, filter_fn), new_heads)
-    gates = {m: Gate(d, rule) for m, d in densities_of(names, chosen, density).items()}
-    for module in chosen:
-        check_layer(module, shown(names[module][0]))
-    check_ties(names, gates, new_heads)
-    check_batch_norm(names, batch_norm)
+    problems = Problems()
+    chosen, left = choose(names, Selection(targets, excluded, filter_fn), new_heads, problems)
+    gates = {m: Gate(d, rule) for m, d in densities_of(names, chosen, density, problems).items()}
+    check_modules(names, chosen, problems)
+    check_ties(names, chosen, gates, new_heads, problems)
+    check_batch_norm(names, batch_norm, problems)
+    problems.check()
 
     _put_heads(names, new_heads)
-    _change_classes(names, gates, score_init)
+    _change_classes(names, chosen, gates, score_init)
     for module in model.modules():
         if batch_norm == "stateless" and isinstance(module, BATCH_NORM_CLASSES):
             _make_stateless(module)
         if per_task.is_norm(module):
             per_task.mark(module, per_task.norm_tensors(module))
-        _disable_fast_path(module)
+    share_scope(model, [module for module in model.modules() if isinstance(module, SubnetLayer)])
+    report.tell(model, left)
     return model
 
 
@@ -111,12 +125,10 @@ def _put_heads(names: Names, new_heads: Heads) -> None:
                 parent._modules[child_name] = new_heads[child]
 
 
-def _change_classes(names: Names, gates: Mapping[nn.Module, Gate], score_init: str) -> None:
+def _change_classes(names: Names, chosen: Chosen, gates: Mapping[nn.Module, Gate], score_init: str) -> None:
     scores = {id(g.param): g.score for m in names if isinstance(m, SubnetLayer) for g in m.gated()}
-    for module, (density, rule) in gates.items():
-        subnet = subnet_class_of(module)
-        assert subnet is not None
-        layer = subnet.from_dense(module, density, rule, score_init)
+    for module, attributes in chosen.items():
+        layer = subnet_class(module, attributes).from_dense(module, *gates[module], score_init)
         for gate in layer.gated():
             setattr(layer, f"{gate.name}_score", scores.setdefault(id(gate.param), gate.score))
 
@@ -128,16 +140,3 @@ def _make_stateless(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.
         norm.register_parameter(name, None)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         norm.register_buffer(name, None)
-
-
-def _disable_fast_path(module: nn.Module) -> None:
-    """Make torch's encoder call its layers in inference, where it would read their weights without calling them."""
-    if isinstance(module, nn.TransformerEncoderLayer) and _has_subnet(module.children()):
-        # 0 tells torch that there is no fast path for this activation. It does not change the activation itself.
-        module.activation_relu_or_gelu = 0
-    if isinstance(module, nn.TransformerEncoder) and _has_subnet(module.modules()):
-        module.use_nested_tensor = False
-
-
-def _has_subnet(modules: Iterable[nn.Module]) -> bool:
-    return any(isinstance(module, SubnetLayer) for module in modules)

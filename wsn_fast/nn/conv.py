@@ -14,13 +14,14 @@ from ..backends import choose
 from ..backends.conv_geometry import Geometry, tuning_key
 from ..ops.fusion import Fusion, conv_fusion, fuses_conv_of_any_shape
 from .gated import SubnetLayer
+from .product_layer import ProductLayer
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Size = int | tuple[int, ...]
 """One number for all spatial dimensions, or one for each."""
 
 
-class _SubnetConv(SubnetLayer):
+class _SubnetConv(ProductLayer):
     """The constructor and the forward of the convolutions. The dense class handles padding modes, groups and
     dilation."""
 
@@ -68,7 +69,7 @@ class _SubnetConv(SubnetLayer):
     def _implicit(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the convolution by :meth:`_product`. The kernel only pads with zeros and by numbers; for other
         paddings ``x`` is padded first."""
-        if x.ndim < self.weight.ndim:  # x is one image without a batch
+        if x.ndim < self._weight.ndim:  # x is one image without a batch
             return self._implicit(x.unsqueeze(0), bias).squeeze(0)
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
@@ -78,7 +79,7 @@ class _SubnetConv(SubnetLayer):
         return self._product(x, bias, Geometry(self.stride, padding, self.dilation), self.groups)
 
     def fusion(self, dtype: torch.dtype, source: str) -> Fusion:
-        weight = self.weight
+        weight = self._weight
         if weight.ndim > 4:
             return Fusion(0, "there is no fused convolution in 3-d")
         fusion = conv_fusion(weight.device, dtype, source, None, self._backend)
@@ -87,7 +88,7 @@ class _SubnetConv(SubnetLayer):
         return Fusion(0, "the implicit convolution runs only at input shapes at which it was measured to be faster")
 
     def _fuses(self, x: Tensor, dtype: torch.dtype) -> bool:
-        weight, source = self.weight, self._mask_source()
+        weight, source = self._weight, self._mask_source()
         spatial = weight.ndim - 2
         if spatial > 2 or x.ndim not in (spatial + 1, spatial + 2) or not self._takes(x, dtype):
             return False
@@ -98,10 +99,10 @@ class _SubnetConv(SubnetLayer):
         return conv_fusion(weight.device, dtype, source, self._tuning_key(x), self._backend).rows > 0
 
     def _tuning_key(self, x: Tensor) -> dict[str, int] | None:
-        if x.ndim < self.weight.ndim or isinstance(self.padding, str) or self.padding_mode != "zeros":
+        if x.ndim < self._weight.ndim or isinstance(self.padding, str) or self.padding_mode != "zeros":
             return None
         geometry = Geometry(self.stride, self.padding, self.dilation)
-        return tuning_key(x.shape, self.weight.shape, geometry, self.groups)
+        return tuning_key(x.shape, self._weight.shape, geometry, self.groups)
 
 
 class FastSubnetConv1d(_SubnetConv, nn.Conv1d):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .. import ops
 from .conv import Size
 from .gated import SubnetLayer
+from .product_layer import ProductLayer
 
 
-class _SubnetConvTranspose(SubnetLayer):
+class _SubnetConvTranspose(ProductLayer):
     """The constructor and the forward of the transposed convolutions."""
 
     CONVOLVE: ClassVar[Callable[..., Tensor]]

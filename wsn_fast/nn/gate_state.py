@@ -21,11 +21,14 @@ from .. import ops
 from ..backends import recording
 from ..ops.raw_gradients import RawGradient
 from .gate import Gated
+from .reads import Scope
 
 if TYPE_CHECKING:
     from .gated import SubnetLayer
 
 Stamp = tuple[object, ...]
+Read = tuple[tuple[Any, ...], Tensor | None]
+"""A masked tensor that an attribute returned, after what it depends on."""
 MIXED: Stamp = ("gradients of passes with different values", None)
 """Where a stamp is expected: no present values have it."""
 
@@ -165,13 +168,17 @@ class GateState:
         ready: the gates that were made for the next forward pass, by gated tensor.
         given: the masked tensors for the forward pass of the model that is running, by gated tensor.
         kept: the masked tensors of the finished task in use.
+        scope: whether forward passes run, in which the attributes of gated tensors are masked.
+        reads: the masked tensors that such attributes returned in the forward pass that is running.
         compute_dtypes: the dtype of each masked tensor in the last training forward pass, while :attr:`gates_ahead`.
         compiled: whether compiled code has run the forward pass of the layer.
         traced: whether compiled code has used a weight since the last step, and nothing is known about its gradient.
     """
 
-    def __init__(self, keep_masked: bool | int = True, gates_ahead: bool = False) -> None:
+    def __init__(self, keep_masked: bool | int = True, gates_ahead: bool = False, scope: Scope | None = None) -> None:
         self.keep_masked, self.gates_ahead = keep_masked, gates_ahead
+        self.scope = Scope() if scope is None else scope
+        self.reads: dict[str, Read] = {}
         self._owner: weakref.ref[object] | None = None
         self.has_owner = False
         self._owned: set[int] = set()  # ids of the tensors whose raw gradients go to the owner
@@ -185,8 +192,8 @@ class GateState:
         self.compiled = self.traced = False
         self._about: dict[str, RawGradient] = {}
 
-    def __reduce__(self) -> tuple[type[GateState], tuple[bool | int, bool]]:
-        return GateState, (self.keep_masked, self.gates_ahead)  # a copy has no optimizer
+    def __reduce__(self) -> tuple[type[GateState], tuple[bool | int, bool, Scope]]:
+        return GateState, (self.keep_masked, self.gates_ahead, self.scope)  # a copy has no optimizer
 
     # --- who takes the gradients
     @property
@@ -234,6 +241,7 @@ class GateState:
         self.ready.clear()
         self.drop_kept()
         self.given.clear()
+        self.reads.clear()
 
     def drop_kept(self) -> None:
         """The masked tensors of finished tasks will not be needed for a while, or are those of other masks."""
@@ -304,7 +312,7 @@ class GateState:
             self.traced |= compiling
         if not compiling:
             self.noted += 1
-        self.note(name, last, waiting=getattr(layer, name).grad is not None)
+        self.note(name, last, waiting=layer.param(name).grad is not None)
         return masked
 
     def note(self, name: str, last: Pass, waiting: bool) -> None:

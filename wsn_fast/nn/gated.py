@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from operator import is_
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..backends.conv_geometry import Geometry
-from ..ops.autograd import GateForm, ProductForm, RawGate, SubnetGate, SubnetProduct
-from ..ops.fusion import FUSED_DTYPES, Fusion
+from ..ops.autograd import GateForm, RawGate, SubnetGate
+from ..ops.fusion import Fusion
 from . import rows
 from .gate import Gated, check_gateable
 from .gate_state import GateState
+from .reads import reading
 from .scores import check_score_init, draw
 from .task_ids import TaskId, encode_json
 from .transforms import are_active, masked_within
@@ -34,18 +35,17 @@ L = TypeVar("L", bound="SubnetLayer")
 class SubnetLayer(nn.Module):
     """The base of all subnet layers. It comes before the dense class among the bases of a layer.
 
-    A new kind of layer sets ``DENSE``, and sets or overrides only what differs from the defaults: the class attributes
-    ``TRANSPOSED``, ``OWN`` and ``SERVES_MIXED_BATCHES``, and the methods :meth:`is_made_from`, :meth:`fan_in`,
-    :meth:`fusion` and :meth:`_complete`. CONTRIBUTING.md has the steps.
+    There are two kinds. A :class:`~wsn_fast.nn.product_layer.ProductLayer` masks its weight and bias itself; a
+    :class:`~wsn_fast.nn.tensors.GatedModule` is any module, of which the gated tensors are masked when they are read.
 
-    Attributes:
-        weight, bias: as in the dense layer.
-        weight_score, bias_score: the scores, of the same shape and dtype; None without a bias.
-        weight_masks, bias_masks: ``uint8`` [T, ceil(n / 8)], the packed masks of finished tasks.
-        weight_union, bias_union: ``uint8`` [ceil(n / 8)], the OR of those rows; None before the first task has ended.
+    Attributes, here for a gated tensor called ``weight``:
+        weight: as in the dense layer. In a forward pass whoever reads it gets the masked tensor; see
+            :mod:`wsn_fast.nn.reads`.
+        weight_score: the scores, of the same shape and dtype; None if the tensor is None.
+        weight_masks: ``uint8`` [T, ceil(n / 8)], the packed masks of finished tasks.
+        weight_union: ``uint8`` [ceil(n / 8)], the OR of those rows; None before the first task has ended.
+        weight_view: the packed mask in use, or None for the mask of the current scores (see :attr:`active_row`).
         tasks: the ids of the rows. Like density and rule, they are saved in the layer's extra state.
-        weight_view, bias_view: the packed mask in use, or None for the mask of the current scores (see
-            :attr:`active_row`).
         row_tasks: int32 [B], the row of the masks that each row of a batch uses, while several tasks share a pass; None
             otherwise (see :mod:`wsn_fast.continual.mixed_batch`).
         task_density: the density of the task in training if it has one of its own; None means :attr:`density`.
@@ -53,8 +53,9 @@ class SubnetLayer(nn.Module):
         gate_state: what the layer keeps from one forward pass to the next.
     """
 
-    GATED: ClassVar[tuple[str, ...]] = ("weight", "bias")
-    TENSORS: ClassVar[tuple[str, ...]] = ("weight", "weight_score", "bias", "bias_score")
+    GATED: ClassVar[tuple[str, ...]] = ()
+    """The names of the gated tensors."""
+    TENSORS: ClassVar[tuple[str, ...]] = ()
     """The names of the gated tensors and of their scores."""
     DENSE: ClassVar[type[nn.Module]]
     """The dense class that :meth:`become_dense` turns a layer into, and by default the one that it is made from."""
@@ -68,17 +69,15 @@ class SubnetLayer(nn.Module):
     )  # fmt: skip
     """The attributes, without tensors, that :meth:`become_dense` deletes, because a ``DENSE`` has none of them."""
 
-    weight: Tensor
-    bias: Tensor | None
-    weight_score: Tensor
-    weight_masks: Tensor
-    weight_union: Tensor | None
-    weight_view: Tensor | None
-    bias_masks: Tensor
-    bias_score: Tensor | None
     tasks: list[TaskId]
     task_density: float | None
     rule: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.TENSORS = tuple(f"{name}{end}" for name in cls.GATED for end in ("", "_score"))
+        for name in cls.GATED:
+            setattr(cls, name, reading(name))
 
     def _init_subnet(self, density: float, rule: str, score_init: str = "default") -> None:
         """Add scores and empty masks to a layer whose weight and bias exist."""
@@ -92,7 +91,7 @@ class SubnetLayer(nn.Module):
         self.gate_state = GateState()
         self._score_init = check_score_init(score_init)
         for name in self.GATED:
-            param = getattr(self, name)
+            param = self._parameters[name]
             score = masks = None
             if param is not None:
                 check_gateable(name, param)
@@ -186,7 +185,7 @@ class SubnetLayer(nn.Module):
         # Optimizers call this at every step, so it avoids the slow attribute access of nn.Module where it can.
         parameters, buffers = self._parameters, self._buffers
         for name in self.GATED:
-            param = parameters[name] if name in parameters else getattr(self, name)
+            param = self.param(name)
             if param is not None:
                 score = f"{name}_score"
                 scores = parameters[score] if score in parameters else getattr(self, score)
@@ -206,7 +205,7 @@ class SubnetLayer(nn.Module):
             ValueError: ``mode`` is another one.
         """
         for gate in self.gated():
-            draw(gate.score, check_score_init(mode), self.fan_in())
+            draw(gate.score, check_score_init(mode), self.fan_in(gate.name))
 
     @torch.no_grad()
     def initialise(self, names: Iterable[str]) -> None:
@@ -217,15 +216,16 @@ class SubnetLayer(nn.Module):
         """
         for name in names:
             param = self._parameters[name]
-            if param is not None and not param.is_meta:
-                if name.endswith("_score"):
-                    draw(param, self._score_init, self.fan_in())
+            if param is not None and not param.is_meta and name in self.TENSORS:
+                if name not in self.GATED:
+                    draw(param, self._score_init, self.fan_in(name.removesuffix("_score")))
                 else:
                     param.fill_(math.nan)
 
-    def fan_in(self) -> int:
-        """The fan-in of the weight as torch counts it when it initialises a weight: the elements of ``weight[0]``."""
-        return self.weight[0].numel()
+    def fan_in(self, name: str) -> int:
+        """The fan-in that the scores of the gated tensor ``name`` are drawn with. For the weight of a product it is
+        counted as torch counts it when it initialises a weight: the elements of ``weight[0]``."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def masks_of_scores(self) -> dict[str, Tensor]:
@@ -238,7 +238,7 @@ class SubnetLayer(nn.Module):
     def mask(self, name: str, row: int) -> Tensor:
         """The mask of the gated tensor ``name`` for the finished task at ``row`` of :attr:`tasks`: bool, in the shape
         of the tensor."""
-        return ops.unpack_mask(getattr(self, f"{name}_masks")[row], getattr(self, name).shape)
+        return ops.unpack_mask(getattr(self, f"{name}_masks")[row], self.param(name).shape)
 
     @torch.inference_mode(False)  # masks are read by training too
     def append_task(self, task: TaskId, packed: Mapping[str, Tensor]) -> None:
@@ -268,8 +268,7 @@ class SubnetLayer(nn.Module):
 
         With the mask of a finished task the result needs no gradient, because these weights never change again.
         """
-        parameters, state = self._parameters, self.gate_state  # faster than the attributes of nn.Module
-        param = parameters[name] if name in parameters else getattr(self, name)
+        param, state = self.param(name), self.gate_state
         if param is None:
             return None
         given = state.given.get(name)
@@ -294,33 +293,40 @@ class SubnetLayer(nn.Module):
         gated: Tensor = SubnetGate.apply(param, score, union, form, ahead)
         return gated
 
-    def taken(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The masked weight and bias that the layer was given for the forward pass that is running, if they are right
-        for the input ``x``: the short way through a forward pass, which costs little more than a dense layer's."""
-        state = self.gate_state
-        given = state.given
-        if not given or self.row_tasks is not None:
-            return None
-        compiling, parameters = is_compiling(), self._parameters
-        kind = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type  # the last takes five times as long
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        weight, bias, other = given.get("weight"), given.get("bias"), parameters.get("bias")
-        if weight is None or not weight.is_for(parameters.get("weight"), dtype, compiling):
-            return None
-        if other is not None and (bias is None or not bias.is_for(other, dtype, compiling)):
-            return None
-        if weight.score is None and not compiling:
-            return weight.masked, None if bias is None else bias.masked
-        if not weight.may_be_taken(compiling):
-            return None
-        return state.take("weight", weight, compiling), None if bias is None else state.take("bias", bias, compiling)
+    def read(self, name: str) -> Tensor | None:
+        """What code gets that reads the gated tensor ``name`` in a forward pass: the masked tensor, in the dtype of the
+        tensor. It is made once in a pass."""
+        parameters, state = self._parameters, self.gate_state
+        param, score = parameters[name], parameters.get(f"{name}_score")
+        if param is None or score is None:
+            return param
+        given = state.given.get(name)
+        if given is not None and given.score is None and given.is_for(param, param.dtype, False):
+            return given.masked
+        if is_compiling() or are_active():
+            return self.masked(name, param.dtype)
+        now = param, score, param._version, score._version, self._active_row, torch.is_grad_enabled()
+        then, masked = state.reads.get(name, ((), param))
+        if len(then) != len(now) or not all(map(is_, then, now)):
+            masked = self.masked(name, param.dtype)
+            if state.scope.running:
+                state.reads[name] = now, masked
+                state.scope.keep(state.reads)
+        return masked
+
+    def param(self, name: str) -> Any:
+        """The gated tensor ``name`` itself, also in a forward pass; None if the layer has none."""
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
 
     @property
     def one_pass(self) -> bool:
         """Whether backward hands over raw gradients: the layer has an owner (see :attr:`GateState.owner`), and the user
-        has frozen none of its parameters."""
-        # All parameters of a subnet layer are gated tensors and their scores.
-        return self.gate_state.has_owner and all(p is None or p.requires_grad for p in self._parameters.values())
+        has frozen none of its gated tensors and scores."""
+        parameters = self._parameters
+        return self.gate_state.has_owner and all(
+            param is None or param.requires_grad for param in map(parameters.get, self.TENSORS)
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.gate_state.drop()
@@ -330,12 +336,8 @@ class SubnetLayer(nn.Module):
         return self
 
     def dtype_of_pass(self, x: Tensor) -> torch.dtype:
-        """The dtype in which this layer computes: that of autocast if it is on, else that of the weight."""
-        dtype, kind = self.weight.dtype, x.device.type
-        # Autocast itself leaves float64 alone and does not know meta tensors.
-        if dtype is torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
-            return dtype
-        return torch.get_autocast_dtype(kind)
+        """The dtype of the masked tensors for an input, or a gated tensor, ``x``."""
+        return x.dtype
 
     def fusion(self, dtype: torch.dtype, source: str) -> Fusion:
         """Up to how many rows of a batch this layer uses the fused product (see :mod:`wsn_fast.ops.fusion`), and why.
@@ -350,28 +352,6 @@ class SubnetLayer(nn.Module):
         """The largest number of rows at which one pass with :attr:`row_tasks` was measured to be faster than one pass
         for each task; 0 if none was."""
         return 0
-
-    def _mask_source(self) -> str:
-        """Where the mask of the weight comes from: "scores" in training, "packed" for a finished task."""
-        return "scores" if self.weight_view is None else "packed"
-
-    def _product(
-        self, x: Tensor, bias: Tensor | None, geometry: Geometry | None, groups: int = 1, transposed: bool = False
-    ) -> Tensor:
-        """Multiply ``x``, in the compute dtype, with the masked weight without writing that weight to memory."""
-        packed = self.weight_view
-        weight, score = (self.weight, self.weight_score) if packed is None else (self.weight.detach(), None)
-        form = ProductForm(self.gate_density, self.rule, self._backend, geometry, groups, transposed)
-        result: Tensor = SubnetProduct.apply(x, weight, score, bias, self.weight_union, packed, form)
-        return result
-
-    def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether :meth:`_product` can take ``x``. Where it cannot, torch's own product runs and reports bad inputs."""
-        if (self.one_pass and self.weight_view is None) or (not is_compiling() and are_active()):
-            return False
-        if self.weight.dtype not in FUSED_DTYPES or self.weight_score.dtype not in FUSED_DTYPES:
-            return False
-        return x.device == self.weight.device and (x.dtype is dtype or torch.is_autocast_enabled(x.device.type))
 
     def get_extra_state(self) -> Tensor:
         """The ids of the finished tasks, the densities and the rule as JSON bytes, for ``state_dict``.

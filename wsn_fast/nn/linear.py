@@ -10,9 +10,10 @@ from .. import ops
 from ..ops import products
 from ..ops.fusion import Fusion, fused_rows, linear_fusion
 from .gated import SubnetLayer
+from .product_layer import ProductLayer
 
 
-class _SubnetLinear(SubnetLayer):
+class _SubnetLinear(ProductLayer):
     """The forward of the linear layers."""
 
     in_features: int
@@ -36,12 +37,12 @@ class _SubnetLinear(SubnetLayer):
         return F.linear(x, weight.t() if self.TRANSPOSED else weight, bias)
 
     def fusion(self, dtype: torch.dtype, source: str) -> Fusion:
-        weight, (n, k) = self.weight, self.weight.shape
+        weight, (n, k) = self._weight, self._weight.shape
         return linear_fusion("masked_linear", weight.device, dtype, source, n, k, self._backend)
 
     def _fuses(self, x: Tensor, dtype: torch.dtype) -> bool:
-        n, k = self.weight.shape
-        limit = fused_rows("masked_linear", self.weight.device, dtype, self._mask_source(), n, k, self._backend)
+        n, k = self._weight.shape
+        limit = fused_rows("masked_linear", self._weight.device, dtype, self._mask_source(), n, k, self._backend)
         if limit == 0 or x.ndim == 0 or x.shape[-1] != self.in_features or not self._takes(x, dtype):
             return False
         return 0 < x.numel() // self.in_features <= limit
@@ -53,14 +54,14 @@ class _SubnetLinear(SubnetLayer):
             raise ValueError(
                 f"x must be [{len(tasks)}, ..., {self.in_features}] for {len(tasks)} rows, got {tuple(x.shape)}"
             )
-        flat = x.reshape(-1, self.in_features)
+        flat, bias = x.reshape(-1, self.in_features), self.param("bias")
         y = products.masked_linear_tasks(
             flat,
-            self.weight.detach(),
+            self._weight.detach(),
             self.weight_masks,
             tasks.repeat_interleave(len(flat) // max(len(tasks), 1)),
-            None if self.bias is None else self.bias.detach(),
-            None if self.bias is None else self.bias_masks,
+            None if bias is None else bias.detach(),
+            None if bias is None else self.bias_masks,
             self._backend,
         )
         return y.view(*x.shape[:-1], self.out_features)
@@ -100,7 +101,7 @@ class FastSubnetLinear(_SubnetLinear, nn.Linear):  # type: ignore[misc]  # torch
         self._init_subnet(density, rule)
 
     def mixed_batch_rows(self) -> int:
-        weight, (n, k) = self.weight, self.weight.shape
+        weight, (n, k) = self._weight, self._weight.shape
         operation = "masked_linear_tasks"
         return linear_fusion(operation, weight.device, weight.dtype, "packed", n, k, self._backend).rows
 
@@ -144,9 +145,9 @@ class FastSubnetTransposedLinear(_SubnetLinear):
         return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
     def _complete(self) -> None:
-        self.in_features, self.out_features = self.weight.shape
+        self.in_features, self.out_features = self._weight.shape
 
-    def fan_in(self) -> int:
+    def fan_in(self, name: str) -> int:
         return self.in_features
 
     def extra_repr(self) -> str:

@@ -186,7 +186,9 @@ class ModelGates:
             owned: the ids of the parameters that the optimizer has updated.
         """
         if self._ahead is None or not self._ahead.holds(owned):
-            self._ahead = Ahead([layer for layer in self.layers if id(layer.weight) in owned], owned)
+            self._ahead = Ahead(
+                [layer for layer in self.layers if any(id(gate.param) in owned for gate in layer.gated())], owned
+            )
         self._ahead.make(self._plan)
 
     # --- clipping
@@ -206,7 +208,7 @@ class ModelGates:
         """
         mine = False
         for layer, name, grad, version, noted, last in self._clipped:
-            now, state = getattr(layer, name).grad, layer.gate_state
+            now, state = layer.param(name).grad, layer.gate_state
             replaced = now is not None and state.noted == noted and state.passes.get(name) is last
             if (now is grad and grad._version != version) or (now is not grad and replaced):
                 self.forget_clipping()  # else each later step would be refused too
