@@ -77,9 +77,9 @@ class Story(RuleBasedStateMachine):
         return data.draw(st.sampled_from(list(self.known)), "task")
 
     def in_a_task(self) -> None:
-        """Begin a task if none is in progress. If many are finished, the first one goes."""
+        """Begin a task if none is in progress. If many are finished, the first ones go."""
         if self.current is None:
-            if len(self.known) > 4:
+            while len(self.known) > 4:
                 self.remove_now(next(iter(self.known)))
             self.begin_now(next(task for task in TASKS if task not in self.known))
 
