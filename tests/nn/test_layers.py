@@ -21,7 +21,7 @@ from wsn_fast import (
 )
 from wsn_fast.nn.gated import SubnetLayer
 from wsn_fast.nn.linear import FastSubnetTransposedLinear
-from wsn_fast.nn.registry import LAYERS, subnet_class
+from wsn_fast.nn.registry import LAYERS, product_class
 from wsn_fast.reference import specification
 
 
@@ -321,7 +321,7 @@ def test_default_scores_keep_within_the_bound_of_torch(name: str) -> None:
     # Conv1D stores its weight the other way round.
     weight = layer.weight.t() if isinstance(layer, FastSubnetTransposedLinear) else layer.weight
     fan_in, _ = nn.init._calculate_fan_in_and_fan_out(weight)
-    assert layer.fan_in() == fan_in
+    assert layer.fan_in("weight") == fan_in
     for gate in layer.gated():
         assert 0 < gate.score.abs().max() <= fan_in**-0.5
     if isinstance(layer, parent):
@@ -334,9 +334,11 @@ def test_a_layer_says_what_it_is(name: str) -> None:
     layer = make()
     assert type(layer) in LAYERS
     assert layer.DENSE is parent
-    if isinstance(layer, parent):
-        assert subnet_class(parent) is type(layer)
     assert tuple(n for n in layer.OWN if n in vars(layer)) == layer.OWN
+    if isinstance(layer, parent):
+        dense = copy.deepcopy(layer)
+        dense.become_dense({gate.name: gate.param for gate in dense.gated()})
+        assert product_class(dense) is type(layer)
 
 
 def test_unknown_score_initialisation() -> None:

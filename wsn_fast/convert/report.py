@@ -72,7 +72,7 @@ def _left_out(left: Sequence[Left]) -> str:
     kinds: defaultdict[tuple[str, str], list[Left]] = defaultdict(list)
     for one in left:
         why = f"{one.reason} leaves it out" if one.asked else one.reason
-        kinds[type(one.module).__name__, why].append(one)
+        kinds[one.kind, why].append(one)
     sizes = {kind: sum(one.tensor.numel() for one in ones) for kind, ones in kinds.items()}
     largest = sorted(kinds, key=lambda kind: -sizes[kind])
     listed = [f"{len(kinds[k])} x {k[0]} such as {kinds[k][0].name} ({k[1]}; {sizes[k]:,})" for k in largest[:_SHOWN]]

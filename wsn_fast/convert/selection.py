@@ -49,14 +49,14 @@ class Left(NamedTuple):
 
     Attributes:
         name: its name.
-        module: the module that has it.
+        kind: the name of the class of its module.
         tensor: the Parameter.
         reason: why it is left out.
         asked: whether an argument of the user left it out.
     """
 
     name: str
-    module: nn.Module
+    kind: str
     tensor: Tensor
     reason: str
     asked: bool
@@ -69,14 +69,14 @@ class Selection(NamedTuple):
     excluded: tuple[str, ...] | None
     filter_fn: FilterFn | None
 
-    def left_by(self, module: nn.Module, own: list[str], attribute: str) -> str:
-        """The argument that leaves a Parameter out; empty if none does."""
+    def left_by(self, own: list[str], attribute: str) -> str:
+        """The argument that leaves a Parameter out by its name; empty if none does."""
         names = tensor_names(own, attribute)
         if any(matches(pattern, name) for pattern in self.excluded or () for name in names):
             return "exclude_modules"
         if self.targets is not None and not any(matches(p, name) for p in self.targets for name in names):
             return "target_modules"
-        return "" if self.filter_fn is None or self.filter_fn(module, own[0]) else "filter_fn"
+        return ""
 
     def names_tensor(self, own: list[str], attribute: str) -> bool:
         """Whether a pattern of ``target_modules`` names this very Parameter, and not only its module."""
@@ -111,12 +111,15 @@ def choose(
     for module, own in names.items():
         if isinstance(module, SubnetLayer):
             known += (name for attribute in module.GATED for name in tensor_names(own, attribute))
-        elif module not in of_heads and not per_task.is_norm(module):
+        elif not per_task.is_norm(module):
             known += (name for attribute in module._parameters for name in tensor_names(own, attribute))
-            gated, others = _of_module(module, own, selection)
+            gated, others = ((), []) if module in of_heads else _of_module(module, own, selection)
             left += others
-            if gated:
+            if gated and (selection.filter_fn is None or selection.filter_fn(module, own[0])):
                 chosen[module] = gated
+            else:
+                places = [(tensor_names(own, attribute)[0], module._parameters[attribute]) for attribute in gated]
+                left += (Left(n, type(module).__name__, p, "filter_fn", True) for n, p in places if p is not None)
     selection.check_used(known, problems)
     if not chosen and not any(isinstance(module, SubnetLayer) for module in names):
         rejected = sorted({one.name.rpartition(".")[0] for one in left if one.asked})
@@ -139,7 +142,7 @@ def _of_module(module: nn.Module, own: list[str], selection: Selection) -> tuple
     for attribute, param in module._parameters.items():
         if param is None:
             continue
-        reason, asked = selection.left_by(module, own, attribute), True
+        reason, asked = selection.left_by(own, attribute), True
         if not reason:
             reason, asked = _obstacle(attribute, param, product is not None), False
             if reason and selection.names_tensor(own, attribute) and param.dtype in ops.SCORE_DTYPES and param.numel():
@@ -147,7 +150,7 @@ def _of_module(module: nn.Module, own: list[str], selection: Selection) -> tuple
             if not reason and product is None and collision is not None:
                 reason = f"its attribute {collision!r} has a name that subnet layers use"
         if reason:
-            left.append(Left(tensor_names(own, attribute)[0], module, param, reason, asked))
+            left.append(Left(tensor_names(own, attribute)[0], type(module).__name__, param, reason, asked))
         else:
             gated.append(attribute)
     return tuple(gated), left

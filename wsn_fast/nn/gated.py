@@ -91,7 +91,7 @@ class SubnetLayer(nn.Module):
         self.gate_state = GateState()
         self._score_init = check_score_init(score_init)
         for name in self.GATED:
-            param = self._parameters[name]
+            param = self.param(name)
             score = masks = None
             if param is not None:
                 check_gateable(name, param)
@@ -185,7 +185,7 @@ class SubnetLayer(nn.Module):
         # Optimizers call this at every step, so it avoids the slow attribute access of nn.Module where it can.
         parameters, buffers = self._parameters, self._buffers
         for name in self.GATED:
-            param = self.param(name)
+            param = parameters[name] if name in parameters else getattr(self, name)
             if param is not None:
                 score = f"{name}_score"
                 scores = parameters[score] if score in parameters else getattr(self, score)
@@ -268,7 +268,8 @@ class SubnetLayer(nn.Module):
 
         With the mask of a finished task the result needs no gradient, because these weights never change again.
         """
-        param, state = self.param(name), self.gate_state
+        parameters, state = self._parameters, self.gate_state  # faster than the attributes of nn.Module
+        param = parameters[name] if name in parameters else getattr(self, name)
         if param is None:
             return None
         given = state.given.get(name)

@@ -136,7 +136,8 @@ class FastSubnetTransposedLinear(_SubnetLinear):
         self.nx, self.nf = in_features, out_features
         self.weight = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=0.02)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        zeros = torch.zeros(out_features, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
         self._init_subnet(density, rule)
 
     @classmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from copyreg import __newobj__ as new_object  # type: ignore[attr-defined]  # what every class without __reduce__ uses
+from copyreg import __newobj__ as new_object  # what every class without __reduce__ uses
 from functools import cache
 from types import CodeType
 from typing import Any, ClassVar
@@ -73,6 +73,8 @@ def reading(name: str) -> property:
     def get(layer: Any) -> Tensor | None:
         parameters = layer._parameters
         if name not in parameters:
+            if name in vars(layer):
+                return vars(layer)[name]  # type: ignore[no-any-return]
             raise AttributeError(name)  # nn.Module looks elsewhere then
         param: Tensor | None = parameters[name]
         if param is None or not layer.gate_state.scope.are_masked():
@@ -139,7 +141,7 @@ def share_scope(model: nn.Module, layers: Iterable[nn.Module]) -> Scope:
         if module not in states and not isinstance(module, Reader):
             inner = {name for child in module.modules() if child in states for name in child.GATED}  # type: ignore[union-attr]
             if inner and reads(type(module), inner):
-                module.__class__ = reader_class(type(module))
+                module.__class__ = reader_class(type(module))  # type: ignore[arg-type]  # mypy takes the hash of an instance
         if isinstance(module, Reader):
             module.__dict__[_SCOPE] = scope
     return scope

@@ -25,7 +25,8 @@ def product_class(module: nn.Module) -> type[SubnetLayer] | None:
     layer = exact or next((layer for layer in LAYERS if _is_derived(kind, layer.DENSE)), None)
     if layer is None or not {*module._parameters} <= {*layer.GATED} or not _is_plain(module):
         return None
-    return layer if exact else derived_class(layer, kind)
+    # mypy takes the hash of a class for that of its instances.
+    return layer if exact else derived_class(layer, kind)  # type: ignore[arg-type]
 
 
 def _is_derived(kind: type[nn.Module], dense: type[nn.Module]) -> bool:
@@ -48,4 +49,6 @@ def subnet_class(module: nn.Module, names: tuple[str, ...]) -> type[SubnetLayer]
     """The class that ``module`` becomes when its Parameters ``names`` are gated."""
     product = product_class(module)
     own = tuple(name for name, param in module._parameters.items() if param is not None)
-    return product if product is not None and {*names} == {*own} else gated_class(type(module), names)
+    if product is not None and {*names} == {*own}:
+        return product
+    return gated_class(type(module), names)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from wsn_fast.convert.patterns import Patterns
 from wsn_fast.integrations.lightning import guard
 from wsn_fast.nn import per_task
 from wsn_fast.nn.gated import SubnetLayer
+from wsn_fast.nn.product_layer import ProductLayer
 from wsn_fast.nn.scores import check_score_init
 
 Masks = Mapping[str, Tensor | None]
@@ -193,11 +194,11 @@ class FastSubnetBackbone(WSNMaskBackbone):
     @contextmanager
     def _masked_by(self, masks: tuple[Masks, Masks]) -> Iterator[None]:
         try:
-            for gated, of_layers in zip(SubnetLayer.GATED, masks, strict=True):
+            for gated, of_layers in zip(ProductLayer.GATED, masks, strict=True):
                 for name, layer in self._layers.items():
                     mask = of_layers[name]
                     if mask is not None:
-                        setattr(layer, f"{gated}_view", ops.pack_mask(mask.to(layer.weight.device) != 0))
+                        setattr(layer, f"{gated}_view", ops.pack_mask(mask.to(layer.param(gated).device) != 0))
             yield
         finally:
             for layer in self._layers.values():
