@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..convert.patterns import matches
 from ..nn import per_task, shown_rows
+from ..nn.densities import Densities, check_densities, density_of
 from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
@@ -94,33 +95,37 @@ class ModelParts:
                         f"{tasks}: its module was added or replaced after WSN(model)"
                     )
 
-    def task_densities(self, density: Density | None) -> dict[str, float | None]:
+    def task_densities(self, density: Density | None) -> dict[str, Densities | None]:
         """The density of a task for each layer by name; None where the density of the layer holds.
 
         Raises:
             ValueError: a density is outside (0, 1], or a pattern matches no layer.
         """
-        names = list(self.layers)
-        own: dict[str, float | None] = dict.fromkeys(names)
-        if density is None:
-            return own
         if not isinstance(density, Mapping):
-            return dict.fromkeys(names, ops.check_density(density))
+            return dict.fromkeys(self.layers, None if density is None else ops.check_density(density))
+        places = {
+            f"{name}.{gate.name}".lstrip("."): (name, gate.name)
+            for name, x in self.layers.items()
+            for gate in x.gated()
+        }
+        given: dict[str, dict[str, float]] = {}
         for pattern, value in reversed(list(density.items())):  # so that the first match counts
-            hits = [name for name in names if matches(pattern, name)]
+            hits = [place for tensor, place in places.items() if matches(pattern, tensor)]
             if not hits:
-                raise ValueError(f"density pattern {pattern!r} matches no subnet layer; layers: {names}")
-            own.update(dict.fromkeys(hits, ops.check_density(value, f"density[{pattern!r}]")))
-        return own
+                raise ValueError(f"density pattern {pattern!r} matches no subnet layer; layers: {list(self.layers)}")
+            for name, tensor in hits:
+                given.setdefault(name, {})[tensor] = ops.check_density(value, f"density[{pattern!r}]")
+        own = {name: {g.name: density_of(x.density, g.name) for g in x.gated()} for name, x in self.layers.items()}
+        return {name: check_densities(own[name] | given[name]) if name in given else None for name in self.layers}
 
-    def check_tied(self, densities: Mapping[str, float | None]) -> None:
+    def check_tied(self, densities: Mapping[str, Densities | None]) -> None:
         """Raise ``ValueError`` if layers that share a weight and its scores have different densities. Each would have
         its own mask then, and only one of the masks would be stored."""
         first: dict[tuple[int, int], str] = {}
         for name, layer in self.layers.items():
             for gate in layer.gated():
                 other = first.setdefault((id(gate.param), id(gate.score)), name)
-                own, others = (densities[n] or self.layers[n].density for n in (name, other))
+                own, others = (density_of(densities[n] or self.layers[n].density, gate.name) for n in (name, other))
                 if own != others:
                     raise ValueError(
                         f"{other} and {name} are tied and share one mask, so they need one density, got {others} and "

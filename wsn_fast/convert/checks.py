@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..nn import per_task
+from ..nn.densities import Densities, density_of
 from ..nn.gated import SubnetLayer
 from .problems import Problems
 from .selection import Chosen, Names, gated_places, shown
@@ -21,7 +22,7 @@ BATCH_NORM_CLASSES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBat
 class Gate(NamedTuple):
     """How the tensors of a module will be gated."""
 
-    density: float
+    density: Densities
     rule: str
 
 
@@ -87,13 +88,15 @@ def _check_tie(tied: list[_Use], gated: list[_Use], gates: Mapping[nn.Module, Ga
             f"{tied[0].name} and {tied[-1].name} share memory but are not one Parameter: make them one, or copy one"
         )
     else:
-        shared = {use.name: _gate(use.module, gates) for use in tied}
+        shared = {use.name: _gate(use, gates) for use in tied}
         if len({*shared.values()} - {None}) > 1:
             problems.add(f"one tied parameter needs one density and rule: {shared}")
 
 
-def _gate(module: nn.Module, gates: Mapping[nn.Module, Gate]) -> Gate | None:
-    return Gate(module.density, module.rule) if isinstance(module, SubnetLayer) else gates.get(module)
+def _gate(use: _Use, gates: Mapping[nn.Module, Gate]) -> Gate | None:
+    module = use.module
+    gate = Gate(module.density, module.rule) if isinstance(module, SubnetLayer) else gates.get(module)
+    return None if gate is None else Gate(density_of(gate.density, use.attribute), gate.rule)
 
 
 def check_batch_norm(names: Names, batch_norm: str, problems: Problems) -> None:

@@ -10,10 +10,12 @@ from torch.nn.parameter import is_lazy
 
 from .. import ops
 from ..nn import per_task
+from ..nn.densities import Densities, check_densities
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
 from ..nn.registry import product_class
 from ..nn.tensors import colliding_name, is_matrix
+from . import slices
 from .patterns import as_patterns, matches, names_it
 from .problems import Problems
 
@@ -170,9 +172,10 @@ def _obstacle(attribute: str, param: Tensor, of_product: bool) -> str:
 
 
 def densities_of(
-    names: Names, chosen: Chosen, density: float | Mapping[str, float], problems: Problems
-) -> dict[nn.Module, float]:
-    """The density of each chosen module. Notes what is wrong with the patterns.
+    names: Names, chosen: Chosen, density: float | Mapping[str, slices.Density], problems: Problems
+) -> dict[nn.Module, Densities]:
+    """The density of the tensors of each chosen module. Notes what is wrong with the patterns. In ``chosen``, attention
+    that will be split (see :mod:`wsn_fast.convert.slices`) gets the names that its tensors will have.
 
     Raises:
         TypeError, ValueError: a density is no number in (0, 1].
@@ -180,21 +183,29 @@ def densities_of(
     if not isinstance(density, Mapping):
         return dict.fromkeys(chosen, ops.check_density(density))
     as_patterns("density", density)
-    by_pattern = {p: ops.check_density(d, f"density[{p!r}]") for p, d in density.items()}
-    densities = {}
+    by_pattern = {p: slices.check_density(d, f"density[{p!r}]") for p, d in density.items()}
+    densities: dict[nn.Module, Densities] = {}
     # A pattern may also name layers that an earlier call converted. They stay as they are.
     unused = by_pattern.keys() - {"*"}
     for module in (*chosen, *(m for m in names if isinstance(m, SubnetLayer))):
         found = {a: _first(by_pattern, names[module], a) for a in chosen.get(module) or module.GATED}  # type: ignore[union-attr]
         unused -= {*found.values()}
         if module in chosen:
-            name, wanted = shown(names[module][0]), {by_pattern.get(p or "") for p in found.values()}
-            if None in wanted:
-                problems.add(f"density has no pattern for {name} ('*' takes the rest)")
-            elif len(wanted) > 1:
-                problems.add(f"density: the tensors of {name} need one density, got those of {found}")
+            lacking = [attribute for attribute, pattern in found.items() if pattern is None]
+            if lacking:
+                what = (
+                    shown(names[module][0])
+                    if len(lacking) == len(found)
+                    else tensor_names(names[module], lacking[0])[0]
+                )
+                problems.add(f"density has no pattern for {what} ('*' takes the rest)")
             else:
-                densities[module] = wanted.pop() or 0.0
+                try:
+                    each = slices.spread(module, {a: by_pattern[p] for a, p in found.items() if p is not None})
+                except ValueError as error:
+                    problems.add(f"density: {shown(names[module][0])}: {error}")
+                else:
+                    chosen[module], densities[module] = tuple(each), check_densities(each)
     if unused:
         problems.add(
             f"density: the patterns {sorted(unused)} have no effect: they match no layer to convert, or an earlier "

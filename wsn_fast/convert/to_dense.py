@@ -21,8 +21,9 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
 
     Subnet layers become modules of their dense classes (``nn.Linear``, ``nn.LSTM`` and so on), ``TaskHeads`` becomes
     the ``nn.Linear`` of the task, and per-task tensors get the values of the task. The copy contains nothing of this
-    library, so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``. A
-    layer that was Hugging Face's ``Conv1D`` becomes an ``nn.Linear``, whose weight is a transposed view
+    library, so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``. For
+    this, what is fixed in ``model`` needs no gradient in the copy either, because PyTorch chooses some of its kernels
+    by that: call ``requires_grad_(True)`` to train it. A layer that was Hugging Face's ``Conv1D`` becomes an ``nn.Linear``, whose weight is a transposed view
     and not contiguous.
 
     Args:
@@ -54,7 +55,7 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
         memo.update({id(tensor): tensor for tensor in tensors if tensor is not None})
     for module in inner.modules():
         if isinstance(module, TaskHeads):
-            memo[id(module)] = copy.deepcopy(module.head(task)).requires_grad_(True)
+            memo[id(module)] = copy.deepcopy(module.head(task))
     dense: nn.Module = copy.deepcopy(inner, memo)
     done: dict[tuple[int, int, bool], nn.Parameter] = {}
     for layer in layers:
@@ -90,7 +91,7 @@ def _baked(layer: SubnetLayer, row: int, done: dict[tuple[int, int, bool], nn.Pa
         if key not in done:
             value = ops.gate_packed(param.detach(), masks[row], param.dtype)
             # A view and not a contiguous copy: products with a copy would round differently from the layer's.
-            done[key] = nn.Parameter(value.t() if transposed else value, requires_grad=param.requires_grad)
+            done[key] = nn.Parameter(value.t() if transposed else value, requires_grad=False)
         params[name] = done[key]
     return params
 

@@ -18,7 +18,7 @@ from ..nn.gated import SubnetLayer
 from ..nn.reads import share_scope
 from ..nn.registry import subnet_class
 from ..nn.scores import check_score_init
-from . import report
+from . import report, slices
 from .checks import BATCH_NORM_CLASSES, Gate, check_batch_norm, check_modules, check_ties
 from .new_heads import Heads, HeadSpec, make_heads
 from .patterns import Patterns, as_patterns
@@ -29,7 +29,7 @@ from .selection import Chosen, FilterFn, Names, Selection, all_names, choose, de
 @torch.inference_mode(False)  # what is added here is trained
 def convert(
     model: nn.Module,
-    density: float | Mapping[str, float] = 0.5,
+    density: float | Mapping[str, slices.Density] = 0.5,
     *,
     rule: str = "magnitude",
     filter_fn: FilterFn | None = None,
@@ -61,8 +61,9 @@ def convert(
         model: the model, which may be a single layer, on any device. A large model may be on the meta device and get
             its memory later (:func:`wsn_fast.materialize`). Only the scores need new memory.
         density: the fraction kept, in (0, 1]; one number for all layers, or numbers by name pattern. The first match
-            counts, and every layer needs a match (``"*"`` matches all the rest). The gated tensors of one module have
-            one density.
+            counts, and every tensor needs a match (``"*"`` matches all the rest). For the ``in_proj_weight`` of an
+            ``nn.MultiheadAttention`` three numbers, as in ``{"in_proj_weight": (0.3, 0.3, 0.5), "*": 0.4}``, are those
+            of query, key and value, which become Parameters of their own.
         filter_fn: called with each module and its name; where it returns false, the module stays dense.
         target_modules: name patterns of what is gated; None means everything above. A pattern that names a Parameter
             itself gates it also if it is a vector.
@@ -128,6 +129,8 @@ def _put_heads(names: Names, new_heads: Heads) -> None:
 def _change_classes(names: Names, chosen: Chosen, gates: Mapping[nn.Module, Gate], score_init: str) -> None:
     scores = {id(g.param): g.score for m in names if isinstance(m, SubnetLayer) for g in m.gated()}
     for module, attributes in chosen.items():
+        if any(module._parameters.get(attribute) is None for attribute in attributes):
+            slices.split(module)
         layer = subnet_class(module, attributes).from_dense(module, *gates[module], score_init)
         for gate in layer.gated():
             setattr(layer, f"{gate.name}_score", scores.setdefault(id(gate.param), gate.score))

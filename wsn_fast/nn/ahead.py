@@ -86,5 +86,5 @@ def _order(layer: SubnetLayer, gate: Gated) -> GateOrder:
     masked = None if ready is None else ready.masked
     if masked is None or (masked.shape, masked.dtype, masked.device) != (param.shape, dtype, param.device):
         masked = torch.empty(param.shape, dtype=dtype, device=param.device)
-    rank = ops.threshold_rank(param.numel(), layer.gate_density, layer.rule)
+    rank = ops.threshold_rank(param.numel(), layer.density_of(gate.name), layer.rule)
     return GateOrder(param, gate.score.detach(), rank, layer.rule, masked)

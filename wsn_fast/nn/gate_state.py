@@ -307,7 +307,7 @@ class GateState:
         if ready is not None and ready.next.dtype is dtype:
             masked, last = ready.masked, ready.next
         else:
-            masked, tau = ops.gate(param, score, layer.gate_density, layer.rule, dtype, layer.backend)
+            masked, tau = ops.gate(param, score, layer.density_of(name), layer.rule, dtype, layer.backend)
             last = Pass(tau, dtype, () if compiling else stamp(layer, param, score))
             self.traced |= compiling
         if not compiling:

@@ -22,6 +22,7 @@ from .. import ops
 from ..ops.autograd import GateForm, RawGate, SubnetGate
 from ..ops.fusion import Fusion
 from . import rows
+from .densities import Densities, check_densities, density_of
 from .gate import Gated, check_gateable
 from .gate_state import GateState
 from .reads import reading
@@ -70,7 +71,7 @@ class SubnetLayer(nn.Module):
     """The attributes, without tensors, that :meth:`become_dense` deletes, because a ``DENSE`` has none of them."""
 
     tasks: list[TaskId]
-    task_density: float | None
+    task_density: Densities | None
     rule: str
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -79,10 +80,9 @@ class SubnetLayer(nn.Module):
         for name in cls.GATED:
             setattr(cls, name, reading(name))
 
-    def _init_subnet(self, density: float, rule: str, score_init: str = "default") -> None:
+    def _init_subnet(self, density: float | Mapping[str, float], rule: str, score_init: str = "default") -> None:
         """Add scores and empty masks to a layer whose weight and bias exist."""
         self.rule = ops.check_rule(rule)
-        self.density = density
         self.task_density = None
         self.tasks = []
         self._active_row: int | None = None
@@ -101,6 +101,7 @@ class SubnetLayer(nn.Module):
             self.register_buffer(f"{name}_masks", masks)
             self.register_buffer(f"{name}_union", None, persistent=False)
             self.register_buffer(f"{name}_view", None, persistent=False)
+        self.density = density
         self.reset_scores(score_init)
 
     # --- from a dense layer and back -------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class SubnetLayer(nn.Module):
         return kind is cls.DENSE
 
     @classmethod
-    def from_dense(cls: type[L], module: nn.Module, density: float, rule: str, score_init: str = "default") -> L:
+    def from_dense(cls: type[L], module: nn.Module, density: Densities, rule: str, score_init: str = "default") -> L:
         """Turn ``module``, of a class for which :meth:`is_made_from` is true, into a layer of this class, in place."""
         module.__class__ = cls
         assert isinstance(module, cls)
@@ -140,19 +141,23 @@ class SubnetLayer(nn.Module):
 
     # --- settings --------------------------------------------------------------------------------------------------
     @property
-    def density(self) -> float:
-        """The fraction of each gated tensor that a mask keeps, in (0, 1], for tasks without a density of their own.
-        Setting anything else raises ``ValueError``."""
+    def density(self) -> Densities:
+        """The fraction of each gated tensor that a mask keeps, in (0, 1], for tasks without a density of their own; or
+        a fraction for each by name. Setting anything else raises ``ValueError``."""
         return self._density
 
     @density.setter
-    def density(self, density: float) -> None:
-        self._density = ops.check_density(density)
+    def density(self, density: float | Mapping[str, float]) -> None:
+        self._density = check_densities(density, [gate.name for gate in self.gated()])
 
     @property
-    def gate_density(self) -> float:
+    def gate_density(self) -> Densities:
         """The density of the mask of the current scores."""
         return self._density if self.task_density is None else self.task_density
+
+    def density_of(self, name: str) -> float:
+        """The density of the mask of the current scores of the gated tensor ``name``."""
+        return density_of(self.gate_density, name)
 
     @property
     def backend(self) -> str | None:
@@ -231,7 +236,7 @@ class SubnetLayer(nn.Module):
     def masks_of_scores(self) -> dict[str, Tensor]:
         """The masks of the current scores by gated tensor, bool, each in the shape of its tensor."""
         return {
-            g.name: ops.topc_mask(g.score, self.gate_density, rule=self.rule, backend=self._backend)
+            g.name: ops.topc_mask(g.score, self.density_of(g.name), rule=self.rule, backend=self._backend)
             for g in self.gated()
         }
 
@@ -290,7 +295,7 @@ class SubnetLayer(nn.Module):
             raw: Tensor = RawGate.apply(param, masked, again, None if compiling else state.about_raw(name))
             return raw
         ahead = state.ahead(self, name, param, score, dtype) if torch.is_grad_enabled() else None
-        form = GateForm(self.gate_density, self.rule, dtype, self._backend)
+        form = GateForm(self.density_of(name), self.rule, dtype, self._backend)
         gated: Tensor = SubnetGate.apply(param, score, union, form, ahead)
         return gated
 
@@ -378,4 +383,4 @@ class SubnetLayer(nn.Module):
 
     def extra_repr(self) -> str:
         override = f", backend={self._backend!r}" if self._backend is not None else ""
-        return f"{super().extra_repr()}, density={self.gate_density}, rule={self.rule!r}{override}"
+        return f"{super().extra_repr()}, density={self.gate_density}, rule={self.rule!r}{override}".removeprefix(", ")

@@ -67,7 +67,7 @@ class _SubnetLinear(ProductLayer):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class FastSubnetLinear(_SubnetLinear, nn.Linear):  # type: ignore[misc]  # torch says Linear.bias is never None
+class FastSubnetLinear(_SubnetLinear, nn.Linear):
     """``y = x (W*m)^T + b*m_b``: ``nn.Linear`` whose weight and bias are masked by trainable scores.
 
     Args:

@@ -82,7 +82,7 @@ class ProductLayer(SubnetLayer):
         """Multiply ``x``, in the compute dtype, with the masked weight without writing that weight to memory."""
         packed = self.weight_view
         weight, score = (self._weight, self.weight_score) if packed is None else (self._weight.detach(), None)
-        form = ProductForm(self.gate_density, self.rule, self._backend, geometry, groups, transposed)
+        form = ProductForm(self.density_of("weight"), self.rule, self._backend, geometry, groups, transposed)
         result: Tensor = SubnetProduct.apply(x, weight, score, bias, self.weight_union, packed, form)
         return result
 

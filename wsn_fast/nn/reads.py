@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from copyreg import __newobj__ as new_object  # what every class without __reduce__ uses
 from functools import cache
 from types import CodeType
 from typing import Any, ClassVar
@@ -74,7 +73,7 @@ def reading(name: str) -> property:
         parameters = layer._parameters
         if name not in parameters:
             if name in vars(layer):
-                return vars(layer)[name]  # type: ignore[no-any-return]
+                return None if vars(layer)[name] is None else vars(layer)[name]
             raise AttributeError(name)  # nn.Module looks elsewhere then
         param: Tensor | None = parameters[name]
         if param is None or not layer.gate_state.scope.are_masked():
@@ -98,7 +97,7 @@ class MadeClass(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         found = super().__reduce_ex__(max(protocol, 2))
-        if isinstance(found, tuple) and found[0] is new_object:
+        if isinstance(found, tuple) and getattr(found[0], "__name__", "") == "__newobj__":
             return (_new, self.MADE_BY, *found[2:])
         return found
 

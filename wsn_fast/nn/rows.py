@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .densities import check_densities
 from .task_ids import TaskId, decode_json, task_of_json
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def layer_fields(state: object) -> dict[str, Any]:
         ops.check_rule(fields["rule"])
     for name in ("density", "task_density"):
         if fields.get(name) is not None or (name == "density" and name in fields):
-            ops.check_density(fields[name], name)
+            fields[name] = check_densities(fields[name], name=name)
     return fields
 
 
@@ -127,7 +128,11 @@ def check_layer(layer: SubnetLayer, state: Mapping[str, Any], prefix: str) -> li
         ValueError: the state has masks of other tasks than it names.
     """
     extra = state.get(f"{prefix}_extra_state")
-    tasks: list[TaskId] = layer.tasks if extra is None else layer_fields(extra).get("tasks", layer.tasks)
+    fields = {} if extra is None else layer_fields(extra)
+    tasks: list[TaskId] = fields.get("tasks", layer.tasks)
+    for name in ("density", "task_density"):
+        if isinstance(fields.get(name), dict):
+            check_densities(fields[name], [gate.name for gate in layer.gated()], f"{prefix}{name}")
     for gate in layer.gated():
         masks = state.get(f"{prefix}{gate.name}_masks", gate.masks)
         rows = len(masks) if isinstance(masks, Tensor) and masks.ndim else 0

@@ -211,4 +211,4 @@ def _next(member: GatedParam, dtype: torch.dtype) -> Next:
     masked = None if ready is None else ready.masked
     if masked is None or (masked.shape, masked.dtype, masked.device) != (param.shape, dtype, param.device):
         masked = torch.empty(param.shape, dtype=dtype, device=param.device)
-    return Next(masked, tau, ops.threshold_rank(param.numel(), layer.gate_density, layer.rule), window)
+    return Next(masked, tau, ops.threshold_rank(param.numel(), layer.density_of(member.tensor), layer.rule), window)
