@@ -171,7 +171,7 @@ class Subnet(Dense):
 
     def __init__(self, build: Callable[[], Stack], device: torch.device, density: float) -> None:
         with torch.device("meta"):
-            net = convert(build(), density, heads="head")
+            net = convert(build(), density, heads="head", exclude_modules="position")
         self.model = self.wsn = WSN(materialize(net, device), per_task="position")
         self.layers = list(self.wsn.subnet_layers().values())
         self.gated = [layer.weight for layer in self.layers]

@@ -71,6 +71,7 @@ def names_of_torch() -> frozenset[str]:
         torch.autograd.Function,
     ]
     made += [nn.Linear(1, 1), nn.BatchNorm2d(1), nn.MultiheadAttention(2, 1), nn.TransformerEncoderLayer(2, 1)]
+    made += [nn.LSTM(1, 1)]
     return frozenset(name for thing in made for name in dir(thing) if is_private(name))
 
 
@@ -460,42 +461,38 @@ def constant_while_compiling() -> None:
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
 
 
-class CountingLinear(nn.Linear):
-    calls = 0
+def backward_in_progress() -> None:
+    task, seen = torch._C._current_graph_task_id, []
 
-    def forward(self, input: Tensor) -> Tensor:
-        type(self).calls += 1
-        return super().forward(input)
+    def part(x: Tensor) -> Tensor:
+        seen.append((task() != -1, torch.is_grad_enabled()))
+        return x.sin()
 
-
-def encoder_layer() -> nn.TransformerEncoderLayer:
-    layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
-    layer.linear1 = CountingLinear(4, 4)
-    return layer.eval()
-
-
-def fast_path_of_a_layer() -> None:
-    CountingLinear.calls = 0
-    layer = encoder_layer()
-    with torch.no_grad():
-        layer(torch.zeros(1, 3, 4))
-        assert CountingLinear.calls == 0, (
-            "torch calls the layer itself: switching the fast path off is no longer needed"
-        )
-        layer.activation_relu_or_gelu = 0
-        layer(torch.zeros(1, 3, 4))
-    assert CountingLinear.calls == 1
+    for reentrant in (True, False):
+        seen.clear()
+        x = torch.ones(2, requires_grad=True)
+        y = torch.utils.checkpoint.checkpoint(part, x, use_reentrant=reentrant)
+        y.register_hook(lambda _: seen.append((task() != -1, torch.is_grad_enabled())))
+        y.sum().backward()
+        assert seen == [(False, not reentrant), (True, False), (True, True)] and task() == -1
 
 
-def nested_tensors_of_an_encoder() -> None:
-    encoder = nn.TransformerEncoder(encoder_layer(), 1, enable_nested_tensor=True).eval()
-    assert encoder.use_nested_tensor is True
-    padding = torch.tensor([[False, False, True]])
-    with torch.no_grad():
-        assert not encoder(torch.ones(1, 3, 4), src_key_padding_mask=padding)[0, 2].any(), "nested: no row for padding"
-        encoder.use_nested_tensor = False
-        encoder.layers[0].activation_relu_or_gelu = 0
-        assert encoder(torch.ones(1, 3, 4), src_key_padding_mask=padding)[0, 2].any()
+def list_of_recurrent_tensors() -> None:
+    layer = nn.LSTM(2, 3)
+    assert layer._flat_weights_names == [name for name, _ in layer.named_parameters()]
+    layer._flat_weights = []
+    layer._init_flat_weights()
+    assert [*map(id, layer._flat_weights)] == [*map(id, layer.parameters())]
+
+
+def separate_projections() -> None:
+    x, fused = torch.randn(2, 3, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+    separate = copy.deepcopy(fused)
+    separate.register_parameter("in_proj_weight", None)
+    for name, part in zip("qkv", fused.in_proj_weight.chunk(3), strict=True):
+        setattr(separate, f"{name}_proj_weight", nn.Parameter(part.detach().clone()))
+    separate._qkv_same_embed_dim = False
+    torch.testing.assert_close(separate(x, x, x)[0], fused(x, x, x)[0])
 
 
 def unwrapped_step() -> None:
@@ -530,6 +527,7 @@ CHECKS: dict[str, Callable[[], object]] = {
     "torch._C._are_functorch_transforms_active": transforms,
     "torch._C._functorch.is_functorch_wrapped_tensor": transforms,
     "torch._C._autograd._top_saved_tensors_default_hooks": hooks_of_saved_tensors,
+    "torch._C._current_graph_task_id": backward_in_progress,
     "torch._foreach_add_": foreach_add,
     "torch._foreach_copy_": foreach_copy,
     "torch.nn.modules.module._global_forward_hooks": lambda: global_hooks(
@@ -572,10 +570,12 @@ CHECKS: dict[str, Callable[[], object]] = {
     ),
     "Tensor._backward_hooks": hooks_of_tensor,
     "Variable._execution_engine": engine_callback,
+    "RNNBase._init_flat_weights": list_of_recurrent_tensors,
+    "RNNBase._flat_weights": list_of_recurrent_tensors,
+    "RNNBase._flat_weights_names": list_of_recurrent_tensors,
+    "MultiheadAttention._qkv_same_embed_dim": separate_projections,
     "Tensor._version": version,
     "_orig_mod": prefix_of_compiled_modules,
-    "activation_relu_or_gelu": fast_path_of_a_layer,
-    "use_nested_tensor": nested_tensors_of_an_encoder,
     "inspect.unwrap": unwrapped_step,
     "__wrapped__": layers_of_a_step,
     "_dynamo_marked_constant": constant_while_compiling,
@@ -586,7 +586,6 @@ def test_every_row_has_a_check() -> None:
     assert {row.name for table in rows() for row in table} == CHECKS.keys()
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("name", CHECKS)
 def test_torch_still_does_what_the_library_relies_on(name: str) -> None:
     files = next((row.files for table in rows() for row in table if row.name == name), frozenset())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,7 @@ class FinishedTasks(nn.Module):
             progress: is called after each task with the number of tasks checked and of all. The time grows linearly
                 with the tasks.
             probe: what to compute as each finished task, to find code that reads weights without calling their layer,
-                as a tied decoder does: an input, or a tuple, a dict or a function (see
+                as a merge of adapters does: an input, or a tuple, a dict or a function (see
                 :func:`~wsn_fast.continual.probe.check_reads`).
 
         Raises:
@@ -58,6 +59,11 @@ class FinishedTasks(nn.Module):
         shown_values.check(self._parts, self._view.task, self._register.tasks)
         check_reads(cast(Any, self), self._parts, self._register.tasks, probe)
         return report
+
+    def masked_reads(self) -> AbstractContextManager[None]:
+        """In a ``with`` block, code that reads gated tensors gets the masked ones of the task in use, as it does in a
+        forward pass: ``layer.weight`` for example. Use it for code that computes with the model without calling it."""
+        return self._parts.scope.opened()
 
     def check_finite(self) -> None:
         """Raise ``FloatingPointError``, naming the tensor, if a gated tensor or its scores are not all finite."""

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .gated import SubnetLayer
 
 Stamp = tuple[object, ...]
-Read = tuple[tuple[Any, ...], Tensor | None]
-"""A masked tensor that an attribute returned, after what it depends on."""
 MIXED: Stamp = ("gradients of passes with different values", None)
 """Where a stamp is expected: no present values have it."""
 
@@ -169,7 +167,7 @@ class GateState:
         given: the masked tensors for the forward pass of the model that is running, by gated tensor.
         kept: the masked tensors of the finished task in use.
         scope: whether forward passes run, in which the attributes of gated tensors are masked.
-        reads: the masked tensors that such attributes returned in the forward pass that is running.
+        reads: what such attributes returned in the forward pass that is running, each after what it depends on.
         compute_dtypes: the dtype of each masked tensor in the last training forward pass, while :attr:`gates_ahead`.
         compiled: whether compiled code has run the forward pass of the layer.
         traced: whether compiled code has used a weight since the last step, and nothing is known about its gradient.
@@ -178,7 +176,7 @@ class GateState:
     def __init__(self, keep_masked: bool | int = True, gates_ahead: bool = False, scope: Scope | None = None) -> None:
         self.keep_masked, self.gates_ahead = keep_masked, gates_ahead
         self.scope = Scope() if scope is None else scope
-        self.reads: dict[str, Read] = {}
+        self.reads: dict[str, tuple[tuple[Any, ...], Tensor | None]] = {}
         self._owner: weakref.ref[object] | None = None
         self.has_owner = False
         self._owned: set[int] = set()  # ids of the tensors whose raw gradients go to the owner

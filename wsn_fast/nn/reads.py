@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import CodeType
 from typing import Any, ClassVar
@@ -40,14 +41,20 @@ class Scope:
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``forward`` as a forward pass of the model."""
-        running = self.running
-        running.append(None)
+        self.running.append(None)
         try:
             return forward(*args, **kwargs)
         finally:
-            running.pop()
-            if not running and self._kept:
-                self._forget()
+            self._leave()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The code of a ``with`` block counts as a forward pass of the model."""
+        self.running.append(None)
+        try:
+            yield
+        finally:
+            self._leave()
 
     def are_masked(self) -> bool:
         """Whether reads get masked tensors now: in a forward pass, and where a backward pass repeats a part of one."""
@@ -60,10 +67,12 @@ class Scope:
         """Clear ``reads`` when no forward pass runs any more."""
         self._kept.append(reads)
 
-    def _forget(self) -> None:
-        for reads in self._kept:
-            reads.clear()
-        self._kept.clear()
+    def _leave(self) -> None:
+        self.running.pop()
+        if self._kept and not self.running:
+            for reads in self._kept:
+                reads.clear()
+            self._kept.clear()
 
 
 def reading(name: str) -> property:
