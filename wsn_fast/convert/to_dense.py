@@ -23,8 +23,8 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
     the ``nn.Linear`` of the task, and per-task tensors get the values of the task. The copy contains nothing of this
     library, so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``. For
     this, what is fixed in ``model`` needs no gradient in the copy either, because PyTorch chooses some of its kernels
-    by that: call ``requires_grad_(True)`` to train it. A layer that was Hugging Face's ``Conv1D`` becomes an ``nn.Linear``, whose weight is a transposed view
-    and not contiguous.
+    by that: call ``requires_grad_(True)`` to train it. A layer that was Hugging Face's ``Conv1D`` becomes an
+    ``nn.Linear``, whose weight is a transposed view and not contiguous.
 
     Args:
         model: a ``WSN`` or the model inside it; unchanged, and its masks and scores are not copied.
