@@ -1,0 +1,146 @@
+"""Models of timm, torchvision and torch itself: one line each."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from . import small_torch, small_torchvision
+from .builders import Heads, Inputs, Model, both, created, image, normal, tokens
+
+
+def _timm(name: str, size: int = 32, heads: Heads = "head", exception: str = "", **options: Any) -> Model:
+    return Model("timm", name, created(name, num_classes=5, **options), image(size), heads, exception=exception)
+
+
+_STAGED = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+_SWIN = {"img_size": 64, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+
+TIMM = [
+    _timm("resnet18", heads="fc", channels=(8, 16, 16, 16)),
+    _timm("resnet26", heads="fc", channels=(4, 4, 4, 4)),
+    _timm("seresnet50", heads="fc", channels=(4, 4, 4, 4), layers=(1, 1, 1, 1)),
+    _timm("resnest14d", heads="fc", channels=(8, 8, 8, 8)),
+    _timm("resnetv2_50x1_bit", 64, heads="head.fc", channels=(32, 32, 64, 64), layers=(1, 1, 1, 1), stem_chs=32),
+    _timm("resnetv2_50", 64, heads="head.fc", channels=(32, 32, 64, 64), layers=(1, 1, 1, 1), stem_chs=16),
+    _timm("nf_resnet26", heads="head.fc", width_factor=0.25),
+    _timm("nfnet_l0", 64, heads="head.fc", width_factor=0.125),
+    _timm("regnety_002", heads="head.fc"),
+    _timm("regnetx_002", heads="head.fc"),
+    _timm("res2net50_26w_4s", 64, heads="fc", layers=(1, 1, 1, 1), base_width=4),
+    _timm("convnext_atto", heads="head.fc", **_STAGED),
+    _timm("convnextv2_atto", heads="head.fc", **_STAGED),
+    _timm("efficientnet_b0", 64, heads="classifier", channel_multiplier=0.25),
+    _timm("efficientnetv2_rw_t", 64, heads="classifier", channel_multiplier=0.25, depth_multiplier=0.25),
+    _timm("mobilenetv3_small_050", 64, heads="classifier"),
+    _timm("mobilenetv2_050", 64, heads="classifier"),
+    _timm("mnasnet_small", 64, heads="classifier"),
+    _timm("ghostnet_050", 64, heads="classifier"),
+    _timm("rexnet_100", 64, heads="head.fc", width_mult=0.25),
+    _timm("densenet121", 64, heads="classifier", growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8),
+    _timm("dpn48b", 64, heads="classifier", k_r=8, groups=4, k_sec=(1, 1, 1, 1), inc_sec=(4, 4, 4, 4),
+          num_init_features=8),
+    _timm("hrnet_w18_small", 64, heads="classifier"),
+    _timm("dla34", 64, heads="fc", levels=(1, 1, 1, 1, 1, 1), channels=(4, 4, 8, 8, 16, 16)),
+    _timm("xception41", 96, heads="head.fc"),
+    _timm("repvgg_a0", 64, heads="head.fc", width_multiplier=(0.1, 0.1, 0.1, 0.1)),
+    _timm("vgg11", heads="head.fc"),
+    _timm("inception_v4", 96, heads="last_linear"),
+    _timm("selecsls42", 64, heads="fc"),
+    _timm("cspresnet50", 64, heads="head.fc"),
+    _timm("vit_tiny_patch16_224", **_VIT),
+    _timm("vit_relpos_small_patch16_224", **_VIT),
+    _timm("deit_tiny_patch16_224", **_VIT),
+    _timm("deit_tiny_distilled_patch16_224", heads=("head", "head_dist"), **_VIT),
+    _timm("deit3_small_patch16_224", **_VIT),
+    _timm("beit_base_patch16_224", **_VIT),
+    _timm("beitv2_base_patch16_224", **_VIT),
+    _timm("eva02_tiny_patch14_224", **_VIT),
+    _timm("cait_xxs24_224", **_VIT),
+    _timm("xcit_nano_12_p8_224", **_VIT),
+    _timm("crossvit_tiny_240", heads=("head.0", "head.1"), img_size=48, depth=((1, 1, 0),), num_heads=(2, 2),
+          embed_dim=(16, 32), img_scale=(1.0, 1.0), patch_size=(12, 16), mlp_ratio=((2.0, 2.0, 1.0),)),
+    _timm("swin_tiny_patch4_window7_224", 64, heads="head.fc", **_SWIN),
+    _timm("swinv2_tiny_window8_256", 64, heads="head.fc", **_SWIN),
+    _timm("swinv2_cr_tiny_224", 64, heads="head.fc", **_SWIN),
+    _timm("twins_pcpvt_small", 64, img_size=64, depths=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16),
+          num_heads=(1, 2, 2, 2)),
+    _timm("pvt_v2_b0", 64, depths=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16), num_heads=(1, 2, 2, 2)),
+    _timm("davit_tiny", 64, heads="head.fc", depths=(1, 1), embed_dims=(8, 16), num_heads=(1, 2), window_size=4),
+    _timm("coatnet_nano_rw_224", 64, heads="head.fc", img_size=64, embed_dim=(8, 16, 16, 32), depths=(1, 1, 1, 1),
+          stem_width=(8, 8)),
+    _timm("maxvit_nano_rw_256", 64, heads="head.fc", img_size=64, embed_dim=(32, 32, 32, 32), depths=(1, 1, 1, 1),
+          stem_width=(8, 8)),
+    _timm("focalnet_tiny_srf", 64, heads="head.fc", depths=(1, 1), embed_dim=8, focal_levels=(2, 2),
+          focal_windows=(3, 3)),
+    _timm("mixer_s32_224", img_size=32, patch_size=8, num_blocks=2, embed_dim=16),
+    _timm("resmlp_12_224", img_size=32, patch_size=8, num_blocks=2, embed_dim=16),
+    _timm("gmlp_s16_224", img_size=32, patch_size=8, num_blocks=2, embed_dim=16),
+    _timm("convmixer_768_32", dim=16, depth=2, kernel_size=3, patch_size=4),
+    _timm("poolformer_s12", 64, heads="head.fc", layers=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16)),
+    _timm("levit_128s", 64, heads=("head.linear", "head_dist.linear"), img_size=64, embed_dim=(16, 16, 16),
+          key_dim=4, num_heads=(2, 2, 2), depth=(1, 1, 1)),
+    _timm("visformer_tiny", 64, img_size=64, embed_dim=16, num_heads=2, depth=(1, 1, 1), init_channels=8),
+    _timm("edgenext_xx_small", 64, heads="head.fc", dims=(8, 16, 32, 32), depths=(1, 1, 1, 1)),
+    _timm("efficientformer_l1", 64, heads=("head", "head_dist"), depths=(1, 1, 1, 2), embed_dims=(8, 16, 16, 16)),
+    _timm("efficientformerv2_s0", 64, heads=("head", "head_dist"), img_size=64, depths=(1, 1, 1, 2),
+          embed_dims=(8, 16, 16, 16)),
+    _timm("efficientvit_m0", 64, heads="head.linear", img_size=64),
+    _timm("mobilevit_xxs", 64, heads="head.fc"),
+    _timm("mobilevitv2_050", 64, heads="head.fc"),
+    _timm("tinynet_e", 64, heads="classifier"),
+    _timm("fastvit_t8", 64, heads="head.fc", layers=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16)),
+    _timm("repvit_m0_9", 64, heads=("head.head.l", "head.head_dist.l"), embed_dim=(8, 16, 16, 16),
+          depth=(1, 1, 1, 1)),
+    _timm("inception_next_atto", 64, heads="head.fc2", depths=(1, 1, 1, 1), dims=(8, 16, 16, 16)),
+    _timm("sequencer2d_s", 64, layers=(1, 1), embed_dims=(16, 16), hidden_sizes=(4, 4), patch_sizes=(8, 2),
+          mlp_ratios=(2.0, 2.0), transitions=(True, False)),
+    _timm("volo_d1_224", 64, heads=("head", "aux_head"), img_size=64, layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32),
+          num_heads=(2, 2, 2, 2)),
+    _timm("tnt_s_legacy_patch16_224", img_size=32, embed_dim=16, inner_dim=8, depth=1, num_heads_inner=2,
+          num_heads_outer=2),
+    _timm("starnet_s1", 64, base_dim=8, depths=(1, 1, 1, 1)),
+    _timm("vovnet39a", 64, heads="head.fc"),
+]  # fmt: skip
+
+
+def _vision(kind: str, build: Any, inputs: Inputs, heads: Heads = None, exception: str = "") -> Model:
+    return Model("torchvision", kind, build, inputs, heads, exception=exception)
+
+
+TORCHVISION = [
+    _vision(kind, build, inputs, heads) for kind, (build, inputs, heads) in small_torchvision.MODELS.items()
+]
+
+
+def _torch(kind: str, build: Any, inputs: Inputs, heads: Heads = "head", exception: str = "") -> Model:
+    return Model("torch", kind, build, inputs, heads, exception=exception)
+
+
+_SEQUENCE = normal(2, 6, 16)
+
+TORCH = [
+    _torch("nn.Transformer", small_torch.transformer, both(normal(2, 6, 16, name="src"), normal(2, 5, 16, name="tgt")),
+           None),
+    _torch("nn.TransformerEncoder", small_torch.encoder, tokens(name="x")),
+    _torch("nn.MultiheadAttention", partial(small_torch.Reader, small_torch.attention), _SEQUENCE),
+    _torch("nn.MultiheadAttention(kdim)", partial(small_torch.Reader, small_torch.cross_attention), _SEQUENCE),
+    *(
+        _torch(f"nn.{kind.__name__}", partial(small_torch.Reader, partial(small_torch.recurrent, kind)), _SEQUENCE)
+        for kind in (nn.LSTM, nn.GRU, nn.RNN)
+    ),
+    *(
+        _torch(f"nn.{kind.__name__}", partial(small_torch.Cells, kind), _SEQUENCE)
+        for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+    ),
+    _torch("nn.EmbeddingBag", small_torch.bag, tokens(name="input")),
+    _torch("nn.Bilinear", small_torch.Pairs, both(normal(2, 16), normal(2, 12, name="y"))),
+    *(
+        _torch(name, partial(small_torch.wrapped, wrap), image(8, name="input"), "5")
+        for name, wrap in small_torch.WRAPPERS.items()
+    ),
+    _torch("nn.Conv2d and a table", small_torch.WithTable, image(8)),
+]  # fmt: skip
