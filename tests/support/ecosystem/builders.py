@@ -85,6 +85,7 @@ def from_config(kind: str, config: str, **options: Any) -> Callable[[], nn.Modul
 
     def build() -> nn.Module:
         transformers = importlib.import_module("transformers")
+        transformers.logging.set_verbosity_error()  # configs that are as small as these get advice
         return getattr(transformers, kind)(getattr(transformers, config)(**options))
 
     return build

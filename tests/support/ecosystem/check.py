@@ -137,7 +137,7 @@ def converted(model: Model, result: Result | None = None, seed: int = 0) -> WSN:
     """Convert the model and begin the first task, typing what has to be typed: the heads, what the table says, and
     ``rest`` if some tensor has no owner."""
     dense = build(model, seed)
-    counted = _counted(dense, model.heads)
+    parameters, counted = sum(p.numel() for p in _floating(dense).values()), _counted(dense, model.heads)
     subnet, typed = stopgap.convert(dense, model.heads) if stopgap.NEEDED else _convert(dense, model.heads)
     owners = dict(model.owners)
     wsn = WSN(subnet, **owners)
@@ -147,10 +147,10 @@ def converted(model: Model, result: Result | None = None, seed: int = 0) -> WSN:
         owners |= stopgap.owners(error) if stopgap.NEEDED else {"rest": "per_task"}
         wsn = WSN(subnet, **owners)
         wsn.begin_task(TASKS[0])
-    if result is not None:
+    if result is not None and not result.parameters:
         names = [value if isinstance(value, str) else each for value in owners.values() for each in _listed(value)]
         result.typed = [*typed, *names]
-        result.parameters = sum(p.numel() for p in _floating(build(model, seed)).values())
+        result.parameters = parameters
         gated = {id(gate.param) for _, gate in wsn.gated()}
         left = {name: p for name, p in counted.items() if id(p) not in gated}
         all_elements = sum(p.numel() for p in counted.values())
@@ -173,12 +173,12 @@ def _floating(dense: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _counted(dense: nn.Module, heads: Any) -> dict[str, nn.Parameter]:
-    """The floating parameters outside of heads and norms, by name."""
+    """The floating parameters that are trained, outside of heads and norms, by name."""
     apart = set()
     for name, module in dense.named_modules():
         if name in _listed(heads or ()) or is_norm(module):
             apart |= {id(p) for p in module.parameters()}
-    return {name: p for name, p in _floating(dense).items() if id(p) not in apart}
+    return {name: p for name, p in _floating(dense).items() if p.requires_grad and id(p) not in apart}
 
 
 def _train(model: Model, column: str, result: Result) -> tuple[WSN, dict[str, Any], dict[str, list[Tensor]]]:
@@ -220,11 +220,17 @@ def _steps(wsn: WSN, model: Model, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-@torch.no_grad()
 def _outputs(wsn: WSN, inputs: Mapping[str, Any], task: str) -> list[Tensor]:
     wsn.eval()
     with wsn.use_task(task):
-        return [t.clone() for t in flat(wsn(**copied(inputs)))]
+        return _compute(wsn, inputs)
+
+
+@torch.no_grad()
+def _compute(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """What ``model`` computes. Some models draw random numbers in evaluation, too."""
+    torch.manual_seed(3)
+    return [t.clone() for t in flat(model(**copied(inputs)))]
 
 
 # --- what holds of finished tasks
@@ -243,9 +249,7 @@ def _of_finished(
 
     def dense() -> None:
         for task in TASKS:
-            plain = to_dense(wsn, task)
-            with torch.no_grad():
-                _compare(kept[task], list(flat(plain(**copied(inputs)))), f"to_dense of the {task} task differs")
+            _compare(kept[task], _compute(to_dense(wsn, task), inputs), f"to_dense of the {task} task differs")
 
     def load() -> None:
         fresh = converted(model, seed=1)
@@ -264,22 +268,22 @@ def _of_finished(
 
     _attempt(result, "dense", dense)
     _attempt(result, "load", load)
-    for column, before, work in (("pickle", lambda m: pickle.dumps(m), pickled), ("copy", copy.deepcopy, deep)):
-        refused = _refusal(lambda before=before: before(build(model)))
-        if refused:
+    for column, before, work in (("pickle", pickle.dumps, pickled), ("copy", copy.deepcopy, deep)):
+        _attempt(result, column, work)
+        if getattr(result, column) != YES and _refuses(before, model):
             setattr(result, column, YES)
-        else:
-            _attempt(result, column, work)
     _attempt(result, "probe", lambda: wsn.verify(probe=inputs))
 
 
-def _refusal(work: Callable[[], Any]) -> str:
-    """The error that ``work`` raises, as a text."""
+def _refuses(work: Callable[[nn.Module], Any], model: Model) -> bool:
+    """Whether ``work`` fails with the model as it was before it was converted, after a training pass."""
+    dense = build(model).train()
     try:
-        work()
-    except Exception as error:
-        return str(error) or type(error).__name__
-    return ""
+        dense(**model.inputs())
+        work(dense)
+    except Exception:
+        return True
+    return False
 
 
 # --- tensors

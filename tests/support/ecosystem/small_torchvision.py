@@ -35,9 +35,11 @@ def vgg11() -> nn.Module:
 
 
 def resnet(block: str = "BasicBlock", **options: Any) -> nn.Module:
-    """A ResNet with one block for each stage."""
+    """A ResNet with one block for each stage, without the last one."""
     module = _of("resnet")
-    return module.ResNet(getattr(module, block), [1, 1, 1, 1], CLASSES, **options)
+    model = module.ResNet(getattr(module, block), [1, 1, 1, 1], CLASSES, **options)
+    model.layer4, model.fc = nn.Identity(), nn.Linear(model.fc.in_features // 2, CLASSES)
+    return model
 
 
 def densenet() -> nn.Module:
@@ -45,11 +47,18 @@ def densenet() -> nn.Module:
 
 
 def googlenet() -> nn.Module:
-    return _of("googlenet").GoogLeNet(CLASSES, aux_logits=False, init_weights=False)
+    model = _of("googlenet").GoogLeNet(CLASSES, aux_logits=False, init_weights=False)
+    model.inception5a, model.inception5b = nn.Identity(), nn.Identity()
+    model.fc = nn.Linear(832, CLASSES)
+    return model
 
 
 def inception() -> nn.Module:
-    return _of("inception").Inception3(CLASSES, aux_logits=False, init_weights=False)
+    model = _of("inception").Inception3(CLASSES, aux_logits=False, init_weights=False)
+    for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c"):
+        setattr(model, name, nn.Identity())
+    model.fc = nn.Linear(768, CLASSES)
+    return model
 
 
 def mobilenet_v2() -> nn.Module:
@@ -117,9 +126,11 @@ def maxvit() -> nn.Module:
 def video_resnet(*makers: str) -> nn.Module:
     module = _of("video.resnet")
     stem = module.R2Plus1dStem if makers[0] == "Conv2Plus1D" else module.BasicStem
-    return module.VideoResNet(
+    model = module.VideoResNet(
         module.BasicBlock, [getattr(module, name) for name in makers], [1, 1, 1, 1], stem, num_classes=CLASSES
     )
+    model.layer4, model.fc = nn.Identity(), nn.Linear(256, CLASSES)
+    return model
 
 
 def s3d() -> nn.Module:
@@ -137,16 +148,16 @@ def mvit() -> nn.Module:
         module.MSBlockConfig(1, 8, 8, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2]),
         module.MSBlockConfig(2, 8, 16, [3, 3, 3], [3, 3, 3], [1, 2, 2], [1, 1, 1]),
     ]
-    return module.MViT((32, 32), 4, rows, False, False, num_classes=CLASSES)
+    return module.MViT((32, 32), 4, rows, False, True, True, True, num_classes=CLASSES)
 
 
 def segmentation(kind: str) -> nn.Module:
     """A segmentation model on a ResNet with one block for each stage."""
-    features = import_module("torchvision.models._utils").IntermediateLayerGetter(resnet(), {"layer4": "out"})
+    features = import_module("torchvision.models._utils").IntermediateLayerGetter(resnet(), {"layer3": "out"})
     if kind == "FCN":
-        return _of("segmentation.fcn").FCN(features, _of("segmentation.fcn").FCNHead(512, CLASSES))
+        return _of("segmentation.fcn").FCN(features, _of("segmentation.fcn").FCNHead(256, CLASSES))
     deeplab = _of("segmentation.deeplabv3")
-    return deeplab.DeepLabV3(features, deeplab.DeepLabHead(512, CLASSES, (2, 4, 6)))
+    return deeplab.DeepLabV3(features, deeplab.DeepLabHead(256, CLASSES, (2, 4, 6)))
 
 
 def lraspp() -> nn.Module:
@@ -182,10 +193,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, Heads]] = {
     "r3d_18": (partial(video_resnet, *[_SIMPLE] * 4), _VIDEO, "fc"),
     "mc3_18": (partial(video_resnet, _SIMPLE, *[_FLAT] * 3), _VIDEO, "fc"),
     "r2plus1d_18": (partial(video_resnet, *["Conv2Plus1D"] * 4), _VIDEO, "fc"),
-    "s3d": (s3d, normal(2, 3, 16, 64, 64), "classifier.1"),
+    "s3d": (s3d, normal(2, 3, 16, 224, 224), "classifier.1"),
     "swin3d_t": (swin3d, _VIDEO, "head"),
     "mvit_v1_b": (mvit, _VIDEO, "head.1"),
     "fcn_resnet": (partial(segmentation, "FCN"), image(64), "classifier.4"),
     "deeplabv3_resnet": (partial(segmentation, "DeepLab"), image(64), "classifier.4"),
-    "lraspp_mobilenet_v3": (lraspp, image(64), ("classifier.low_classifier", "classifier.high_classifier")),
+    "lraspp_mobilenet_v3": (lraspp, image(64, name="input"), ("classifier.low_classifier", "classifier.high_classifier")),
 }

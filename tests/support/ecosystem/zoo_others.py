@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from . import small_torch, small_torchvision
+from . import small_timm, small_torch, small_torchvision
 from .builders import Heads, Inputs, Model, both, created, image, normal, tokens
 
 
@@ -24,33 +24,28 @@ TIMM = [
     _timm("resnet26", heads="fc", channels=(4, 4, 4, 4)),
     _timm("seresnet50", heads="fc", channels=(4, 4, 4, 4), layers=(1, 1, 1, 1)),
     _timm("resnest14d", heads="fc", channels=(8, 8, 8, 8)),
-    _timm("resnetv2_50x1_bit", 64, heads="head.fc", channels=(32, 32, 64, 64), layers=(1, 1, 1, 1), stem_chs=32),
+    Model("timm", "resnetv2_50x1_bit", small_timm.bit, image(64), "head.fc"),
     _timm("resnetv2_50", 64, heads="head.fc", channels=(32, 32, 64, 64), layers=(1, 1, 1, 1), stem_chs=16),
     _timm("nf_resnet26", heads="head.fc", width_factor=0.25),
-    _timm("nfnet_l0", 64, heads="head.fc", width_factor=0.125),
+    _timm("nfnet_l0", 64, heads="head.fc", width_factor=0.25),
     _timm("regnety_002", heads="head.fc"),
     _timm("regnetx_002", heads="head.fc"),
     _timm("res2net50_26w_4s", 64, heads="fc", layers=(1, 1, 1, 1), base_width=4),
     _timm("convnext_atto", heads="head.fc", **_STAGED),
     _timm("convnextv2_atto", heads="head.fc", **_STAGED),
-    _timm("efficientnet_b0", 64, heads="classifier", channel_multiplier=0.25),
-    _timm("efficientnetv2_rw_t", 64, heads="classifier", channel_multiplier=0.25, depth_multiplier=0.25),
+    Model("timm", "efficientnet_b0", small_timm.efficientnet, image(64), "classifier"),
     _timm("mobilenetv3_small_050", 64, heads="classifier"),
     _timm("mobilenetv2_050", 64, heads="classifier"),
     _timm("mnasnet_small", 64, heads="classifier"),
     _timm("ghostnet_050", 64, heads="classifier"),
     _timm("rexnet_100", 64, heads="head.fc", width_mult=0.25),
-    _timm("densenet121", 64, heads="classifier", growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8),
+    _timm("densenet121", 64, heads="classifier", growth_rate=4, block_config=(2, 2, 2, 2)),
     _timm("dpn48b", 64, heads="classifier", k_r=8, groups=4, k_sec=(1, 1, 1, 1), inc_sec=(4, 4, 4, 4),
           num_init_features=8),
-    _timm("hrnet_w18_small", 64, heads="classifier"),
+    Model("timm", "hrnet_w18", small_timm.hrnet, image(64)),
     _timm("dla34", 64, heads="fc", levels=(1, 1, 1, 1, 1, 1), channels=(4, 4, 8, 8, 16, 16)),
-    _timm("xception41", 96, heads="head.fc"),
     _timm("repvgg_a0", 64, heads="head.fc", width_multiplier=(0.1, 0.1, 0.1, 0.1)),
-    _timm("vgg11", heads="head.fc"),
-    _timm("inception_v4", 96, heads="last_linear"),
-    _timm("selecsls42", 64, heads="fc"),
-    _timm("cspresnet50", 64, heads="head.fc"),
+    Model("timm", "vgg11_bn", small_timm.vgg, image(), "head.fc"),
     _timm("vit_tiny_patch16_224", **_VIT),
     _timm("vit_relpos_small_patch16_224", **_VIT),
     _timm("deit_tiny_patch16_224", **_VIT),
@@ -103,7 +98,7 @@ TIMM = [
     _timm("tnt_s_legacy_patch16_224", img_size=32, embed_dim=16, inner_dim=8, depth=1, num_heads_inner=2,
           num_heads_outer=2),
     _timm("starnet_s1", 64, base_dim=8, depths=(1, 1, 1, 1)),
-    _timm("vovnet39a", 64, heads="head.fc"),
+    _timm("ese_vovnet19b_slim_dw", 64, heads="head.fc"),
 ]  # fmt: skip
 
 
