@@ -134,7 +134,12 @@ def video_resnet(*makers: str) -> nn.Module:
 
 
 def s3d() -> nn.Module:
-    return _of("video.s3d").S3D(CLASSES)
+    model = _of("video.s3d").S3D(CLASSES)
+    model.avgpool = nn.AdaptiveAvgPool3d(1)
+    for place in range(8, 16):
+        model.features[place] = nn.Identity()
+    model.classifier[1] = nn.Conv3d(480, CLASSES, 1)
+    return model
 
 
 def swin3d() -> nn.Module:
@@ -193,7 +198,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, Heads]] = {
     "r3d_18": (partial(video_resnet, *[_SIMPLE] * 4), _VIDEO, "fc"),
     "mc3_18": (partial(video_resnet, _SIMPLE, *[_FLAT] * 3), _VIDEO, "fc"),
     "r2plus1d_18": (partial(video_resnet, *["Conv2Plus1D"] * 4), _VIDEO, "fc"),
-    "s3d": (s3d, normal(2, 3, 16, 224, 224), "classifier.1"),
+    "s3d": (s3d, normal(2, 3, 8, 32, 32), "classifier.1"),
     "swin3d_t": (swin3d, _VIDEO, "head"),
     "mvit_v1_b": (mvit, _VIDEO, "head.1"),
     "fcn_resnet": (partial(segmentation, "FCN"), image(64), "classifier.4"),
