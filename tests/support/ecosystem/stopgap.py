@@ -1,0 +1,46 @@
+"""Types by itself what a library that leaves tensors dense asks for, one error at a time, as its users have to.
+
+It goes once ``WSN`` has the argument ``rest``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+import wsn_fast
+from wsn_fast import WSN, OwnershipError
+
+NEEDED = "rest" not in inspect.signature(WSN).parameters
+_NAMED = (
+    re.compile(r"exclude_modules='([^']+)'"),
+    re.compile(r"^(\S+)\.(?:weight|bias) is (?:tied|computed)"),
+    re.compile(r"^(\S+)\.(?:weight|bias) must be non-empty"),
+    re.compile(r"^(\S+)\.forward was replaced"),
+    re.compile(r"^(\S+)\.weight and \S+ share memory"),
+)
+
+
+def convert(dense: nn.Module, heads: Any) -> tuple[nn.Module, list[str]]:
+    """Convert, leaving out what an error names. Returns the model and what had to be typed."""
+    given = [heads] if isinstance(heads, str) else list(heads or ())
+    modules = dict(dense.named_modules())
+    usable = {name: modules[name].out_features for name in given if type(modules[name]) is nn.Linear}
+    excluded: list[str] = []
+    while True:
+        try:
+            wsn_fast.convert(dense, density=0.5, heads=usable, exclude_modules=excluded)
+            return dense, ["heads"][: len(given)] + excluded
+        except ValueError as error:
+            found = next((m[1] for pattern in _NAMED if (m := pattern.search(str(error)))), None)
+            if found is None or found in excluded:
+                raise
+            excluded.append(found)
+
+
+def owners(error: OwnershipError) -> dict[str, list[str]]:
+    """Owners for all tensors that have none."""
+    return {"per_task": error.names}
