@@ -16,7 +16,7 @@ Names = Mapping[str, str]
 
 _MASK = " (mask)"
 # Extra states, heads, and counts of batches, which old states lack.
-_LEFT_OUT = re.compile(r"_extra_state$|num_batches_tracked$|(^|\.)heads\.[is][^.]*\.(weight|bias)$")
+_LEFT_OUT = re.compile(r"_extra_state$|num_batches_tracked$|(^|\.)heads\.(i-?\d+|s[^.]+)\..")
 
 
 class RenamedError(RuntimeError):

@@ -60,7 +60,7 @@ def check_ties(names: Names, gates: Mapping[nn.Module, Gate], classifiers: Conta
     Args:
         names: all modules of the model.
         gates: the layers to convert, each with its gate.
-        classifiers: modules that heads will replace.
+        classifiers: modules that heads will replace, with what is inside them.
     """
     uses: defaultdict[int, list[_Use]] = defaultdict(list)
     for module, own in names.items():

@@ -97,7 +97,7 @@ def choose(names: Names, selection: Selection, classifiers: Container[nn.Module]
     Args:
         names: all modules of the model.
         selection: what the user asked for.
-        classifiers: modules that heads will replace; they are not converted.
+        classifiers: modules that heads will replace, with what is inside them; they are not converted.
 
     Raises:
         ValueError: a pattern matches nothing, a chosen layer sits in a module that reads its weight without calling it,
@@ -106,7 +106,9 @@ def choose(names: Names, selection: Selection, classifiers: Container[nn.Module]
     of_heads = {m for heads in names if isinstance(heads, TaskHeads) for m in heads.heads.modules()}
     layers: Names = {m: n for m, n in names.items() if subnet_class_of(m) and m not in of_heads}
     subnets: Names = {m: n for m, n in names.items() if isinstance(m, SubnetLayer)}
-    readers: Names = {m: n for m, n in names.items() if _reads_weights(m)}
+    readers: Names = {
+        m: n for m, n in names.items() if _reads_weights(m) and m not in of_heads and m not in classifiers
+    }
     inside: Names = {m: names[m] for reader in readers for m in _linears(reader)}
     derived: Names = {m: n for m, n in names.items() if _is_derived(m) and m not in of_heads and m not in inside}
     selection.check_used({**layers, **subnets, **readers, **inside, **derived})
@@ -122,7 +124,8 @@ def choose(names: Names, selection: Selection, classifiers: Container[nn.Module]
             else ("it has no linear or convolution layer outside of heads and attention modules")
         )
         raise ValueError(f"model has no layer to convert: {reason}")
-    _warn_left_out([m for m, own in derived.items() if selection.wants(m, own)], names)
+    left_out = [m for m, own in derived.items() if m not in classifiers and selection.wants(m, own)]
+    _warn_left_out(left_out, names)
     return chosen
 
 

@@ -15,9 +15,10 @@ from torch import nn
 from .. import ops
 from ..nn import per_task
 from ..nn.gated import SubnetLayer
+from ..nn.heads import TaskHeads
 from ..nn.scores import check_score_init
 from .checks import BATCH_NORM_CLASSES, Gate, check_batch_norm, check_layer, check_ties
-from .new_heads import Heads, HeadSpec, make_heads
+from .new_heads import Heads, HeadSpec, make_heads, within_heads
 from .patterns import Patterns, as_patterns
 from .selection import FilterFn, Names, Selection, all_names, choose, densities_of, shown, subnet_class_of
 
@@ -56,12 +57,13 @@ def convert(
         filter_fn: called with each layer to convert and its name; where it returns false, the layer stays dense.
         target_modules: name patterns of the layers to convert; None means all.
         exclude_modules: name patterns of layers, or of attention modules, to leave as they are.
-        heads: classifiers to replace by :class:`TaskHeads`; their weights and hooks are dropped. ``"fc"`` is the name
-            of an ``nn.Linear`` and gives each task a head of its width. ``{"fc": 5}`` gives each task a head of width
-            5. ``{"fc": [0, "a"]}`` also makes the heads of these two tasks at once. ``{"fc": {0: 5, "a": 2}}`` makes
-            them with a width for each.
+        heads: classifiers to replace by :class:`TaskHeads`. ``"fc"`` is the name of a module and gives each task a
+            head like it: a new ``nn.Linear``, or a copy of any other module (see :meth:`TaskHeads.of`). ``{"fc": 5}``
+            gives each task a head of width 5. ``{"fc": [0, "a"]}`` also makes the heads of these two tasks at once.
+            ``{"fc": {0: 5, "a": 2}}`` makes them with a width for each. The weights and hooks of an ``nn.Linear`` are
+            dropped. Nothing inside a head is converted.
         batch_norm: "per_task" keeps statistics and affine parameters for each task; "stateless" removes both from
-            every ``nn.BatchNorm``, which then uses the statistics of the batch only, as in the paper.
+            every ``nn.BatchNorm`` outside of heads, which then uses the statistics of the batch only, as in the paper.
         score_init: "default", "N01" or "U01"; see :meth:`SubnetLayer.reset_scores`.
 
     Returns:
@@ -86,19 +88,21 @@ def convert(
     excluded = None if exclude_modules is None else as_patterns("exclude_modules", exclude_modules)
     names = all_names(model)
     new_heads = make_heads(names, heads)
-    chosen = choose(names, Selection(targets, excluded, filter_fn), new_heads)
+    of_heads = within_heads(names, new_heads)
+    chosen = choose(names, Selection(targets, excluded, filter_fn), of_heads)
     gates = {m: Gate(d, rule) for m, d in densities_of(names, chosen, density).items()}
     for module in chosen:
         check_layer(module, shown(names[module][0]))
-    check_ties(names, gates, new_heads)
+    check_ties(names, gates, of_heads)
     check_batch_norm(names, batch_norm)
 
     _put_heads(names, new_heads)
     _change_classes(names, gates, score_init)
+    in_heads = {m for heads in model.modules() if isinstance(heads, TaskHeads) for m in heads.heads.modules()}
     for module in model.modules():
-        if batch_norm == "stateless" and isinstance(module, BATCH_NORM_CLASSES):
+        if batch_norm == "stateless" and isinstance(module, BATCH_NORM_CLASSES) and module not in in_heads:
             _make_stateless(module)
-        if per_task.is_norm(module):
+        if per_task.is_norm(module) and module not in in_heads:
             per_task.mark(module, per_task.norm_tensors(module))
         _disable_fast_path(module)
     return model
