@@ -307,8 +307,8 @@ def _check_fingerprints(wsn: WSN, register: register_state.RegisterState) -> Non
         if found != expected:
             raise StateError(
                 f"task {record['task']!r} of the state computes with other tensors than this model: only one of "
-                f"the two has {_list(sorted(found ^ expected))}. Are the layers those of then, and per_task= and "
-                "frozen= as they were? wsn_fast.rename_state changes names. Nothing has been loaded"
+                f"the two has {_list(sorted(found ^ expected))}. Are the layers those of then, and per_task=, "
+                "frozen= and rest= as they were? wsn_fast.rename_state changes names. Nothing has been loaded"
             )
 
 

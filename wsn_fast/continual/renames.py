@@ -62,7 +62,9 @@ def in_json(fields: Any, names: Names) -> Any:
     def record(value: Any) -> Any:
         return {**value, "fingerprint": digests(value.get("fingerprint", {}))}
 
-    new = {**fields, "records": list(map(record, fields["records"]))}  # a task in progress has no digests yet
+    new = {**fields, "records": list(map(record, fields["records"]))}
+    if fields.get("current") is not None:
+        new["current"] = record(fields["current"])
     return new | ({"frozen": digests(fields["frozen"])} if "frozen" in fields else {})
 
 

@@ -84,7 +84,7 @@ def moved(
 ) -> list[str]:
     """The names whose values in ``state`` and ``own`` differ where finished tasks use them."""
     # None for a fixed parameter, which must keep all values, and for a gated tensor before the first task has ended.
-    unions = parts.unions() | dict.fromkeys(map(id, fixed))
+    unions = parts.unions() | dict.fromkeys(map(id, (*fixed, *parts.fixed_buffers(parts.tasks_of_layers()))))
     found = []
     for name, tensor in own.items():
         if id(tensor) not in unions:
