@@ -130,10 +130,12 @@ def classify(model: nn.Module, declared: Declared) -> list[Owned]:
 
 def _kind(places: Sequence[_Place], rest: str | None) -> tuple[str | None, bool]:
     """The kind of a tensor that no pattern matches, and whether it is a constant."""
-    if any(per_task.is_norm(p.module) or p.attribute in per_task.marked(p.module) for p in places):
-        return "per_task", False
     running = any(place.attribute in _RUNNING_STATISTICS for place in places)
-    if not running and not isinstance(places[0].tensor, nn.Parameter):
+    is_buffer = not isinstance(places[0].tensor, nn.Parameter)
+    marked = any(place.attribute in per_task.marked(place.module) for place in places)  # as it was declared before
+    if any(per_task.is_norm(place.module) for place in places) or (marked and (is_buffer or rest is None)):
+        return "per_task", False
+    if is_buffer and not running:
         return "frozen", True
     return (None if running and rest == "frozen" else rest), False
 

@@ -40,9 +40,11 @@ def moving(parts: ModelParts, task: TaskId) -> Iterator[Frozen]:
     for _, gate in parts.gated():
         yield Frozen(gate.param, unions[id(gate.param)])
         yield Frozen(gate.score, None)
+    untrained = parts.untrained()
     for heads in parts.heads.values():
         for tensor in (*heads.head(task).parameters(), *heads.head(task).buffers()):
-            yield Frozen(tensor, None)
+            if id(tensor) not in untrained:
+                yield Frozen(tensor, None)
     first = not parts.tasks_of_layers()
     for item in parts.owned:
         if item.kind != "frozen" or (first and isinstance(item.tensor, nn.Parameter)):

@@ -37,8 +37,8 @@ class HeadTemplate:
     untrained: frozenset[str] = frozenset()
     has_buffers: bool = False
 
-    def check_width(self, width: int) -> None:
-        """Raise ``ValueError`` if no head of this width can be made."""
+    def check(self, width: int | None, like: Tensor) -> None:
+        """Raise ``ValueError`` if :meth:`make` could not make such a head."""
 
     def make(self, width: int | None, like: Tensor) -> nn.Module:
         """Make a head with new values, on the device of ``like`` and in its dtype."""
@@ -113,18 +113,19 @@ class ModuleTemplate(HeadTemplate):
         width = getattr(self.module, "in_features", getattr(self.module, "in_channels", None))
         self.in_features = width if isinstance(width, int) else None
 
-    def check_width(self, width: int) -> None:
-        if width != self.own_width:
+    def check(self, width: int | None, like: Tensor) -> None:
+        if width not in (None, self.own_width):
             with torch.device("meta"):
                 self._rebuilt(width)
+        elif not like.is_meta and any(tensor.is_meta for tensor in _tensors(self.module)):
+            _check_can_reset(self.module)
 
     def make(self, width: int | None, like: Tensor) -> nn.Module:
         is_copy = width in (None, self.own_width)
         head = copy.deepcopy(self.module) if is_copy else self._rebuilt(width)
         for name, param in head.named_parameters():
             param.requires_grad_(name not in self.untrained and (param.is_floating_point() or param.is_complex()))
-        if like.device.type != "meta" and any(tensor.is_meta for tensor in _tensors(head)):
-            _check_can_reset(head)
+        if not like.is_meta and any(tensor.is_meta for tensor in _tensors(head)):
             head.to_empty(device=like.device)
         head.to(device=like.device, dtype=None if like.dtype == self.dtype else like.dtype)
         if is_copy:  # the constructor of another one has drawn its values

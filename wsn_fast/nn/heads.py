@@ -96,6 +96,8 @@ class TaskHeads(nn.Module):
         like = next(param for param in template.parameters() if param.is_floating_point() or param.is_complex())
         heads = cls.__new__(cls)
         heads._start(kind, own if out_features is None else out_features, tasks, like.detach().new_empty(0))
+        if out_features is not None:
+            heads._checked(out_features)
         return heads.train(template.training)
 
     def _start(
@@ -191,25 +193,30 @@ class TaskHeads(nn.Module):
             ValueError: ``out_features`` differs from that of the existing head, is not a positive int, or is not
                 possible for these heads; or no width is known.
         """
-        if self._template.width_name is None:
-            if out_features is None:
-                return None
-            raise ValueError(
-                f"out_features must be None, got {out_features!r}: the heads are copies of a {self._template.kind}, "
-                "whose width is not known. A width needs nn.Linear, a subclass without a forward of its own, or a "
-                "convolution"
-            )
         known: object = self._widths.get(task, self.out_features if out_features is None else out_features)
-        if known is None:
+        if known is None and self._template.width_name is not None:
             raise ValueError(f"out_features must be given for task {task!r}: these heads have no common width")
-        if isinstance(known, bool) or not isinstance(known, Integral) or known < 1:
-            raise ValueError(f"out_features must be a positive int, got {known!r}")
+        width = self._checked(known)
         if out_features not in (None, known):
             raise ValueError(
                 f"out_features must be {known}, the width of the head of task {task!r}, got {out_features!r}"
             )
-        self._template.check_width(int(known))
-        return int(known)
+        return width
+
+    def _checked(self, width: object) -> int | None:
+        """Return ``width``. Raises ``ValueError`` if no such head can be made."""
+        if width is not None:
+            if self._template.width_name is None:
+                raise ValueError(
+                    f"out_features must be None, got {width!r}: the heads are copies of a {self._template.kind}, whose "
+                    "width is not known. A width needs nn.Linear, a subclass without a forward of its own, or a "
+                    "convolution"
+                )
+            if isinstance(width, bool) or not isinstance(width, Integral) or width < 1:
+                raise ValueError(f"out_features must be a positive int, got {width!r}")
+            width = int(width)
+        self._template.check(width, self._device_and_dtype)
+        return width
 
     def head(self, task: TaskId) -> nn.Module:
         """The head of ``task``. Raises ``ValueError`` that lists the known tasks when there is none."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.compiler import is_exporting
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from ..backends import recording
 from . import per_task
@@ -40,7 +40,7 @@ def release(head: nn.Module) -> None:
 
 
 def _put_back(head: nn.Module, args: Any, output: Any) -> None:
-    if is_exporting() or recording():
+    if not is_dynamo_compiling() and (is_exporting() or recording()):
         return
     for name, kept in head.__dict__[_KEPT].items():
         path, _, attribute = name.rpartition(".")
