@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -346,3 +347,47 @@ def test_what_the_template_does_not_train_stays_so() -> None:
     wsn.end_task()
     wsn.load_state_dict(state)
     assert [name for name, param in wsn.heads[0].named_parameters() if not param.requires_grad] == ["0.weight"]
+
+
+class Renamed(nn.Linear):
+    """Saves its weight under another name, and loads it in its own way."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}kernel"] = destination.pop(f"{prefix}weight")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_head_that_loads_in_its_own_way(inside: bool) -> None:
+    def made() -> WSN:
+        torch.manual_seed(0)
+        last: nn.Module = nn.Sequential(nn.Linear(8, 8), Renamed(8, 3)) if inside else Renamed(8, 3)
+        return WSN(convert(nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), last), 0.4, heads="3"))
+
+    wsn = made()
+    for task in (0, 1):
+        train(wsn, task)
+        wsn.end_task()
+    state = wsn.state_dict()
+    assert [name for name in state if name.endswith("kernel")]
+    other = made()
+    other.load_state_dict(state, strict=True)
+    assert all(torch.equal(logits(other, task), logits(wsn, task)) for task in (0, 1))
+    other.verify()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["batch norm", "sequence", "own forward"])
+def test_an_exported_program_keeps_the_head_of_its_task(kind: str) -> None:
+    wsn = finished(kind).eval()
+    expected = logits(wsn, 0)
+    with wsn.use_task(0), torch.no_grad():
+        program = torch.export.export(wsn, (inputs(7),), strict=False).module()
+        traced = torch.jit.trace(wsn, (inputs(7),))
+    with wsn.use_task(1), torch.no_grad():
+        assert torch.equal(program(inputs(7)), expected)
+        assert torch.equal(traced(inputs(7)), expected)

@@ -102,10 +102,9 @@ class ModuleTemplate(HeadTemplate):
         if not any(param.requires_grad for param in self.module.parameters()):
             for param in _floating(self.module):  # a frozen model gets heads that are trained
                 param.requires_grad_(True)
-        first = next(_floating(self.module))
-        self.dtype = first.dtype
-        if not first.is_meta:
-            self.module.cpu()
+        self.dtype = next(_floating(self.module)).dtype
+        if not any(tensor.is_meta for tensor in _tensors(self.module)):
+            self.module.cpu()  # it is only read to make heads
         self.untrained = frozenset(name for name, p in self.module.named_parameters() if not p.requires_grad)
         self.has_buffers = any(True for _ in self.module.buffers())
         self.width_name = _width_name(self.module)
