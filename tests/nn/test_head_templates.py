@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from wsn_fast import FastSubnetLinear, TaskHeads, convert
 
@@ -189,6 +189,20 @@ def test_a_linear_layer_gives_what_the_constructor_gives() -> None:
     assert one.state_dict().keys() == other.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert (other.in_features, other.out_features) == (4, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: prune.l1_unstructured(m, "weight", 2), nn.utils.spectral_norm, nn.utils.weight_norm],
+    ids=["pruned", "spectral norm", "weight norm"],
+)
+def test_a_module_whose_weight_a_hook_computes_is_refused(change: Callable[[nn.Module], nn.Module]) -> None:
+    layer = change(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"can be copied, and a hook computes weight \(pruning"):
+        TaskHeads.of(layer)
+    with pytest.raises(ValueError, match=r"can be copied, and a hook computes 1\.weight \(pruning"):
+        TaskHeads.of(nn.Sequential(nn.ReLU(), layer))
 
 
 def test_later_heads_are_born_where_the_module_is() -> None:

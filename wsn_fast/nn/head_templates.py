@@ -87,7 +87,8 @@ class ModuleTemplate(HeadTemplate):
             ``reset_parameters`` get new values in each head, and the others keep those that they have here.
 
     Raises:
-        ValueError: it has no parameter to train, is not initialised, or cannot be copied.
+        ValueError: it has no parameter to train, is not initialised, or cannot be copied, as modules whose weight is
+            computed by a hook (the older ``weight_norm``) cannot.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -168,8 +169,23 @@ class ModuleTemplate(HeadTemplate):
 def _check(module: nn.Module) -> None:
     if any(is_lazy(tensor) for tensor in _tensors(module)):
         raise ValueError("template is not initialised yet: run a batch through it first")
+    computed = next(_computed(module), None)
+    if computed is not None:
+        raise ValueError(
+            f"template must be a module that can be copied, and a hook computes {computed} (pruning, or weight_norm or "
+            "spectral_norm of torch.nn.utils): use torch.nn.utils.parametrizations, or make the pruning permanent"
+        )
     if next(_floating(module), None) is None:
         raise ValueError(f"template must have parameters to train, and this {type(module).__name__} has none")
+
+
+def _computed(module: nn.Module) -> Iterator[str]:
+    """The names of the tensors that a hook computes from others before each forward pass."""
+    for name, inner in module.named_modules():
+        own = {n for n, _ in inner.named_parameters(recurse=False)}
+        for attribute, value in vars(inner).items():
+            if isinstance(value, Tensor) and own & {f"{attribute}_orig", f"{attribute}_g"}:
+                yield f"{name}.{attribute}".lstrip(".")
 
 
 def _width_name(module: nn.Module) -> str | None:

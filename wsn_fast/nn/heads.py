@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class TaskHeads(nn.Module):
         are read from attributes of the template. Widths are numbers of ``out_features`` or ``out_channels``.
 
         Args:
-            template: any module with parameters; it is copied. An ``nn.Linear`` gives the heads that the constructor of
-                this class makes.
+            template: any module with parameters; it is copied. An ordinary ``nn.Linear`` gives the heads that the
+                constructor of this class makes.
             out_features: width of a head that is added without a width of its own; None for that of the template.
             tasks: as for the constructor of this class.
 
@@ -87,7 +87,7 @@ class TaskHeads(nn.Module):
                 per-task tensors; or a width was asked for that it cannot have.
         """
         _check_template(template)
-        if type(template) is nn.Linear and "forward" not in vars(template):
+        if _is_plain_linear(template):
             kind: HeadTemplate = LinearTemplate(template.in_features, template.bias is not None)
             own: int | None = template.out_features
         else:
@@ -307,6 +307,12 @@ class TaskHeads(nn.Module):
     def extra_repr(self) -> str:
         of = f"in_features={self.in_features}" if isinstance(self._template, LinearTemplate) else self._template.kind
         return f"{of}, tasks={self.tasks}, active={self.active!r}"
+
+
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` is an ``nn.Linear`` to which nothing was done (pruning and weight norm replace its weight)."""
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return type(module) is nn.Linear and "forward" not in vars(module) and "weight" in own <= {"weight", "bias"}
 
 
 def _check_template(template: object) -> None:
