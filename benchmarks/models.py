@@ -132,7 +132,9 @@ def _facts() -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. The exit status is 1 if a promise is broken."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="models whose name has one of the texts")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="models whose name has one of the texts"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="how many processes share the work")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder of models.json and models.md")
     parser.add_argument("--page-only", action="store_true", help="write the page from models.json, and check nothing")

@@ -226,9 +226,10 @@ def test_a_catch_all_density_may_be_left_over() -> None:
         (
             {"heads": "fc"},
             ValueError,
-            r"heads: the model has no nn.Linear named 'fc'; its nn.Linear layers are: \['0', '2', '4'\]",
+            r"heads: the model has no module inside it that is named 'fc'; its nn.Linear layers are: \['0', '2', '4'\]",
         ),
-        ({"heads": "1"}, ValueError, "heads: the model has no nn.Linear named '1'"),
+        ({"heads": "1"}, ValueError, r"heads\['1'\]: template must have parameters to train, and this ReLU has none"),
+        ({"heads": ""}, ValueError, "heads: the model has no module inside it that is named ''"),
         ({"heads": ["4"]}, TypeError, "heads must be a module name or a mapping"),
         ({"heads": {"4": "abc"}}, TypeError, r"heads\['4'\] must be a width"),
         ({"heads": {"4": 0.5}}, TypeError, r"heads\['4'\] must be a width"),

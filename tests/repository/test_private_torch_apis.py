@@ -370,6 +370,23 @@ def hooks_of_states(attribute: str, register: str, run: Callable[[nn.Module], ob
         assert calls == [1]
 
 
+def hooks_that_are_always_called() -> None:
+    """A forward hook whose key is in the dictionary runs although the forward pass raised."""
+
+    class Raises(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("forward")
+
+    module, called = Raises(), []
+    module._forward_hooks[-1] = lambda *args: called.append(args)
+    for always in (False, True):
+        if always:
+            module._forward_hooks_always_called[-1] = True
+        with pytest.raises(KeyError, match="forward"):
+            module(torch.zeros(1))
+        assert bool(called) == always
+
+
 def forward_hooks(attribute: str, register: str) -> None:
     module = nn.Identity()
     assert not getattr(module, attribute)
@@ -554,6 +571,7 @@ CHECKS: dict[str, Callable[[], object]] = {
         "_state_dict_pre_hooks", "register_state_dict_pre_hook", nn.Module.state_dict
     ),
     "Module._forward_hooks": lambda: forward_hooks("_forward_hooks", "register_forward_hook"),
+    "Module._forward_hooks_always_called": hooks_that_are_always_called,
     "Module._forward_pre_hooks": lambda: forward_hooks("_forward_pre_hooks", "register_forward_pre_hook"),
     "Optimizer._step_supports_amp_scaling": amp_scaling,
     "Optimizer._optimizer_step_pre_hooks": lambda: step_hooks(

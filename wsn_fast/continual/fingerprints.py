@@ -96,7 +96,7 @@ def wrong_unions(parts: ModelParts) -> list[str]:
 
 
 def frozen_buffers(parts: ModelParts) -> dict[str, str]:
-    """The digests of the buffers that are declared ``frozen``, by name."""
+    """The digests of the buffers that are ``frozen``, declared or not, by name."""
     return {
         item.name: digest(item.tensor)
         for item in parts.owned
@@ -105,11 +105,27 @@ def frozen_buffers(parts: ModelParts) -> dict[str, str]:
 
 
 def check_frozen_buffers(parts: ModelParts, then: Mapping[str, str]) -> None:
-    """Raise ``RuntimeError`` if a buffer has another digest than :func:`frozen_buffers` returned earlier."""
-    now = frozen_buffers(parts) if then else {}
-    for name, digest_then in then.items():
-        if now.get(name) != digest_then:
-            raise RuntimeError(f"{name} is a buffer declared frozen and has changed: declare it per_task")
+    """Raise ``RuntimeError``, which lists them, if buffers have other digests than :func:`frozen_buffers` returned
+    earlier, or have come since."""
+    now = frozen_buffers(parts)
+    declared = {item.name for item in parts.owned if not item.constant}
+    gone = {name: digest_then for name, digest_then in then.items() if name not in now}
+    come = {name: digest_now for name, digest_now in now.items() if name not in then}
+    if sorted(gone.values()) == sorted(come.values()):  # they have other names
+        gone, come = {}, {}
+    problems = [f"{name} was a buffer when the task began, and is gone: declare it per_task or shared" for name in gone]
+    for name, digest_now in now.items():
+        if name in come:
+            problems.append(
+                f"{name} is a buffer that did not exist when the task began: run a batch before begin_task, or declare "
+                "it per_task or shared"
+            )
+        elif then.get(name, digest_now) != digest_now and name in declared:
+            problems.append(f"{name} is a buffer declared frozen and has changed: declare it per_task")
+        elif then.get(name, digest_now) != digest_now:
+            problems.append(f"{name} is a buffer that changes in training: declare it per_task (or shared)")
+    if problems:
+        raise RuntimeError("\n".join(problems))
 
 
 def compare(task: TaskId, then: Mapping[str, str], now: Mapping[str, str]) -> list[Drift]:

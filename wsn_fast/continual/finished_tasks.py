@@ -14,23 +14,19 @@ from ..nn import model_owner
 from ..nn.model_gates import ModelGates
 from ..nn.task_ids import TaskId, check_task
 from . import fingerprints, removal, renames, shown_values, state_hooks, statistics
+from .contents import Contents
 from .guard import Guards
-from .model_parts import ModelParts
 from .probe import Probe, check_reads
-from .register import TaskRegister
 from .statistics import Capacity, TaskStats
 from .view import View
 
 _OF_LAYERS = ("masks", "union", "view")
 
 
-class FinishedTasks(nn.Module):
+class FinishedTasks(Contents):
     """The part of :class:`wsn_fast.WSN` that works with finished tasks only."""
 
-    _parts: ModelParts
-    _register: TaskRegister
     _generation: int
-    _view: View
     _guards: Guards
     gates: ModelGates
     model: nn.Module
@@ -193,9 +189,6 @@ class FinishedTasks(nn.Module):
         self._register.decode(state)
 
     # --- what WSN does ---------------------------------------------------------------------------------------------
-    def _restore_frozen(self) -> None:
-        raise NotImplementedError
-
     def _refresh(self) -> None:
         raise NotImplementedError
 

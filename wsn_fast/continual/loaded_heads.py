@@ -33,9 +33,8 @@ def check(
     Raises:
         ValueError: a task would have no head, or one with which it did not end.
     """
-    start, end = f"{prefix}heads.", ".weight"
-    given = {key[len(start) : -len(end)] for key in state if key.startswith(start) and key.endswith(end)}
-    there = given or set(heads.heads)
+    given = heads.saved(state, prefix)
+    there = given.keys() or set(heads.heads)
     lacking = [task for task in tasks if task_key(task) not in there]
     if lacking:
         more = f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else ""

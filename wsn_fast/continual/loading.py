@@ -104,9 +104,9 @@ class _Own(NamedTuple):
     shape: tuple[int | None, ...] | None
 
 
-def _own(wsn: WSN, prefix: str) -> Iterator[tuple[str, _Own]]:
-    """What the model itself would save, by name, without what modules of unknown kinds load in their own way."""
-    for path, module in _known_modules(wsn, prefix):
+def _own(model: nn.Module, prefix: str) -> Iterator[tuple[str, _Own]]:
+    """What a module itself would save, by name, without what modules of unknown kinds load in their own way."""
+    for path, module in _known_modules(model, prefix):
         grows = {f"{name}_tasks" for name in per_task.marked(module)}
         if isinstance(module, SubnetLayer):
             grows |= {f"{name}_masks" for name in module.GATED}
@@ -119,10 +119,10 @@ def _own(wsn: WSN, prefix: str) -> Iterator[tuple[str, _Own]]:
             yield f"{path}_extra_state", _Own(None, None)
 
 
-def _known_modules(wsn: WSN, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _known_modules(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules that load their tensors as torch does, each with the beginning of its names in a state."""
     left: list[str] = []
-    for name, module in wsn.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules(remove_duplicate=False):
         path = f"{prefix}{name}." if name else prefix
         if _loads_in_its_own_way(module):
             left.append(path)
@@ -141,9 +141,9 @@ def _loads_in_its_own_way(module: nn.Module) -> bool:
 def _check_names(wsn: WSN, own: dict[str, _Own], state: Mapping[str, Any], prefix: str, how: _How) -> None:
     """Raise ``StateError`` if names are missing or unknown and the load is strict, or if a value cannot be loaded."""
     strict, assign = how
-    _expect_heads(wsn, own, state, prefix)
+    of_heads = _expect_heads(wsn, own, state, prefix)
     modules = wsn.named_modules(remove_duplicate=False)
-    foreign = tuple(f"{prefix}{name}." for name, module in modules if _loads_in_its_own_way(module))
+    foreign = (*of_heads, *(f"{prefix}{name}." for name, module in modules if _loads_in_its_own_way(module)))
     given = {name for name in state if name.startswith(prefix) and not name.startswith(foreign)}
     missing = [name for name in own if name not in given and not name.endswith(".num_batches_tracked")]
     unknown = [name for name in state if name in given and name not in own]
@@ -191,27 +191,32 @@ def _fits(shape: tuple[int, ...], own: tuple[int | None, ...]) -> bool:
     return len(shape) == len(own) and all(b in (None, a) for a, b in zip(shape, own, strict=True))
 
 
-def _expect_heads(wsn: WSN, own: dict[str, _Own], state: Mapping[str, Any], prefix: str) -> None:
-    """Replace the heads of the model in ``own`` by those that the state brings."""
+def _expect_heads(wsn: WSN, own: dict[str, _Own], state: Mapping[str, Any], prefix: str) -> list[str]:
+    """Replace the heads of the model in ``own`` by those that the state brings.
+
+    Returns:
+        The beginnings of the names of modules inside them that load in their own way.
+    """
+    foreign: list[str] = []
     for name, heads in wsn.named_modules(remove_duplicate=False):
-        if not isinstance(heads, TaskHeads):
+        saved = heads.saved(state, f"{prefix}{name}.") if isinstance(heads, TaskHeads) else {}
+        if not isinstance(heads, TaskHeads) or not saved:
             continue
         start = f"{prefix}{name}.heads."
-        given = [key for key in state if key.startswith(start) and key.endswith(".weight")]
-        if not given:
-            continue
         for key in [key for key in own if key.startswith(start)]:
             del own[key]
-        for key in given:
-            task, weight = key[len(start) : -len(".weight")], state[key]
+        for key, tensors in saved.items():
             try:
-                task_from_key(task)
+                task_from_key(key)
             except ValueError:
                 continue  # it is reported as unexpected
-            own[key] = _Own(None, (None, heads.in_features))
-            if heads.use_bias:
-                width = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else None
-                own[f"{start}{task}.bias"] = _Own(None, (width,))
+            head = heads.expected(tensors)
+            # No Parameters, which might be taken for tied ones: one module may serve for all heads.
+            for path, (tensor, shape) in _own(head, f"{start}{key}."):
+                own[path] = _Own(None if tensor is None else tensor.detach(), shape)
+            left = (f"{start}{key}.{n}." for n, module in head.named_modules() if _loads_in_its_own_way(module))
+            foreign += [path.replace("..", ".") for path in left]
+    return foreign
 
 
 def _renamed(
@@ -302,8 +307,8 @@ def _check_fingerprints(wsn: WSN, register: register_state.RegisterState) -> Non
         if found != expected:
             raise StateError(
                 f"task {record['task']!r} of the state computes with other tensors than this model: only one of "
-                f"the two has {_list(sorted(found ^ expected))}. Are the layers those of then, and per_task= and "
-                "frozen= as they were? wsn_fast.rename_state changes names. Nothing has been loaded"
+                f"the two has {_list(sorted(found ^ expected))}. Are the layers those of then, and per_task=, "
+                "frozen= and rest= as they were? wsn_fast.rename_state changes names. Nothing has been loaded"
             )
 
 

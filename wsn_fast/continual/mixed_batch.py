@@ -110,8 +110,9 @@ def _obstacle(parts: ModelParts, tasks: Sequence[TaskId]) -> str:
             return f"task {task!r} is not finished; finished tasks: {finished}"
     for name, module in parts.model.named_modules():
         known = type(module) in ROW_WISE or getattr(type(module), "row_wise", False)
-        inside_heads = any(name.startswith(f"{heads}.heads") for heads in parts.heads)
-        if not known and not inside_heads:
+        if any(name.startswith(f"{heads}.heads".lstrip(".")) for heads in parts.heads):
+            continue  # a head gets the rows of its task alone
+        if not known:
             kind = type(module).__name__
             return (
                 f"{name or 'the model'} is a {kind}, which is not known to compute every row by itself. If it does, "

@@ -28,10 +28,10 @@ class ModelParts:
 
     Args:
         model: a model with subnet layers; without any, ``ValueError`` is raised.
-        declared: the name patterns of each kind of owner (see :mod:`wsn_fast.continual.ownership`).
+        declared: the owners that the user declared.
     """
 
-    def __init__(self, model: nn.Module, declared: dict[str, tuple[str, ...]]) -> None:
+    def __init__(self, model: nn.Module, declared: ownership.Declared) -> None:
         self._declared = declared
         self._shown: tuple[int | None, TaskId | None] = None, None
         self.refresh(model)
@@ -43,7 +43,7 @@ class ModelParts:
         about the tasks that have ended."""
         self.model = model
         # A compiled model wraps the original; names stay those of the original.
-        named = [(name.replace("_orig_mod.", "").removesuffix("_orig_mod"), m) for name, m in model.named_modules()]
+        named = [(ownership.original(name), module) for name, module in model.named_modules()]
         self.layers = {name: m for name, m in named if isinstance(m, SubnetLayer)}
         if not self.layers:
             raise ValueError("model has no subnet layer: convert(model) it first, or build it from FastSubnet layers")
@@ -161,6 +161,25 @@ class ModelParts:
             for what, tensor in (("", gate.param), ("_score", gate.score)):
                 if not tensor.isfinite().all():
                     raise FloatingPointError(f"{name}{what} has values that are not finite")
+
+    def finish(self, tasks: list[TaskId], *, anew: bool = False) -> None:
+        """From now on the heads of ``tasks`` are those of finished tasks (see :meth:`TaskHeads.finish`)."""
+        for heads in self.heads.values():
+            heads.finish(tasks, anew=anew)
+
+    def untrained(self) -> set[int]:
+        """The ids of the parameters that are not trained, although they are in heads."""
+        return {key for heads in self.heads.values() for key in heads.untrained()}
+
+    def fixed_buffers(self, tasks: list[TaskId]) -> Iterator[Tensor]:
+        """The buffers that must not change at all after ``tasks`` have ended, as :meth:`fixed` yields parameters."""
+        for heads in self.heads.values():
+            for task in tasks:
+                if task in heads.tasks:
+                    yield from heads.head(task).buffers()
+        for item in self.owned:
+            if tasks and item.kind == "frozen" and not isinstance(item.tensor, nn.Parameter):
+                yield item.tensor
 
     def fixed(self, tasks: list[TaskId]) -> Iterator[nn.Parameter]:
         """The parameters that must not change at all after ``tasks`` have ended: their heads, and those declared

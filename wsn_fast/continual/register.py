@@ -20,7 +20,7 @@ _SMALL = 256 << 10  # bytes of masks, whose compression takes up to a tenth of a
 @dataclass
 class Record:
     """A task that was begun; once it has ended, also the fingerprint of what it computes with, and how small its masks
-    become."""
+    become. While it is in progress, the fingerprint is that of the frozen buffers when it began."""
 
     task: TaskId
     fingerprint: dict[str, str] = field(default_factory=dict)
@@ -116,7 +116,10 @@ class TaskRegister:
 
     def trust_frozen(self, parts: ModelParts) -> None:
         """If the loaded state has no checksums, because an earlier version saved it, take them from the model as it is
-        now. They are not saved, so that a state that is loaded and saved stays the same."""
+        now. They are not saved, so that a state that is loaded and saved stays the same. The same holds for the frozen
+        buffers of a task in progress, which are saved."""
+        if self.current is not None and not self.current.fingerprint:
+            self.current.fingerprint = fingerprints.frozen_buffers(parts)
         if self.records and not self.frozen:
             self.frozen, self._saves_frozen = frozen_values(parts), False
 

@@ -16,7 +16,7 @@ Names = Mapping[str, str]
 
 _MASK = " (mask)"
 # Extra states, heads, and counts of batches, which old states lack.
-_LEFT_OUT = re.compile(r"_extra_state$|num_batches_tracked$|(^|\.)heads\.[is][^.]*\.(weight|bias)$")
+_LEFT_OUT = re.compile(r"_extra_state$|num_batches_tracked$|(^|\.)heads\.(i-?\d+|s[^.]+)\..")
 
 
 class RenamedError(RuntimeError):
@@ -62,7 +62,9 @@ def in_json(fields: Any, names: Names) -> Any:
     def record(value: Any) -> Any:
         return {**value, "fingerprint": digests(value.get("fingerprint", {}))}
 
-    new = {**fields, "records": list(map(record, fields["records"]))}  # a task in progress has no digests yet
+    new = {**fields, "records": list(map(record, fields["records"]))}
+    if fields.get("current") is not None:
+        new["current"] = record(fields["current"])
     return new | ({"frozen": digests(fields["frozen"])} if "frozen" in fields else {})
 
 

@@ -52,6 +52,7 @@ def _after_load(wsn: WSN, incompatible_keys: Any) -> None:
     for tie in wsn.__dict__.pop("_ties", []):
         tie.tie()
     wsn._refresh()
+    wsn._parts.finish(wsn.tasks, anew=True)
     wsn._register.trust_frozen(wsn._parts)
     wsn._guards.keep_for_task(wsn)
     wsn._generation += 1

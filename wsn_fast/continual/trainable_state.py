@@ -40,9 +40,11 @@ def moving(parts: ModelParts, task: TaskId) -> Iterator[Frozen]:
     for _, gate in parts.gated():
         yield Frozen(gate.param, unions[id(gate.param)])
         yield Frozen(gate.score, None)
+    untrained = parts.untrained()
     for heads in parts.heads.values():
         for tensor in (*heads.head(task).parameters(), *heads.head(task).buffers()):
-            yield Frozen(tensor, None)
+            if id(tensor) not in untrained:
+                yield Frozen(tensor, None)
     first = not parts.tasks_of_layers()
     for item in parts.owned:
         if item.kind != "frozen" or (first and isinstance(item.tensor, nn.Parameter)):
@@ -84,7 +86,7 @@ def moved(
 ) -> list[str]:
     """The names whose values in ``state`` and ``own`` differ where finished tasks use them."""
     # None for a fixed parameter, which must keep all values, and for a gated tensor before the first task has ended.
-    unions = parts.unions() | dict.fromkeys(map(id, fixed))
+    unions = parts.unions() | dict.fromkeys(map(id, (*fixed, *parts.fixed_buffers(parts.tasks_of_layers()))))
     found = []
     for name, tensor in own.items():
         if id(tensor) not in unions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from .. import ops
 from ..convert.patterns import Patterns, as_patterns
 from ..nn import model_owner
-from ..nn.gate import Gated
-from ..nn.gated import SubnetLayer
 from ..nn.model_gates import ModelGates
 from ..nn.scores import check_score_init
 from ..nn.task_ids import TaskId, check_task
-from . import advice, fingerprints, mixed_batch, ownership, state_hooks, statistics, trainable_state
+from . import advice, fingerprints, mixed_batch, ownership, state_hooks, statistics
 from .finished_tasks import FinishedTasks
-from .frozen_values import Frozen, after_task
+from .frozen_values import after_task
 from .guard import Guards, check_guardable
 from .model_parts import Density, ModelParts
 from .probe import Probe, check_reads
@@ -38,7 +36,10 @@ class WSN(FinishedTasks):
         per_task, frozen, shared: name patterns (see :func:`wsn_fast.convert`) that say what happens to parameters and
             buffers that are neither gated nor in heads. ``per_task`` tensors have a copy for each task; ``frozen``
             parameters are trained in the first task and then fixed, and ``frozen`` buffers are constant from the start;
-            ``shared`` tensors may forget. Normalisation layers are ``per_task`` unless declared otherwise.
+            ``shared`` tensors may forget. A pattern that matches a module means all tensors below it, and one name of a
+            tied parameter is enough. Undeclared normalisation layers are ``per_task``. Other undeclared buffers are
+            taken as constant, which the end of a task checks, unless they are called ``running_mean`` and the like.
+        rest: "per_task", "frozen" or "shared", for all parameters that are left; None makes them an error.
         reinit_scores: draw new scores for every task, as CLArena does; the default keeps them, as the paper's code
             does.
         score_init: how these scores are drawn: "default", "N01" or "U01" (see :meth:`SubnetLayer.reset_scores`).
@@ -64,6 +65,7 @@ class WSN(FinishedTasks):
         per_task: Patterns = (),
         frozen: Patterns = (),
         shared: Patterns = (),
+        rest: str | None = None,
         reinit_scores: bool = False,
         score_init: str = "default",
         keep_masked: bool | int = True,
@@ -76,7 +78,8 @@ class WSN(FinishedTasks):
         gates_ahead = ops.check_bool("gates_ahead", gates_ahead)
         self.score_init = check_score_init(score_init)
         owners = {"per_task": per_task, "frozen": frozen, "shared": shared}
-        self._parts = ModelParts(model, {owner: as_patterns(owner, given) for owner, given in owners.items()})
+        patterns = {owner: as_patterns(owner, given) for owner, given in owners.items()}
+        self._parts = ModelParts(model, ownership.declare(patterns, rest))
         self._view = View(None, None)
         # A model may have been loaded with finished tasks. They are trusted as they are, and unions are made of them.
         self._register = TaskRegister(self._parts.tasks_of_layers())
@@ -84,39 +87,15 @@ class WSN(FinishedTasks):
             layer.rebuild_union()
         self._register.trust(self._parts)
         self._generation = 0  # goes up when a task begins, when it ends, and when a state is loaded
-        self._constants: dict[str, str] = {}  # digests of the frozen buffers, from when the task in progress began
         self._fixed: list[nn.Parameter] = []
         self._guards = Guards()
         for layer in self._parts.layers.values():
             layer.gate_state.keep_masked, layer.gate_state.gates_ahead = keep_masked, gates_ahead
         self.gates = ModelGates().of(self._parts.layers.values())
         self._fix_parameters()
+        self._parts.finish(self.tasks, anew=True)
         state_hooks.register(self)
         model_owner.watch(model, self)
-
-    # --- what is there ---------------------------------------------------------------------------------------------
-    @property
-    def tasks(self) -> list[TaskId]:
-        """The finished tasks, in the order in which they ended."""
-        return self._register.tasks
-
-    @property
-    def current_task(self) -> TaskId | None:
-        """The task between ``begin_task`` and ``end_task``, or None."""
-        return self._register.current_task
-
-    def subnet_layers(self) -> dict[str, SubnetLayer]:
-        """The subnet layers of the model by name; a layer used twice appears once."""
-        return dict(self._parts.layers)
-
-    def gated(self) -> Iterator[tuple[str, Gated]]:
-        """The gated tensors by name, with their scores and masks; one that tied layers share appears once."""
-        return self._parts.gated()
-
-    def fixed(self) -> list[nn.Parameter]:
-        """The parameters that must not change at all any more: the heads of finished tasks and, after the first task,
-        the parameters that are declared ``frozen``."""
-        return list(self._fixed)
 
     # --- the life of a task ----------------------------------------------------------------------------------------
     @torch.inference_mode(False)
@@ -130,7 +109,8 @@ class WSN(FinishedTasks):
             task: an int or a str, in any order; each can be begun once.
             density: the density for this task only: one number, or numbers by name pattern. Layers that match no
                 pattern keep their own density.
-            out_features: the width of a head that does not exist yet, if ``TaskHeads`` has no common width.
+            out_features: the width of a head that does not exist yet (``out_channels`` of a convolution), if
+                ``TaskHeads`` has no common width.
 
         Raises:
             ValueError: the task has ended already; a density is outside (0, 1] or its pattern matches no layer; a width
@@ -165,8 +145,7 @@ class WSN(FinishedTasks):
             layer.task_density = densities[name]
             if self.reinit_scores:
                 layer.reset_scores(self.score_init)
-        self._constants = fingerprints.frozen_buffers(self._parts)
-        self._register.current = Record(task)
+        self._register.current = Record(task, fingerprints.frozen_buffers(self._parts))
         self._generation += 1
         self._show(View(None, task))
         self._guards.kept.ran = False
@@ -181,7 +160,7 @@ class WSN(FinishedTasks):
             probe: an input, to find code that reads weights without calling their layer; see :meth:`verify`.
 
         Raises:
-            RuntimeError: no task is in progress; or a buffer that is declared ``frozen`` has changed.
+            RuntimeError: no task is in progress; or buffers have changed that are ``frozen`` or taken as constant.
             ValueError: a module with per-task tensors was added or replaced after WSN(model).
             FloatingPointError: a weight or score is not finite; the message names the layer.
             UnmaskedReadError: with ``probe``, the task reads something outside of its mask.
@@ -194,7 +173,7 @@ class WSN(FinishedTasks):
             raise RuntimeError("no task is in progress: begin_task(task) first")
         self._refresh()
         self.check_finite()
-        fingerprints.check_frozen_buffers(self._parts, self._constants)
+        fingerprints.check_frozen_buffers(self._parts, self._register.current.fingerprint)
         task, row = self._register.current.task, len(self.tasks)
         self._parts.check_rows(row)
         self._register.check_frozen(self._parts, advice.after_task(task, self._guards.kept.ran))
@@ -355,7 +334,9 @@ class WSN(FinishedTasks):
     def _fix_parameters(self) -> None:
         """Find the parameters that must not change at all any more, and stop their training. Parameters that are no
         longer among them, because a state of an earlier task was loaded, are trained again."""
-        self._fixed = ownership.fix(list(self._parts.fixed(self.tasks)), before=self._fixed)
+        fixed, untrained = list(self._parts.fixed(self.tasks)), self._parts.untrained()
+        self._fixed = ownership.fix(fixed, before=self._fixed, untrained=untrained)
+        self._parts.finish(self.tasks)
 
     def _refresh(self) -> None:
         """Find the parts of the model again, because it may have been edited or loaded meanwhile."""
@@ -370,31 +351,3 @@ class WSN(FinishedTasks):
                 "wsn.load_state_dict, or make a new WSN(model) after model.load_state_dict"
             )
         self._fix_parameters()
-
-    # --- the best epoch ---------------------------------------------------------------------------------------------
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Copy all that training changes (parameters, scores, live buffers), to keep the best epoch for example."""
-        self._restore_frozen()
-        return {name: tensor.detach().clone() for name, tensor in trainable_state.trainable(self._parts)}
-
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put a :meth:`trainable_state` back, in place.
-
-        Raises:
-            ValueError: the names or shapes are not those of this model, or the state would change what finished tasks
-                use. If this is raised, nothing has been changed.
-        """
-        self._restore_frozen()
-        trainable_state.load(self._parts, state, self._fixed)
-
-    def moving(self) -> list[Frozen]:
-        """The tensors that training may change now: each with the packed mask of the elements that it may not change
-        (``uint8`` [ceil(n / 8)]), or None if it may change all.
-
-        Raises:
-            RuntimeError: no task is in progress, or a finished task is in use.
-        """
-        if self.current_task is None or self._view.task is not None:
-            raise RuntimeError("nothing may change: no task is in progress, or a finished task is in use")
-        self._restore_frozen()
-        return list(trainable_state.moving(self._parts, self.current_task))

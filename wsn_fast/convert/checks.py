@@ -57,7 +57,7 @@ def check_ties(
         names: all modules of the model.
         chosen: the modules to convert with their tensors.
         gates: the gate of each of them.
-        classifiers: modules that heads will replace.
+        classifiers: modules that heads will replace, with what is inside them.
         problems: gets what is wrong.
     """
     ours = {*gated_places(chosen, names)}

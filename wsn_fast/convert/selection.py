@@ -102,11 +102,10 @@ def choose(
     Args:
         names: all modules of the model.
         selection: what the user asked for.
-        classifiers: modules that heads will replace; nothing in them is converted.
+        classifiers: modules that heads will replace, with what is inside them; they are not converted.
         problems: notes that a pattern matches nothing, or that nothing is left to convert.
     """
-    of_heads = {m for one in (*classifiers, *names) if one in classifiers or isinstance(one, TaskHeads)
-                for m in one.modules()}  # fmt: skip
+    of_heads = {m for heads in names if isinstance(heads, TaskHeads) for m in heads.heads.modules()} | {*classifiers}
     chosen: Chosen = {}
     left: list[Left] = []
     known: list[str] = []

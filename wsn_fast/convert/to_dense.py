@@ -20,10 +20,10 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
     """Make a plain copy of the model for one finished task, with the masks of that task baked into the weights.
 
     Subnet layers become modules of their dense classes (``nn.Linear``, ``nn.LSTM`` and so on), ``TaskHeads`` becomes
-    the ``nn.Linear`` of the task, and per-task tensors get the values of the task. The copy contains nothing of this
-    library, so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``. For
-    this, what is fixed in ``model`` needs no gradient in the copy either, because PyTorch chooses some of its kernels
-    by that: call ``requires_grad_(True)`` to train it. A layer that was Hugging Face's ``Conv1D`` becomes an
+    the head of the task, and per-task tensors get the values of the task. The copy contains nothing of this library,
+    so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``. For this,
+    what is fixed in ``model`` needs no gradient in the copy either, because PyTorch chooses some of its kernels by
+    that: call ``requires_grad_(True)`` to train it. A layer that was Hugging Face's ``Conv1D`` becomes an
     ``nn.Linear``, whose weight is a transposed view and not contiguous.
 
     Args:
@@ -55,7 +55,7 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
         memo.update({id(tensor): tensor for tensor in tensors if tensor is not None})
     for module in inner.modules():
         if isinstance(module, TaskHeads):
-            memo[id(module)] = copy.deepcopy(module.head(task))
+            memo[id(module)] = module.dense(task)
     dense: nn.Module = copy.deepcopy(inner, memo)
     done: dict[tuple[int, int, bool], nn.Parameter] = {}
     for layer in layers:

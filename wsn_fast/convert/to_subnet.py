@@ -15,12 +15,13 @@ from torch import nn
 from .. import ops
 from ..nn import per_task
 from ..nn.gated import SubnetLayer
+from ..nn.heads import TaskHeads
 from ..nn.reads import share_scope
 from ..nn.registry import subnet_class
 from ..nn.scores import check_score_init
 from . import report, slices
 from .checks import BATCH_NORM_CLASSES, Gate, check_batch_norm, check_modules, check_ties
-from .new_heads import Heads, HeadSpec, make_heads
+from .new_heads import Heads, HeadSpec, make_heads, within_heads
 from .patterns import Patterns, as_patterns
 from .problems import Problems
 from .selection import Chosen, FilterFn, Names, Selection, all_names, choose, densities_of
@@ -69,12 +70,13 @@ def convert(
             itself gates it also if it is a vector.
         exclude_modules: name patterns of what is left as it is.
         rule: "magnitude" (the paper's code) or "value" (CLArena); see :func:`wsn_fast.topc_threshold`.
-        heads: classifiers to replace by :class:`TaskHeads`; their weights and hooks are dropped. ``"fc"`` is the name
-            of an ``nn.Linear`` and gives each task a head of its width. ``{"fc": 5}`` gives each task a head of width
-            5. ``{"fc": [0, "a"]}`` also makes the heads of these two tasks at once. ``{"fc": {0: 5, "a": 2}}`` makes
-            them with a width for each.
+        heads: classifiers to replace by :class:`TaskHeads`. ``"fc"`` is the name of a module and gives each task a
+            head like it: a new ``nn.Linear``, or a copy of any other module (see :meth:`TaskHeads.of`). ``{"fc": 5}``
+            gives each task a head of width 5. ``{"fc": [0, "a"]}`` also makes the heads of these two tasks at once.
+            ``{"fc": {0: 5, "a": 2}}`` makes them with a width for each. The weights and hooks of an ``nn.Linear`` are
+            dropped. Nothing inside a head is converted.
         batch_norm: "per_task" keeps statistics and affine parameters for each task; "stateless" removes both from
-            every ``nn.BatchNorm``, which then uses the statistics of the batch only, as in the paper.
+            every ``nn.BatchNorm`` outside of heads, which then uses the statistics of the batch only, as in the paper.
         score_init: "default", "N01" or "U01"; see :meth:`SubnetLayer.reset_scores`.
 
     Returns:
@@ -99,20 +101,22 @@ def convert(
     excluded = None if exclude_modules is None else as_patterns("exclude_modules", exclude_modules)
     names = all_names(model)
     new_heads = make_heads(names, heads)
+    of_heads = within_heads(names, new_heads)
     problems = Problems()
-    chosen, left = choose(names, Selection(targets, excluded, filter_fn), new_heads, problems)
+    chosen, left = choose(names, Selection(targets, excluded, filter_fn), of_heads, problems)
     gates = {m: Gate(d, rule) for m, d in densities_of(names, chosen, density, problems).items()}
     check_modules(names, chosen, problems)
-    check_ties(names, chosen, gates, new_heads, problems)
+    check_ties(names, chosen, gates, of_heads, problems)
     check_batch_norm(names, batch_norm, problems)
     problems.check()
 
     _put_heads(names, new_heads)
     _change_classes(names, chosen, gates, score_init)
+    in_heads = {m for heads in model.modules() if isinstance(heads, TaskHeads) for m in heads.heads.modules()}
     for module in model.modules():
-        if batch_norm == "stateless" and isinstance(module, BATCH_NORM_CLASSES):
+        if batch_norm == "stateless" and isinstance(module, BATCH_NORM_CLASSES) and module not in in_heads:
             _make_stateless(module)
-        if per_task.is_norm(module):
+        if per_task.is_norm(module) and module not in in_heads:
             per_task.mark(module, per_task.norm_tensors(module))
     share_scope(model, [module for module in model.modules() if isinstance(module, SubnetLayer)])
     report.tell(model, left)

@@ -1,0 +1,86 @@
+"""What there is in a WSN: tasks, layers, heads, and all that training changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from ..nn.gate import Gated
+from ..nn.gated import SubnetLayer
+from ..nn.task_ids import TaskId
+from . import trainable_state
+from .frozen_values import Frozen
+from .heads_view import HeadsView
+from .model_parts import ModelParts
+from .register import TaskRegister
+from .view import View
+
+
+class Contents(nn.Module):
+    """The part of :class:`wsn_fast.WSN` that says what is there."""
+
+    _parts: ModelParts
+    _register: TaskRegister
+    _view: View
+    _fixed: list[nn.Parameter]
+
+    @property
+    def tasks(self) -> list[TaskId]:
+        """The finished tasks, in the order in which they ended."""
+        return self._register.tasks
+
+    @property
+    def current_task(self) -> TaskId | None:
+        """The task between ``begin_task`` and ``end_task``, or None."""
+        return self._register.current_task
+
+    @property
+    def heads(self) -> HeadsView:
+        """The heads that exist, by task (see :class:`~wsn_fast.continual.heads_view.HeadsView`): ``task in wsn.heads``,
+        ``wsn.heads[task]``, ``list(wsn.heads)``."""
+        return HeadsView(self._parts)
+
+    def subnet_layers(self) -> dict[str, SubnetLayer]:
+        """The subnet layers of the model by name; a layer used twice appears once."""
+        return dict(self._parts.layers)
+
+    def gated(self) -> Iterator[tuple[str, Gated]]:
+        """The gated tensors by name, with their scores and masks; one that tied layers share appears once."""
+        return self._parts.gated()
+
+    def fixed(self) -> list[nn.Parameter]:
+        """The parameters that must not change at all any more: the heads of finished tasks and, after the first task,
+        the parameters that are declared ``frozen``."""
+        return list(self._fixed)
+
+    # --- the best epoch ---------------------------------------------------------------------------------------------
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copy all that training changes (parameters, scores, live buffers), to keep the best epoch for example."""
+        self._restore_frozen()
+        return {name: tensor.detach().clone() for name, tensor in trainable_state.trainable(self._parts)}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put a :meth:`trainable_state` back, in place.
+
+        Raises:
+            ValueError: the names or shapes are not those of this model, or the state would change what finished tasks
+                use. If this is raised, nothing has been changed.
+        """
+        self._restore_frozen()
+        trainable_state.load(self._parts, state, self._fixed)
+
+    def moving(self) -> list[Frozen]:
+        """The tensors that training may change now: each with the packed mask of the elements that it may not change
+        (``uint8`` [ceil(n / 8)]), or None if it may change all.
+
+        Raises:
+            RuntimeError: no task is in progress, or a finished task is in use.
+        """
+        if self.current_task is None or self._view.task is not None:
+            raise RuntimeError("nothing may change: no task is in progress, or a finished task is in use")
+        self._restore_frozen()
+        return list(trainable_state.moving(self._parts, self.current_task))
+
+    def _restore_frozen(self) -> None:
+        raise NotImplementedError
