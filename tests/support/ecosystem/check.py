@@ -18,7 +18,6 @@ from wsn_fast import WSN, OwnershipError, convert, to_dense
 from wsn_fast.nn.per_task import is_norm
 from wsn_fast.optim import SubnetAdamW
 
-from . import stopgap
 from .builders import Model
 
 SHARE, TYPED = 0.95, 3
@@ -138,13 +137,13 @@ def converted(model: Model, result: Result | None = None, seed: int = 0) -> WSN:
     ``rest`` if some tensor has no owner."""
     dense = build(model, seed)
     parameters, counted = sum(p.numel() for p in _floating(dense).values()), _counted(dense, model.heads)
-    subnet, typed = stopgap.convert(dense, model.heads) if stopgap.NEEDED else _convert(dense, model.heads)
+    subnet, typed = _convert(dense, model.heads)
     owners = dict(model.owners)
     wsn = WSN(subnet, **owners)
     try:
         wsn.begin_task(TASKS[0])
-    except OwnershipError as error:
-        owners |= stopgap.owners(error) if stopgap.NEEDED else {"rest": "per_task"}
+    except OwnershipError:
+        owners |= {"rest": "per_task"}
         wsn = WSN(subnet, **owners)
         wsn.begin_task(TASKS[0])
     if result is not None and not result.parameters:
