@@ -61,6 +61,7 @@ CASES: dict[str, Callable[[Any], object]] = {
     "WSN.load_state_dict(assign)": lambda value: begun().load_state_dict(begun().state_dict(), assign=value),
     "WSN.forward_tasks(one_pass)": lambda value: ended().forward_tasks(X, [0] * 4, one_pass=value),
     "TaskHeads(bias)": lambda value: TaskHeads(6, 2, bias=value),
+    "TaskHeads.finish(anew)": lambda value: TaskHeads(6, 2).finish([], anew=value),
     "FastSubnetLinear(bias)": lambda value: wsn_fast.FastSubnetLinear(6, 5, value),
     "FastSubnetTransposedLinear(bias)": lambda value: FastSubnetTransposedLinear(6, 5, value),
     **{

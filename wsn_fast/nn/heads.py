@@ -236,8 +236,11 @@ class TaskHeads(nn.Module):
     def finish(self, tasks: Iterable[TaskId], *, anew: bool = False) -> None:
         """From now on these ``tasks`` are the finished ones. A forward pass of their heads leaves buffers as they are,
         in training mode too: as they were when the task ended, or (``anew``) as they are now."""
-        finished = {task_key(task) for task in tasks} if self._template.has_buffers else set()
-        for key, head in self.heads.items() if self._template.has_buffers else ():
+        anew = ops.check_bool("anew", anew)
+        if not self._template.has_buffers:  # as for linear heads, of which there may be a thousand
+            return
+        finished = {task_key(task) for task in tasks}
+        for key, head in self.heads.items():
             if key in finished:
                 kept_buffers.keep(head, anew)
             else:
