@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ecosystem import stopgap, zoo
+from ecosystem import zoo
 from ecosystem.check import check
 
 MODELS = zoo.table()
@@ -18,9 +18,5 @@ def test_a_model_keeps_its_tasks(name: str) -> None:
         pytest.skip(model.lacks)
     result = check(name, model)
     print(result.line())
-    if stopgap.NEEDED and name in stopgap.BROKEN:
-        assert result.broken() != [], f"{name} works, so it is no longer broken"
-        pytest.xfail(stopgap.BROKEN[name])
     assert result.broken() == [], "\n".join(result.traces)
-    if not stopgap.NEEDED:
-        assert result.short_of() == []
+    assert result.short_of() == []

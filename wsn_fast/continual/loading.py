@@ -198,11 +198,11 @@ def _expect_heads(wsn: WSN, own: dict[str, _Own], state: Mapping[str, Any], pref
         The beginnings of the names of modules inside them that load in their own way.
     """
     foreign: list[str] = []
-    for name, heads in wsn.named_modules(remove_duplicate=False):
-        saved = heads.saved(state, f"{prefix}{name}.") if isinstance(heads, TaskHeads) else {}
+    for before, heads in _known_modules(wsn, prefix):
+        saved = heads.saved(state, before) if isinstance(heads, TaskHeads) else {}
         if not isinstance(heads, TaskHeads) or not saved:
             continue
-        start = f"{prefix}{name}.heads."
+        start = f"{before}heads."
         for key in [key for key in own if key.startswith(start)]:
             del own[key]
         for key, tensors in saved.items():

@@ -126,6 +126,8 @@ class WithTable(nn.Module):
         return self.head(self.conv(x).mean((2, 3)) @ self.table * self.scale)
 
 
+# The vectors of the old spectral norm are buffers that change in training.
+OWNERS = {"spectral_norm": {"per_task": ("weight_u", "weight_v")}}
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight_norm": weight_norm,
     "spectral_norm": spectral_norm,

@@ -105,8 +105,8 @@ def _vision(kind: str, build: Any, inputs: Inputs, heads: Heads = None, exceptio
 TORCHVISION = [_vision(kind, build, inputs, heads) for kind, (build, inputs, heads) in small_torchvision.MODELS.items()]
 
 
-def _torch(kind: str, build: Any, inputs: Inputs, heads: Heads = "head", exception: str = "") -> Model:
-    return Model("torch", kind, build, inputs, heads, exception=exception)
+def _torch(kind: str, build: Any, inputs: Inputs, heads: Heads = "head", **how: Any) -> Model:
+    return Model("torch", kind, build, inputs, heads, **how)
 
 
 _SEQUENCE = normal(2, 6, 16)
@@ -128,7 +128,8 @@ TORCH = [
     _torch("nn.EmbeddingBag", small_torch.bag, tokens(name="input")),
     _torch("nn.Bilinear", small_torch.Pairs, both(normal(2, 16), normal(2, 12, name="y"))),
     *(
-        _torch(name, partial(small_torch.wrapped, wrap), image(8, name="input"), "5")
+        _torch(name, partial(small_torch.wrapped, wrap), image(8, name="input"), "5",
+               owners=small_torch.OWNERS.get(name, {}))
         for name, wrap in small_torch.WRAPPERS.items()
     ),
     _torch("nn.Conv2d and a table", small_torch.WithTable, image(8)),
