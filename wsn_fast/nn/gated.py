@@ -2,8 +2,7 @@
 
 A subnet layer is a dense layer with a density and a rule; a score for each gated tensor; the packed masks of finished
 tasks; and ``active_row``, which says whether the mask comes from the current scores (None) or from a finished task (its
-row). The masks, the ids of their tasks and the scores are in ``state_dict``. The union is not, because it is derived
-from the masks.
+row). The masks, the ids of their tasks and the scores are in ``state_dict``. The union is made from the masks.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from .. import ops
 from ..backends.conv_geometry import Geometry
 from ..ops.autograd import GateForm, ProductForm, RawGate, SubnetGate, SubnetProduct
 from ..ops.fusion import FUSED_DTYPES, Fusion
-from . import rows
+from . import refusals, rows
 from .gate import Gated, check_gateable
 from .gate_state import GateState
 from .scores import check_score_init, draw
@@ -31,7 +30,7 @@ from .transforms import are_active, masked_within
 L = TypeVar("L", bound="SubnetLayer")
 
 
-class SubnetLayer(nn.Module):
+class SubnetLayer(refusals.KeepsItsWeights):
     """The base of all subnet layers. It comes before the dense class among the bases of a layer.
 
     A new kind of layer sets ``DENSE``, and sets or overrides only what differs from the defaults: the class attributes
@@ -281,6 +280,7 @@ class SubnetLayer(nn.Module):
             return masked_within(param, packed, dtype)
         if packed is not None:
             return state.masked_of_finished(name, param, packed, dtype, self._backend)
+        refusals.check_not_recorded()
         score, union = getattr(self, f"{name}_score"), self._buffers[f"{name}_union"]
         mine = compiling or state.owns(param, score)
         if torch.is_grad_enabled() and self.one_pass and mine:
@@ -331,7 +331,7 @@ class SubnetLayer(nn.Module):
 
     def dtype_of_pass(self, x: Tensor) -> torch.dtype:
         """The dtype in which this layer computes: that of autocast if it is on, else that of the weight."""
-        dtype, kind = self.weight.dtype, x.device.type
+        dtype, kind = self.weight.dtype, refusals.device_kind(x)
         # Autocast itself leaves float64 alone and does not know meta tensors.
         if dtype is torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
             return dtype
@@ -367,7 +367,7 @@ class SubnetLayer(nn.Module):
 
     def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether :meth:`_product` can take ``x``. Where it cannot, torch's own product runs and reports bad inputs."""
-        if (self.one_pass and self.weight_view is None) or (not is_compiling() and are_active()):
+        if (self.one_pass and self.weight_view is None) or is_exporting() or (not is_compiling() and are_active()):
             return False
         if self.weight.dtype not in FUSED_DTYPES or self.weight_score.dtype not in FUSED_DTYPES:
             return False

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .refusals import StaysInTheLibrary, device_kind
 from .task_ids import TaskId, check_task, task_from_key, task_key
 
 
-class TaskHeads(nn.Module):
+class TaskHeads(StaysInTheLibrary, nn.Module):
     """A linear head per task, of which one is active.
 
     Args:
@@ -144,6 +145,7 @@ class TaskHeads(nn.Module):
         return head
 
     def forward(self, x: Tensor) -> Tensor:
+        device_kind(x)  # a symbol of torch.fx has none
         if self.row_tasks is not None:
             return self._forward_rows(x, self.row_tasks)
         head: nn.Linear | None = self.__dict__["_active_head"]
