@@ -108,10 +108,10 @@ def test_the_batch_may_be_of_any_size() -> None:
 
 def test_a_strict_export_works_without_per_task_tensors_and_else_names_to_dense() -> None:
     wsn, x = finished("mlp with heads")
+    with torch.no_grad(), wsn.use_task(0):
+        expected, program = wsn(x), exports.strictly_exported(wsn, x)
+    train(wsn, 2, x)
     with torch.no_grad():
-        with wsn.use_task(0):
-            expected, program = wsn(x), exports.strictly_exported(wsn, x)
-        train(wsn, 2, x)
         assert torch.equal(program(x), expected)
     wsn, x = finished("conv net")
     with wsn.use_task(0), pytest.raises(Exception, match="to_dense"):
