@@ -79,7 +79,7 @@ def other_mask(wsn: WSN) -> None:
 
 
 def replace_weight(wsn: WSN) -> None:
-    first(wsn).weight = nn.Parameter(torch.randn(8, 6))
+    first(wsn)._parameters["weight"] = nn.Parameter(torch.randn(8, 6))  # the attribute refuses other values
 
 
 def load_another_state(wsn: WSN) -> None:

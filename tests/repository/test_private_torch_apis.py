@@ -538,7 +538,30 @@ def layers_of_a_step() -> None:
     assert all(Path(layer).is_relative_to(Path(torch.__file__).parent) for layer in layers)
 
 
+class Refuses(nn.Linear):
+    def __prepare_scriptable__(self) -> None:
+        raise ZeroDivisionError
+
+    qconfig = property(lambda self: getattr(self, "none"), lambda self, value: 1 / 0)  # noqa: B009
+
+
+def scripting_and_quantization() -> None:
+    for tool in (torch.jit.script, torch.ao.quantization.quantize_dynamic, torch.ao.quantization.prepare):
+        with pytest.raises(ZeroDivisionError):
+            tool(nn.Sequential(Refuses(1, 1)))
+
+
+def proxies() -> None:
+    proxy_tensor = importlib.import_module("torch.fx.experimental.proxy_tensor")
+    seen = []
+    proxy_tensor.make_fx(lambda x: (seen.append(proxy_tensor.get_proxy_mode()), x + 1)[1])(torch.zeros(1))
+    assert seen[0] is not None and proxy_tensor.get_proxy_mode() is None
+
+
 CHECKS: dict[str, Callable[[], object]] = {
+    "__prepare_scriptable__": scripting_and_quantization,
+    "qconfig": scripting_and_quantization,
+    "get_proxy_mode": proxies,
     "torch._C._get_tracing_state": tracing_state,
     "torch._C._len_torch_dispatch_stack": dispatch_stack,
     "torch._C._are_functorch_transforms_active": transforms,
@@ -604,6 +627,7 @@ def test_every_row_has_a_check() -> None:
     assert {row.name for table in rows() for row in table} == CHECKS.keys()
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", CHECKS)
 def test_torch_still_does_what_the_library_relies_on(name: str) -> None:
     files = next((row.files for table in rows() for row in table if row.name == name), frozenset())

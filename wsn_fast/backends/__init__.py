@@ -4,7 +4,18 @@ A backend is a module whose functions have the names and conventions of :mod:`ws
 backend has all of them. :func:`choose` answers which backend runs an operation on a device, and why.
 """
 
-from .choice import ENVIRONMENT_VARIABLE, NAMES, PRIMITIVES, Choice, choose, overridden, parse_override, recording, run
+from .choice import (
+    ENVIRONMENT_VARIABLE,
+    NAMES,
+    PRIMITIVES,
+    Choice,
+    choose,
+    overridden,
+    parse_override,
+    recording,
+    run,
+    tracing,
+)
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -16,4 +27,5 @@ __all__ = [
     "parse_override",
     "recording",
     "run",
+    "tracing",
 ]

@@ -17,6 +17,7 @@ from torch import device as Device
 from torch import dtype as Dtype
 from torch._C import _get_tracing_state as _tracing
 from torch._C import _len_torch_dispatch_stack as _modes
+from torch.compiler import is_exporting
 
 from . import availability, native
 from . import torch as portable
@@ -134,8 +135,14 @@ def _offers(
 
 
 def recording() -> bool:
-    """Whether something records PyTorch's operations: a trace, or a dispatch mode such as fake tensors."""
-    return _tracing() is not None or _modes() > 0
+    """Whether something records PyTorch's operations: an export, a trace, or a dispatch mode such as fake tensors."""
+    # An export comes first, because a strict one compiles this function and cannot follow the other questions.
+    return is_exporting() or _tracing() is not None or _modes() > 0
+
+
+def tracing() -> bool:
+    """Whether ``torch.jit.trace``, or the ONNX exporter that is built on it, records."""
+    return _tracing() is not None
 
 
 def run(operation: str, device: Device, dtype: Dtype | None = None, backend: str | None = None) -> ModuleType:

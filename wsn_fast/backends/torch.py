@@ -215,11 +215,14 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, n: int) -> Tensor:
     """Packed mask to a 1-d boolean tensor of ``n`` elements."""
-    return ((packed.unsqueeze(1) >> _bit_positions(packed)) & 1).view(-1)[:n].to(torch.bool)
+    # ONNX knows these functions and not the operators >> and &, and torch's exporter gets shifts of uint8 wrong.
+    packed = packed.int() if torch.compiler.is_exporting() else packed
+    bits = torch.bitwise_right_shift(packed.unsqueeze(1), _bit_positions(packed))
+    return torch.bitwise_and(bits, 1).view(-1)[:n].to(torch.bool)
 
 
 def _bit_positions(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
+    return torch.arange(8, dtype=like.dtype, device=like.device)
 
 
 def union(packed: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn import model_owner
 from ..nn.model_gates import ModelGates
+from ..nn.refusals import StaysInTheLibrary
 from ..nn.task_ids import TaskId, check_task
 from . import fingerprints, removal, renames, shown_values, state_hooks, statistics
 from .contents import Contents
@@ -23,7 +24,7 @@ from .view import View
 _OF_LAYERS = ("masks", "union", "view")
 
 
-class FinishedTasks(Contents):
+class FinishedTasks(StaysInTheLibrary, Contents):
     """The part of :class:`wsn_fast.WSN` that works with finished tasks only."""
 
     _generation: int

@@ -29,6 +29,7 @@ from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
 from ..nn.model_gates import ModelGates, in_parallel
+from ..nn.refusals import check_arguments
 from ..nn.task_ids import TaskId
 from .frozen_values import Frozen
 from .kept_values import KeptValues
@@ -242,9 +243,10 @@ class Guards:
             not _params_of(optimizer).isdisjoint(map(id, params)) for optimizer in self._alive_without_hooks()
         )
 
-    def before_forward(self, wsn: WSN) -> None:
-        """A forward pass is about to use the frozen values: put back what was written to them since the last step. If
-        there are several processes, check it."""
+    def before_forward(self, wsn: WSN, args: object) -> None:
+        """A forward pass with these arguments is about to use the frozen values: put back what was written to them
+        since the last step. If there are several processes, check it."""
+        check_arguments(args)
         self._parallel.check_forward(wsn)
         self.settle()
 

@@ -247,7 +247,7 @@ class WSN(FinishedTasks):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call ``model(*args, **kwargs)`` as the task in use."""
         if not torch.compiler.is_compiling():
-            self._guards.before_forward(self)
+            self._guards.before_forward(self, args)
         if not self.gates.give():
             return self._parts.scope(self.model, *args, **kwargs)
         try:

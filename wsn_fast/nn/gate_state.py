@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as _hooks_of_saved_tensors
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from .. import ops
 from ..backends import recording
@@ -382,7 +382,7 @@ class GateState:
     ) -> Tensor:
         """The masked tensor of the finished task in use. Its weights are frozen, so it is made once and kept until the
         task is left (see :attr:`keep_masked`), the layer is moved, or the tensor or the mask is written to."""
-        if is_compiling():
+        if is_compiling() and not is_exporting():
             self.compiled = True  # so that the model keeps the tensor for the next pass: see ModelGates
         if (
             not self.keep_masked or is_compiling() or recording()

@@ -2,8 +2,7 @@
 
 A subnet layer is a dense layer with a density and a rule; a score for each gated tensor; the packed masks of finished
 tasks; and ``active_row``, which says whether the mask comes from the current scores (None) or from a finished task (its
-row). The masks, the ids of their tasks and the scores are in ``state_dict``. The union is not, because it is derived
-from the masks.
+row). The masks, the ids of their tasks and the scores are in ``state_dict``. The union is made from the masks.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.compiler import is_compiling
 from .. import ops
 from ..ops.autograd import GateForm, RawGate, SubnetGate
 from ..ops.fusion import Fusion
-from . import rows
+from . import refusals, rows
 from .densities import Densities, check_densities, density_of
 from .gate import Gated, check_gateable
 from .gate_state import GateState
@@ -33,7 +32,7 @@ from .transforms import are_active, masked_within
 L = TypeVar("L", bound="SubnetLayer")
 
 
-class SubnetLayer(nn.Module):
+class SubnetLayer(refusals.KeepsItsWeights):
     """The base of all subnet layers. It comes before the dense class among the bases of a layer.
 
     There are two kinds. A :class:`~wsn_fast.nn.product_layer.ProductLayer` masks its weight and bias itself; a
@@ -286,6 +285,7 @@ class SubnetLayer(nn.Module):
             return masked_within(param, packed, dtype)
         if packed is not None:
             return state.masked_of_finished(name, param, packed, dtype, self._backend)
+        refusals.check_not_recorded()
         score, union = getattr(self, f"{name}_score"), self._buffers[f"{name}_union"]
         mine = compiling or state.owns(param, score)
         if torch.is_grad_enabled() and self.one_pass and mine:

@@ -15,6 +15,7 @@ from .. import ops
 from . import kept_buffers, per_task
 from .gated import SubnetLayer
 from .head_templates import HeadTemplate, LinearTemplate, ModuleTemplate
+from .refusals import StaysInTheLibrary, check_no_symbol
 from .task_ids import TaskId, check_task, task_from_key, task_key
 
 Self = TypeVar("Self", bound="TaskHeads")
@@ -22,7 +23,7 @@ Removed = tuple[TaskId, int | None, nn.Module | None]
 """What :meth:`TaskHeads.remove` removed: a task, the width of its head, and its head."""
 
 
-class TaskHeads(nn.Module):
+class TaskHeads(StaysInTheLibrary, nn.Module):
     """A head per task, of which one is active. The constructor makes linear heads, and :meth:`of` heads of any kind.
 
     Args:
@@ -226,10 +227,9 @@ class TaskHeads(nn.Module):
         return heads[key]
 
     def dense(self, task: TaskId) -> nn.Module:
-        """A copy of the head of ``task`` that contains nothing of this library and may be trained."""
+        """A copy of the head of ``task`` that contains nothing of this library."""
         head = copy.deepcopy(self.head(task))
         kept_buffers.release(head)
-        self._let_train(head)
         return head
 
     # --- finished tasks ----------------------------------------------------------------------------------------------
@@ -260,6 +260,8 @@ class TaskHeads(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute with the head of the active task. While several tasks share a pass, each head gets the rows of its
         task."""
+        if args and not isinstance(args[0], Tensor):
+            check_no_symbol(args[0])
         if self.row_tasks is not None:
             return self._forward_rows(self.row_tasks, *args, **kwargs)
         head: nn.Module | None = self.__dict__["_active_head"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from ..backends.conv_geometry import Geometry
 from ..ops.autograd import ProductForm, SubnetProduct
 from ..ops.fusion import FUSED_DTYPES
+from . import refusals
 from .gated import SubnetLayer
 from .transforms import are_active
 
@@ -66,7 +67,7 @@ class ProductLayer(SubnetLayer):
 
     def dtype_of_pass(self, x: Tensor) -> torch.dtype:
         """The dtype in which this layer computes: that of autocast if it is on, else that of the weight."""
-        dtype, kind = self._weight.dtype, x.device.type
+        dtype, kind = self._weight.dtype, refusals.device_kind(x)
         # Autocast itself leaves float64 alone and does not know meta tensors.
         if dtype is torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
             return dtype
@@ -88,7 +89,7 @@ class ProductLayer(SubnetLayer):
 
     def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether :meth:`_product` can take ``x``. Where it cannot, torch's own product runs and reports bad inputs."""
-        if (self.one_pass and self.weight_view is None) or (not is_compiling() and are_active()):
+        if (self.one_pass and self.weight_view is None) or is_exporting() or (not is_compiling() and are_active()):
             return False
         if self._weight.dtype not in FUSED_DTYPES or self.weight_score.dtype not in FUSED_DTYPES:
             return False

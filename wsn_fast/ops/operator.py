@@ -2,7 +2,8 @@
 and the operator's fake, which makes results of the right shape without computing them.
 
 A registered operator costs tens of microseconds a call, which is most of a small layer's step. So eager code runs the
-function itself, and only code that ``torch.compile`` traces calls the registered operator.
+function itself, and only code that ``torch.compile`` traces calls the registered operator. An exported program has to
+run where this library is not installed. It gets PyTorch's own operations, which the torch backend consists of.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def operator(fake: Callable[[Any], Any]) -> Callable[[Callable[P, R]], Callable[
 
         @functools.wraps(function)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
                 return function(*args, **kwargs)
             result = registered(*arguments.flatten(args, kwargs))
             return cast(R, result if isinstance(result, Tensor) else tuple(map(_or_none, result)))
