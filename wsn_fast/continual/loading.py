@@ -141,9 +141,9 @@ def _loads_in_its_own_way(module: nn.Module) -> bool:
 def _check_names(wsn: WSN, own: dict[str, _Own], state: Mapping[str, Any], prefix: str, how: _How) -> None:
     """Raise ``StateError`` if names are missing or unknown and the load is strict, or if a value cannot be loaded."""
     strict, assign = how
-    _expect_heads(wsn, own, state, prefix)
     modules = wsn.named_modules(remove_duplicate=False)
     foreign = tuple(f"{prefix}{name}." for name, module in modules if _loads_in_its_own_way(module))
+    _expect_heads(wsn, own, state, prefix, foreign)
     given = {name for name in state if name.startswith(prefix) and not name.startswith(foreign)}
     missing = [name for name in own if name not in given and not name.endswith(".num_batches_tracked")]
     unknown = [name for name in state if name in given and name not in own]
@@ -191,12 +191,15 @@ def _fits(shape: tuple[int, ...], own: tuple[int | None, ...]) -> bool:
     return len(shape) == len(own) and all(b in (None, a) for a, b in zip(shape, own, strict=True))
 
 
-def _expect_heads(wsn: WSN, own: dict[str, _Own], state: Mapping[str, Any], prefix: str) -> None:
-    """Replace the heads of the model in ``own`` by those that the state brings."""
+def _expect_heads(
+    wsn: WSN, own: dict[str, _Own], state: Mapping[str, Any], prefix: str, foreign: tuple[str, ...]
+) -> None:
+    """Replace the heads of the model in ``own`` by those that the state brings, except for heads in modules that load
+    in their own way: the names of these begin with ``foreign``."""
     for name, heads in wsn.named_modules(remove_duplicate=False):
-        if not isinstance(heads, TaskHeads):
-            continue
         start = f"{prefix}{name}.heads."
+        if not isinstance(heads, TaskHeads) or start.startswith(foreign):
+            continue
         given = [key for key in state if key.startswith(start) and key.endswith(".weight")]
         if not given:
             continue
