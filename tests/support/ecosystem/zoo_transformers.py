@@ -371,7 +371,7 @@ _PICTURES = [
            num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[7, 3],
            strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
     _model("CvtForImageClassification", "CvtConfig", _PIXELS32, "classifier", num_labels=5, embed_dim=[8, 16],
-           depth=[1, 1], num_heads=[1, 2], patch_sizes=[7, 3], patch_stride=[4, 2], patch_padding=[2, 1],
+           depth=[1, 2], num_heads=[1, 2], patch_sizes=[7, 3], patch_stride=[4, 2], patch_padding=[2, 1],
            mlp_ratio=[2.0, 2.0], attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0], drop_path_rate=[0.0, 0.0],
            qkv_bias=[True, True], cls_token=[False, True], qkv_projection_method=["dw_bn"] * 2,
            kernel_qkv=[3, 3], padding_kv=[1, 1], stride_kv=[2, 2], padding_q=[1, 1], stride_q=[1, 1]),
