@@ -45,7 +45,7 @@ class Result:
         left_out: the tensors that are neither gated nor in heads or norms, with their sizes.
         adamw, one_pass: two tasks were kept by the guarded AdamW, and by the one-pass optimizer.
         dense, load, pickle, copy, probe: see ``_of_finished``; each holds after both optimizers.
-        seconds: the time of the whole check.
+        seconds: the CPU time of the whole check.
         traces: the tracebacks of unexpected errors.
     """
 
@@ -99,14 +99,14 @@ class _Fault(Exception):
 def check(name: str, model: Model) -> Result:
     """Run the whole check of ``model``. Errors become texts in the result."""
     result = Result(name, model.package, model.kind, exception=model.exception)
-    start = time.perf_counter()
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the packages
         for column in OPTIMIZERS:
             done = _attempt(result, column, lambda column=column: _train(model, column, result))
             if done is not None:
                 _of_finished(result, model, *done)
-    result.seconds = round(time.perf_counter() - start, 1)
+    result.seconds = round(time.process_time() - start, 1)
     return result
 
 
