@@ -234,9 +234,7 @@ def _compute(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 # --- what holds of finished tasks
-def _of_finished(
-    result: Result, model: Model, wsn: WSN, inputs: dict[str, Any], kept: dict[str, list[Tensor]]
-) -> None:
+def _of_finished(result: Result, model: Model, wsn: WSN, inputs: dict[str, Any], kept: dict[str, list[Tensor]]) -> None:
     """Check what holds once tasks have ended:
 
     * dense: ``to_dense`` computes what each task computes;

@@ -115,7 +115,9 @@ def vit() -> nn.Module:
 
 def swin(version: int) -> nn.Module:
     module = _of("swin_transformer")
-    options = {} if version == 1 else {"block": module.SwinTransformerBlockV2, "downsample_layer": module.PatchMergingV2}
+    options = (
+        {} if version == 1 else {"block": module.SwinTransformerBlockV2, "downsample_layer": module.PatchMergingV2}
+    )
     return module.SwinTransformer([4, 4], 8, [1, 2], [1, 2], [4, 4], num_classes=CLASSES, **options)
 
 
@@ -203,5 +205,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, Heads]] = {
     "mvit_v1_b": (mvit, _VIDEO, "head.1"),
     "fcn_resnet": (partial(segmentation, "FCN"), image(64), "classifier.4"),
     "deeplabv3_resnet": (partial(segmentation, "DeepLab"), image(64), "classifier.4"),
-    "lraspp_mobilenet_v3": (lraspp, image(64, name="input"), ("classifier.low_classifier", "classifier.high_classifier")),
+    "lraspp_mobilenet_v3": (
+        lraspp,
+        image(64, name="input"),
+        ("classifier.low_classifier", "classifier.high_classifier"),
+    ),
 }

@@ -102,9 +102,7 @@ def _vision(kind: str, build: Any, inputs: Inputs, heads: Heads = None, exceptio
     return Model("torchvision", kind, build, inputs, heads, exception=exception)
 
 
-TORCHVISION = [
-    _vision(kind, build, inputs, heads) for kind, (build, inputs, heads) in small_torchvision.MODELS.items()
-]
+TORCHVISION = [_vision(kind, build, inputs, heads) for kind, (build, inputs, heads) in small_torchvision.MODELS.items()]
 
 
 def _torch(kind: str, build: Any, inputs: Inputs, heads: Heads = "head", exception: str = "") -> Model:
