@@ -128,9 +128,18 @@ def _attempt(result: Result, column: str, work: Callable[[], Any]) -> Any:
 
 # --- training
 def build(model: Model, seed: int = 0) -> nn.Module:
-    """The model in float32 with the random weights of ``seed``."""
+    """The model in float32 with the random weights of ``seed``.
+
+    Many models begin with branches that are switched off: a norm or a scale of zeros at the end, a position table of
+    zeros. What these branches compute would not show in the outputs, so constant parameters are made random as well.
+    """
     torch.manual_seed(seed)
-    return model.build().float()
+    dense = model.build().float()
+    with torch.no_grad():
+        for param in dense.parameters():
+            if param.requires_grad and param.numel() > 1 and bool((param == param.flatten()[0]).all()):
+                param.add_(torch.randn_like(param), alpha=0.1)
+    return dense
 
 
 def converted(model: Model, result: Result | None = None, seed: int = 0) -> WSN:

@@ -44,3 +44,25 @@ def convert(dense: nn.Module, heads: Any) -> tuple[nn.Module, list[str]]:
 def owners(error: OwnershipError) -> dict[str, list[str]]:
     """Owners for all tensors that have none."""
     return {"per_task": error.names}
+
+
+_LEFT = "none of its layers has one of the exact classes that are converted"
+_READ = "a module reads the weight of a layer that it does not call"
+_ROUNDED = "torch rounds the product with a weight that needs a gradient differently"
+BROKEN = {
+    "torch:nn.EmbeddingBag": _LEFT,
+    "timm:nf_resnet26": _LEFT,
+    "timm:nfnet_l0": _LEFT,
+    "transformers:BitForImageClassification": _LEFT,
+    "torchvision:swin3d_t": _READ,
+    "transformers:MambaModel": _READ,
+    "transformers:Mamba2Model": _READ,
+    "transformers:FalconMambaModel": _READ,
+    "transformers:JambaForSequenceClassification": _READ,
+    "transformers:WavLMForSequenceClassification": _READ,
+    "transformers:LongformerForSequenceClassification": _ROUNDED,
+    "transformers:LEDModel": _ROUNDED,
+    "transformers:TimeSeriesTransformerModel": _ROUNDED,
+    "transformers:InformerModel": _ROUNDED,
+}
+"""The models that break a promise now, and why."""
