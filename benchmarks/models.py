@@ -1,5 +1,5 @@
-"""``python -m benchmarks.models`` checks small models of transformers, timm, torchvision and torch, and writes the table
-of the documentation.
+"""``python -m benchmarks.models`` checks small models of transformers, timm, torchvision and torch, and writes the
+table of the documentation.
 
 It prints a line for each model and writes ``docs/results/models.json`` and ``docs/results/models.md``. The models and
 the check are those of ``tests/support/ecosystem``, which ``.ci/ecosystem`` runs as tests.
@@ -72,7 +72,7 @@ def _imported() -> tuple[Any, Mapping[str, Any]]:
 
 
 def results(names: Sequence[str], jobs: int) -> Iterator[dict[str, Any]]:
-    """Check the models in ``jobs`` processes and yield each result as it comes. A process that dies is a result, too."""
+    """Check the models in ``jobs`` processes and yield each result as it comes."""
     if jobs == 1:
         yield from map(run, names)
         return
@@ -86,13 +86,13 @@ def page(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The page of the documentation."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     counts = Counter(row["package"] for row in rows)
+    parts = ", ".join(f"{number} of {name}" for name, number in counts.items())
     good = sum(not _faults(row) for row in rows)
     lines = [
         "# Models that were tried",
         "",
-        f"{len(rows)} models ({', '.join(f'{n} of {name}' for name, n in counts.items())}) on {str(facts['date'])[:10]} "
-        f"with {versions} and Python {facts['python']}, at commit {str(facts['commit'])[:7]}. Of these, {good} keep "
-        "every promise below.",
+        f"{len(rows)} models ({parts}) on {str(facts['date'])[:10]} with {versions} and Python {facts['python']}, at "
+        f"commit {str(facts['commit'])[:7]}. Of these, {good} keep every promise below.",
         *_ABOUT.splitlines(),
         "",
         *table(("package", "class", "parameters", "gated", "typed", *COLUMNS.values()), map(_cells, rows), align=False),

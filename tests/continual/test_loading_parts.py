@@ -148,3 +148,21 @@ def test_what_is_loaded_may_put_right_a_layer_that_was_replaced() -> None:
     wsn.load_state_dict(state)
     assert torch.equal(logits(wsn, 0), before)
     wsn.verify()
+
+
+class LoadsInItsOwnWay(nn.Sequential):
+    """A model with code of its own for loading, as torchvision's MNASNet is."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+
+
+def test_heads_in_a_module_that_loads_in_its_own_way_are_loaded() -> None:
+    wsn = WSN(LoadsInItsOwnWay(*mlp()))
+    run_tasks(wsn, [0, 1], adamw, steps=2)
+    fresh = WSN(LoadsInItsOwnWay(*mlp()))
+    fresh.load_state_dict(wsn.state_dict())
+    assert fresh.tasks == [0, 1]
+    state, again = wsn.state_dict(), fresh.state_dict()
+    names = [name for name in state if name != "_extra_state"]
+    assert names and all(torch.equal(state[name], again[name]) for name in names if isinstance(state[name], Tensor))

@@ -91,6 +91,13 @@ def from_config(kind: str, config: str, **options: Any) -> Callable[[], nn.Modul
     return build
 
 
+def of_transformers(
+    kind: str, config: str, inputs: Inputs, heads: Heads = None, exception: str = "", **options: Any
+) -> Model:
+    """A line of the table for a class of transformers with the options of its config."""
+    return Model("transformers", kind, from_config(kind, config, **options), inputs, heads, exception=exception)
+
+
 def created(name: str, **options: Any) -> Callable[[], nn.Module]:
     """A model of timm by its name."""
     return lambda: importlib.import_module("timm").create_model(name, pretrained=False, **options)

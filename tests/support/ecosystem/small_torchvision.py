@@ -173,7 +173,7 @@ def lraspp() -> nn.Module:
     )
 
 
-_VIDEO = normal(2, 3, 4, 32, 32)
+_VIDEO, _SMALL_VIDEO = normal(2, 3, 4, 32, 32), normal(2, 3, 4, 16, 16)
 _SIMPLE, _FLAT = "Conv3DSimple", "Conv3DNoTemporal"
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, Heads]] = {
@@ -197,9 +197,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs, Heads]] = {
     "swin_t": (partial(swin, 1), image(), "head"),
     "swin_v2_t": (partial(swin, 2), image(), "head"),
     "maxvit_t": (maxvit, image(64), "classifier.5"),
-    "r3d_18": (partial(video_resnet, *[_SIMPLE] * 4), _VIDEO, "fc"),
-    "mc3_18": (partial(video_resnet, _SIMPLE, *[_FLAT] * 3), _VIDEO, "fc"),
-    "r2plus1d_18": (partial(video_resnet, *["Conv2Plus1D"] * 4), _VIDEO, "fc"),
+    "r3d_18": (partial(video_resnet, *[_SIMPLE] * 4), _SMALL_VIDEO, "fc"),
+    "mc3_18": (partial(video_resnet, _SIMPLE, *[_FLAT] * 3), _SMALL_VIDEO, "fc"),
+    "r2plus1d_18": (partial(video_resnet, *["Conv2Plus1D"] * 4), _SMALL_VIDEO, "fc"),
     "s3d": (s3d, normal(2, 3, 8, 32, 32), "classifier.1"),
     "swin3d_t": (swin3d, _VIDEO, "head"),
     "mvit_v1_b": (mvit, _VIDEO, "head.1"),
