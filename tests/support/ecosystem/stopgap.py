@@ -52,7 +52,7 @@ _ROUNDED = "torch rounds the product with a weight that needs a gradient differe
 BROKEN = {
     "torch:nn.EmbeddingBag": _LEFT,
     "timm:nf_resnet26": _LEFT,
-    "timm:nfnet_l0": _LEFT,
+    "transformers:FalconForSequenceClassification": _LEFT,
     "transformers:BitForImageClassification": _LEFT,
     "torchvision:swin3d_t": _READ,
     "transformers:MambaModel": _READ,
@@ -60,6 +60,8 @@ BROKEN = {
     "transformers:FalconMambaModel": _READ,
     "transformers:JambaForSequenceClassification": _READ,
     "transformers:WavLMForSequenceClassification": _READ,
+    "timm:davit_tiny": _ROUNDED,
+    "timm:mixer": _ROUNDED,
     "transformers:LongformerForSequenceClassification": _ROUNDED,
     "transformers:LEDModel": _ROUNDED,
     "transformers:TimeSeriesTransformerModel": _ROUNDED,
