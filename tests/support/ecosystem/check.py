@@ -208,6 +208,9 @@ def _train(model: Model, column: str, result: Result) -> tuple[WSN, dict[str, An
         if all(map(torch.equal, before.values(), after.values())):
             raise _Fault(f"the {task} task has trained no gated weight")
     _compare(kept[TASKS[0]], _outputs(wsn, inputs, TASKS[0]), "the first task has changed")
+    wsn.train()  # so that the first task in use below fills whatever a model caches in evaluation
+    for task in reversed(TASKS):
+        _compare(kept[task], _outputs(wsn, inputs, task), f"the {task} task differs after the other one was in use")
     if same(kept[TASKS[0]], kept[TASKS[1]]):
         raise _Fault("both tasks compute the same")
     wsn.verify()
