@@ -119,6 +119,12 @@ def _faults(row: Mapping[str, Any]) -> list[str]:
     return [f"{title}: {text[:200]}" for title, text in texts if text not in ("yes", "-")]
 
 
+def _stored(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The text of ``models.json``: a line for each model, without tracebacks."""
+    lines = [json.dumps({name: value for name, value in row.items() if name != "traces"}) for row in rows]
+    return f'{{"facts": {json.dumps(facts)},\n"models": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
 def _facts() -> dict[str, Any]:
     versions = {}
     for name in PACKAGES:
@@ -151,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(row.pop("line"), flush=True)
             rows.append(row)
         rows.sort(key=lambda row: order[row["model"]])
-        data.write_text(json.dumps({"facts": _facts(), "models": rows}, indent=1) + "\n", "utf-8")
+        data.write_text(_stored(_facts(), rows), "utf-8")
     stored = json.loads(data.read_text("utf-8"))
     text.write_text(page(stored["facts"], stored["models"]), "utf-8")
     return int(any(map(_faults, stored["models"])))
