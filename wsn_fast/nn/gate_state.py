@@ -14,21 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks as _hooks_of_saved_tensors
 from torch.compiler import is_compiling
 
 from .. import ops
 from ..backends import recording
 from ..ops.raw_gradients import RawGradient
 from .gate import Gated
-from .reads import Scope
+from .reads import Read, Scope, keeps_saved_tensors
 
 if TYPE_CHECKING:
     from .gated import SubnetLayer
 
 Stamp = tuple[object, ...]
-Read = tuple[tuple[Any, ...], Tensor | None]
-"""A masked tensor that an attribute returned, after what it depends on."""
 MIXED: Stamp = ("gradients of passes with different values", None)
 """Where a stamp is expected: no present values have it."""
 
@@ -135,11 +132,8 @@ class Given:
         return param._version == then[0] and score._version == then[1]
 
     def may_be_taken(self, compiling: bool) -> bool:
-        """Whether a layer may compute with it here. In training, what is saved for backward under a hook (activation
-        checkpointing, offloading) is computed again later, or moved: each layer then has a Function of its own."""
-        if self.score is None or compiling or not torch.is_grad_enabled():
-            return True
-        return _hooks_of_saved_tensors(False) is None
+        """Whether a layer may compute with it here; where not, it has a Function of its own."""
+        return self.score is None or compiling or not keeps_saved_tensors()
 
 
 def stamp(layer: SubnetLayer, param: Tensor, score: Tensor) -> Stamp:
