@@ -20,7 +20,7 @@ from .. import ops
 from ..backends import recording
 from ..ops.raw_gradients import RawGradient
 from .gate import Gated
-from .reads import Read, Scope, keeps_saved_tensors
+from .reads import Read, Scope
 
 if TYPE_CHECKING:
     from .gated import SubnetLayer
@@ -131,9 +131,11 @@ class Given:
         then = ready.next.stamp
         return param._version == then[0] and score._version == then[1]
 
-    def may_be_taken(self, compiling: bool) -> bool:
-        """Whether a layer may compute with it here; where not, it has a Function of its own."""
-        return self.score is None or compiling or not keeps_saved_tensors()
+    def may_be_taken(self, hooks: object | None) -> bool:
+        """Whether a layer may compute with it here. In training, what is saved for backward under ``hooks`` (activation
+        checkpointing, offloading) is computed again later, or moved: each layer then has a Function of its own. The
+        caller asks for the hooks, because ``torch.compile`` cannot trace a function that does."""
+        return hooks is None or self.score is None or not torch.is_grad_enabled()
 
 
 def stamp(layer: SubnetLayer, param: Tensor, score: Tensor) -> Stamp:

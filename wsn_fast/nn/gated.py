@@ -24,7 +24,7 @@ from ..ops.fusion import Fusion
 from . import rows
 from .gate import Gated, check_gateable
 from .gate_state import GateState
-from .reads import Read, keeps_saved_tensors, reading
+from .reads import Read, hooks_of_saved_tensors, reading
 from .scores import check_score_init, draw
 from .task_ids import TaskId, encode_json
 from .transforms import are_active, masked_within
@@ -274,7 +274,11 @@ class SubnetLayer(nn.Module):
             return None
         given = state.given.get(name)
         compiling = is_compiling()
-        if given is not None and given.is_for(param, dtype, compiling) and given.may_be_taken(compiling):
+        if (
+            given is not None
+            and given.is_for(param, dtype, compiling)
+            and (compiling or given.may_be_taken(hooks_of_saved_tensors(False)))
+        ):
             return state.take(name, given, compiling)
         packed = self._buffers[f"{name}_view"]
         if not compiling and are_active():
@@ -308,7 +312,10 @@ class SubnetLayer(nn.Module):
         given = state.given.get(name)
         if given is not None and given.score is None and given.is_for(param, param.dtype, False):
             return given.masked
-        if is_compiling() or are_active() or param.is_inference() or keeps_saved_tensors():
+        if is_compiling() or are_active() or param.is_inference():
+            return self.masked(name, param.dtype)
+        if torch.is_grad_enabled() and hooks_of_saved_tensors(False) is not None:
+            # What activation checkpointing runs again makes its gates again, so it shares none with what is around it.
             return self.masked(name, param.dtype)
         tensors = param, getattr(self, f"{name}_score")
         values = *(tensor._version for tensor in tensors), self._active_row, torch.is_grad_enabled()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
-from copyreg import __newobj__ as new_object  # what every class without __reduce__ uses
+from copyreg import __newobj__ as new_object  # type: ignore[attr-defined]  # what every class without __reduce__ uses
 from functools import cache, wraps
 from types import CodeType, FunctionType
 from typing import Any, ClassVar, NamedTuple
@@ -21,9 +21,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id as _backward_in_progress
-from torch._C._autograd import _top_saved_tensors_default_hooks as _hooks_of_saved_tensors
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.compiler import is_compiling
 
+hooks_of_saved_tensors = _top_saved_tensors_default_hooks
+"""Returns the hooks that take what is saved for backward, if called with False; None without any. Functions of their
+own must not wrap it, because ``torch.compile`` cannot trace it."""
 _SCOPE = "_wsn_fast_scope"
 _ONLY_CALL = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that do nothing but call the modules in them."""
@@ -84,12 +87,6 @@ class Read(NamedTuple):
     masked: Tensor
     tensors: tuple[Tensor, Tensor]
     values: tuple[object, ...]
-
-
-def keeps_saved_tensors() -> bool:
-    """Whether a hook takes what is saved for backward (activation checkpointing, offloading). It is computed again
-    later, or moved, so a gate must not be shared with what is outside of the hook."""
-    return torch.is_grad_enabled() and _hooks_of_saved_tensors(False) is not None
 
 
 def reading(name: str) -> property:
