@@ -17,6 +17,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from .. import ops
 from ..nn.heads import TaskHeads, stack_rows
+from ..nn.reads import Reader
 from ..nn.registry import LAYERS
 from ..nn.task_ids import TaskId
 from .model_parts import ModelParts
@@ -68,7 +69,7 @@ def forward(
             raise ValueError(f"one_pass is not possible: {obstacle}")
         if not obstacle:
             with _shown(parts, ids, groups):
-                return parts.model(x)
+                return parts.scope(parts.model, x)
     outputs: dict[TaskId, Tensor] = {}
     with use_task(groups[0][0]):  # when it is left, what was in use before is back
         for task, where in groups:
@@ -118,6 +119,9 @@ def _obstacle(parts: ModelParts, tasks: Sequence[TaskId]) -> str:
                 f"{name or 'the model'} is a {kind}, which is not known to compute every row by itself. If it does, "
                 f"set {kind}.row_wise = True"
             )
+        serves = getattr(type(module), "SERVES_MIXED_BATCHES", not isinstance(module, Reader))
+        if not serves:
+            return f"{name or 'the model'} reads tensors that are masked for one task at a time"
         if isinstance(module, nn.Flatten) and module.start_dim < 1:
             return f"{name} flattens the rows themselves"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):

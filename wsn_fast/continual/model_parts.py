@@ -208,10 +208,23 @@ class ModelParts:
             heads.active = head
         for layer in self.layers.values():
             layer.active_row = row
+        if row != self._shown[0]:
+            self._forget_caches()
         watched = [self.model, *self.copied]
         shown_rows.watch(watched, None)
         per_task.use_row(self.copied, row)
         shown_rows.watch(watched, row)
+
+    def _forget_caches(self) -> None:
+        """Let modules forget what they computed from the tensors of another task. Some keep such values in evaluation
+        mode (timm's LeViT keeps its attention biases), and drop them when the mode changes."""
+        caching = [m for m in self.model.modules() if type(m).train is not nn.Module.train and not m.training]
+        modes = [(module, module.training) for one in caching for module in one.modules()]
+        for module in caching:
+            module.train()
+            module.eval()
+        for module, training in modes:
+            module.training = training
 
     @torch.no_grad()
     def append_task(self, task: TaskId, packed: Mapping[str, Mapping[str, Tensor]], then: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from ..nn.densities import Densities, check_densities
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
 from ..nn.registry import product_class
-from ..nn.tensors import colliding_name, is_matrix
+from ..nn.tensors import is_matrix, obstacle_of
 from . import slices
 from .patterns import as_patterns, matches, names_it
 from .problems import Problems
@@ -113,7 +113,7 @@ def choose(
         if isinstance(module, SubnetLayer):
             known += (name for attribute in module.GATED for name in tensor_names(own, attribute))
         elif not per_task.is_norm(module):
-            known += (name for attribute in module._parameters for name in tensor_names(own, attribute))
+            known += (name for attribute, _ in module._parameters.items() for name in tensor_names(own, attribute))
             gated, others = ((), []) if module in of_heads else _of_module(module, own, selection)
             left += others
             if gated and (selection.filter_fn is None or selection.filter_fn(module, own[0])):
@@ -124,14 +124,11 @@ def choose(
     selection.check_used(known, problems)
     if not chosen and not any(isinstance(module, SubnetLayer) for module in names):
         rejected = sorted({one.name.rpartition(".")[0] for one in left if one.asked})
-        problems.add(
-            "model has no layer to convert: "
-            + (
-                f"filter_fn, target_modules and exclude_modules rejected all of {rejected}"
-                if rejected
-                else "it has no matrix outside of heads and normalisation layers"
-            )
-        )
+        unasked = ", ".join(f"{one.name} ({one.reason})" for one in left if not one.asked)
+        why = [f"filter_fn, target_modules and exclude_modules rejected all of {rejected}"] if rejected else []
+        why += [f"left out are {unasked}"] if unasked else []
+        none = "it has no matrix outside of heads and normalisation layers"
+        problems.add(f"model has no layer to convert: {'; '.join(why) or none}")
     return chosen, left
 
 
@@ -139,7 +136,7 @@ def _of_module(module: nn.Module, own: list[str], selection: Selection) -> tuple
     """The Parameters of one module that are gated, and the others."""
     gated: list[str] = []
     left: list[Left] = []
-    product, collision = product_class(module), colliding_name(module)
+    product = product_class(module)
     for attribute, param in module._parameters.items():
         if param is None:
             continue
@@ -148,8 +145,7 @@ def _of_module(module: nn.Module, own: list[str], selection: Selection) -> tuple
             reason, asked = _obstacle(attribute, param, product is not None), False
             if reason and selection.names_tensor(own, attribute) and param.dtype in ops.SCORE_DTYPES and param.numel():
                 reason = ""
-            if not reason and product is None and collision is not None:
-                reason = f"its attribute {collision!r} has a name that subnet layers use"
+            reason = reason or obstacle_of(module, attribute, product)
         if reason:
             left.append(Left(tensor_names(own, attribute)[0], type(module).__name__, param, reason, asked))
         else:

@@ -132,10 +132,11 @@ def _put_heads(names: Names, new_heads: Heads) -> None:
 
 def _change_classes(names: Names, chosen: Chosen, gates: Mapping[nn.Module, Gate], score_init: str) -> None:
     scores = {id(g.param): g.score for m in names if isinstance(m, SubnetLayer) for g in m.gated()}
-    for module, attributes in chosen.items():
-        if any(module._parameters.get(attribute) is None for attribute in attributes):
+    classes = {module: subnet_class(module, attributes) for module, attributes in chosen.items()}
+    for module, kind in classes.items():  # when all classes exist: a class of the user may not allow to derive from it
+        if any(module._parameters.get(attribute) is None for attribute in chosen[module]):
             slices.split(module)
-        layer = subnet_class(module, attributes).from_dense(module, *gates[module], score_init)
+        layer = kind.from_dense(module, *gates[module], score_init)
         for gate in layer.gated():
             setattr(layer, f"{gate.name}_score", scores.setdefault(id(gate.param), gate.score))
 

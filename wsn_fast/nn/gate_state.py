@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks as _hooks_of_saved_tensors
 from torch.compiler import is_compiling, is_exporting
 
 from .. import ops
 from ..backends import recording
 from ..ops.raw_gradients import RawGradient
 from .gate import Gated
-from .reads import Scope
+from .reads import Read, Scope
 
 if TYPE_CHECKING:
     from .gated import SubnetLayer
@@ -132,12 +131,11 @@ class Given:
         then = ready.next.stamp
         return param._version == then[0] and score._version == then[1]
 
-    def may_be_taken(self, compiling: bool) -> bool:
-        """Whether a layer may compute with it here. In training, what is saved for backward under a hook (activation
-        checkpointing, offloading) is computed again later, or moved: each layer then has a Function of its own."""
-        if self.score is None or compiling or not torch.is_grad_enabled():
-            return True
-        return _hooks_of_saved_tensors(False) is None
+    def may_be_taken(self, hooks: object | None) -> bool:
+        """Whether a layer may compute with it here. In training, what is saved for backward under ``hooks`` (activation
+        checkpointing, offloading) is computed again later, or moved: each layer then has a Function of its own. The
+        caller asks for the hooks, because ``torch.compile`` cannot trace a function that does."""
+        return hooks is None or self.score is None or not torch.is_grad_enabled()
 
 
 def stamp(layer: SubnetLayer, param: Tensor, score: Tensor) -> Stamp:
@@ -176,7 +174,7 @@ class GateState:
     def __init__(self, keep_masked: bool | int = True, gates_ahead: bool = False, scope: Scope | None = None) -> None:
         self.keep_masked, self.gates_ahead = keep_masked, gates_ahead
         self.scope = Scope() if scope is None else scope
-        self.reads: dict[str, tuple[tuple[Any, ...], Tensor | None]] = {}
+        self.reads: dict[str, Read] = {}
         self._owner: weakref.ref[object] | None = None
         self.has_owner = False
         self._owned: set[int] = set()  # ids of the tensors whose raw gradients go to the owner

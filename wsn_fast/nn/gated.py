@@ -24,7 +24,7 @@ from . import refusals, rows
 from .densities import Densities, check_densities, density_of
 from .gate import Gated, check_gateable
 from .gate_state import GateState
-from .reads import reading
+from .reads import Read, hooks_of_saved_tensors, reading
 from .scores import check_score_init, draw
 from .task_ids import TaskId, encode_json
 from .transforms import are_active, masked_within
@@ -189,7 +189,7 @@ class SubnetLayer(refusals.KeepsItsWeights):
         # Optimizers call this at every step, so it avoids the slow attribute access of nn.Module where it can.
         parameters, buffers = self._parameters, self._buffers
         for name in self.GATED:
-            param = parameters[name] if name in parameters else getattr(self, name)
+            param = parameters[name] if name in parameters else self.param(name)
             if param is not None:
                 score = f"{name}_score"
                 scores = parameters[score] if score in parameters else getattr(self, score)
@@ -273,12 +273,16 @@ class SubnetLayer(refusals.KeepsItsWeights):
         With the mask of a finished task the result needs no gradient, because these weights never change again.
         """
         parameters, state = self._parameters, self.gate_state  # faster than the attributes of nn.Module
-        param = parameters[name] if name in parameters else getattr(self, name)
+        param = parameters[name] if name in parameters else self.param(name)
         if param is None:
             return None
         given = state.given.get(name)
         compiling = is_compiling()
-        if given is not None and given.is_for(param, dtype, compiling) and given.may_be_taken(compiling):
+        if (
+            given is not None
+            and given.is_for(param, dtype, compiling)
+            and (compiling or given.may_be_taken(hooks_of_saved_tensors(False)))
+        ):
             return state.take(name, given, compiling)
         packed = self._buffers[f"{name}_view"]
         if not compiling and are_active():
@@ -300,30 +304,40 @@ class SubnetLayer(refusals.KeepsItsWeights):
         return gated
 
     def read(self, name: str) -> Tensor | None:
-        """What code gets that reads the gated tensor ``name`` in a forward pass: the masked tensor, in the dtype of the
-        tensor. It is made once in a pass."""
-        parameters, state = self._parameters, self.gate_state
-        param, score = parameters[name], parameters.get(f"{name}_score")
-        if param is None or score is None:
-            return param
+        """What code gets that reads the gated tensor ``name`` in a forward pass: masked, made once in a pass."""
+        state, param = self.gate_state, self.param(name)
+        if param is None:
+            return None
+        if self.row_tasks is not None:
+            raise RuntimeError(
+                f"{name!r} of {type(self).__name__} is read in a pass with rows of several tasks, where no mask is "
+                "right for it: use forward_tasks(..., one_pass=False)"
+            )
         given = state.given.get(name)
         if given is not None and given.score is None and given.is_for(param, param.dtype, False):
             return given.masked
-        if is_compiling() or are_active():
+        if is_compiling() or are_active() or param.is_inference():
             return self.masked(name, param.dtype)
-        now = param, score, param._version, score._version, self._active_row, torch.is_grad_enabled()
-        then, masked = state.reads.get(name, ((), param))
-        if len(then) != len(now) or not all(map(is_, then, now)):
-            masked = self.masked(name, param.dtype)
-            if state.scope.running:
-                state.reads[name] = now, masked
-                state.scope.keep(state.reads)
+        if torch.is_grad_enabled() and hooks_of_saved_tensors(False) is not None:
+            # What activation checkpointing runs again makes its gates again, so it shares none with what is around it.
+            return self.masked(name, param.dtype)
+        tensors = param, getattr(self, f"{name}_score")
+        values = *(tensor._version for tensor in tensors), self._active_row, torch.is_grad_enabled()
+        last = state.reads.get(name)
+        if last is not None and all(map(is_, last.tensors, tensors)) and last.values == values:
+            return last.masked
+        masked = self.masked(name, param.dtype)
+        if masked is not None and state.scope.running:
+            state.reads[name] = Read(masked, tensors, values)
+            state.scope.keep(state.reads)
         return masked
 
     def param(self, name: str) -> Any:
         """The gated tensor ``name`` itself, also in a forward pass; None if the layer has none."""
         parameters = self._parameters
-        return parameters[name] if name in parameters else getattr(self, name)
+        if name in parameters:
+            return parameters[name]
+        return vars(self)[name] if name in vars(self) else getattr(self, name)
 
     @property
     def one_pass(self) -> bool:

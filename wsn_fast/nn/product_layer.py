@@ -11,6 +11,7 @@ from ..ops.autograd import ProductForm, SubnetProduct
 from ..ops.fusion import FUSED_DTYPES
 from . import refusals
 from .gated import SubnetLayer
+from .reads import hooks_of_saved_tensors
 from .transforms import are_active
 
 
@@ -61,7 +62,7 @@ class ProductLayer(SubnetLayer):
             return None
         if weight.score is None and not compiling:
             return weight.masked, None if bias is None else bias.masked
-        if not weight.may_be_taken(compiling):
+        if not (compiling or weight.may_be_taken(hooks_of_saved_tensors(False))):
             return None
         return state.take("weight", weight, compiling), None if bias is None else state.take("bias", bias, compiling)
 

@@ -1,26 +1,35 @@
 """What code gets that reads a gated tensor without calling its module, as in ``F.linear(x, embedding.weight)``.
 
 While a forward pass of the model runs, the attributes of gated tensors return the masked tensors, to whoever reads
-them. At all other times they return the Parameters, which is what optimizers, initialisation and users expect. The
-forward pass of a module counts from the call of :class:`~wsn_fast.WSN`, of a module with gated tensors whose class does
-not mask them itself, and of every module whose code reads the attributes of gated tensors below it.
+them. At all other times they return the Parameters, which is what optimizers, initialisation and users expect.
+
+A forward pass is the call of :class:`~wsn_fast.WSN`; of a module with gated tensors whose class does not mask them
+itself; of every module that holds such a module, since anything in it may read them; and of every module whose code
+reads the attributes of gated tensors below it. It is also the call of a method that the forward method of such a module
+calls, as ``forward_features`` of many packages: users call these by themselves, too.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from types import CodeType
-from typing import Any, ClassVar
+from functools import cache, wraps
+from types import CodeType, FunctionType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id as _backward_in_progress
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.compiler import is_compiling
 
+hooks_of_saved_tensors = _top_saved_tensors_default_hooks
+"""Returns the hooks that take what is saved for backward, if called with False; None without any. Functions of their
+own must not wrap it, because ``torch.compile`` cannot trace it."""
 _SCOPE = "_wsn_fast_scope"
+_ONLY_CALL = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Modules that do nothing but call the modules in them."""
 
 
 class Scope:
@@ -63,6 +72,10 @@ class Scope:
         # Hooks of a backward pass run without gradients, what activation checkpointing repeats runs with them.
         return not is_compiling() and torch.is_grad_enabled() and _backward_in_progress() != -1
 
+    def join(self, other: Scope) -> None:
+        """A forward pass in one of both is one in the other: they have modules in common."""
+        self.running, self._kept = other.running, other._kept
+
     def keep(self, reads: dict[str, Any]) -> None:
         """Clear ``reads`` when no forward pass runs any more."""
         self._kept.append(reads)
@@ -75,22 +88,40 @@ class Scope:
             self._kept.clear()
 
 
+class Read(NamedTuple):
+    """A masked tensor that an attribute returned, and what it depends on: the tensor and its scores, and their versions
+    with other plain values."""
+
+    masked: Tensor
+    tensors: tuple[Tensor, Tensor]
+    values: tuple[object, ...]
+
+
 def reading(name: str) -> property:
     """The attribute of a gated tensor: the masked tensor in a forward pass, else the Parameter."""
 
     def get(layer: Any) -> Tensor | None:
-        parameters = layer._parameters
-        if name not in parameters:
-            if name in vars(layer):
-                return None if vars(layer)[name] is None else vars(layer)[name]
+        if name not in layer._parameters and name not in vars(layer):
             raise AttributeError(name)  # nn.Module looks elsewhere then
-        param: Tensor | None = parameters[name]
-        if param is None or not layer.gate_state.scope.are_masked():
-            return param
-        masked: Tensor | None = layer.read(name)
+        if not layer.gate_state.scope.are_masked():
+            tensor: Tensor | None = layer.param(name)
+            return tensor
+        try:
+            masked: Tensor | None = layer.read(name)
+        except AttributeError as error:  # which nn.Module would answer with the Parameter itself
+            raise RuntimeError(
+                f"the gated tensor {name!r} of {type(layer).__name__} cannot be masked: {error}"
+            ) from error
         return masked
 
-    return property(get)
+    def put(layer: Any, tensor: Tensor | None) -> None:
+        vars(layer)[name] = tensor  # pruning and copies for several devices put tensors here that are no Parameters
+
+    def remove(layer: Any) -> None:
+        if vars(layer).pop(name, None) is None:
+            raise AttributeError(name)
+
+    return property(get, put, remove)
 
 
 # --- classes that are made when they are needed ----------------------------------------------------------------------
@@ -103,6 +134,9 @@ class MadeClass(nn.Module):
     """
 
     MADE_BY: ClassVar[tuple[Any, ...]]
+
+    def __init_subclass__(cls) -> None:
+        """Not that of the class from which a made class derives: it may want arguments, or list its subclasses."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         found = super().__reduce_ex__(max(protocol, 2))
@@ -118,11 +152,11 @@ def _new(make: Callable[..., type[nn.Module]], *args: Any) -> nn.Module:
 
 
 class Reader(MadeClass):
-    """A module whose code reads gated tensors of the modules below it. Its call opens the :class:`Scope`."""
+    """A module that reads gated tensors of the modules below it, or may do so. Its call opens the :class:`Scope`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        scope: Scope = self.__dict__[_SCOPE]
-        return scope(super().__call__, *args, **kwargs)
+        scope: Scope | None = self.__dict__.get(_SCOPE)  # None in a new object of the class, which is not converted
+        return super().__call__(*args, **kwargs) if scope is None else scope(super().__call__, *args, **kwargs)
 
 
 @cache
@@ -130,7 +164,7 @@ def reader_class(kind: type[nn.Module]) -> type[Reader]:
     """The :class:`Reader` that modules of the class ``kind`` become. It has the same name, because programs look up
     what a model is by the name of its class."""
     names = {"MADE_BY": (reader_class, kind), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (Reader, kind), names)
+    return type(kind.__name__, (Reader, kind), {**scoped_methods(kind), **names})
 
 
 def share_scope(model: nn.Module, layers: Iterable[nn.Module]) -> Scope:
@@ -142,17 +176,29 @@ def share_scope(model: nn.Module, layers: Iterable[nn.Module]) -> Scope:
     """
     states: dict[nn.Module, Any] = {layer: layer.gate_state for layer in layers}
     scopes = [state.scope for state in states.values()]
+    scopes += [vars(module)[_SCOPE] for module in model.modules() if _SCOPE in vars(module)]
     scope: Scope = next((one for one in scopes if one.running), scopes[0] if scopes else Scope())
+    for other in scopes:
+        if other is not scope:  # a module that is not in this model may have it
+            other.join(scope)
     for state in states.values():
         state.scope = scope
     for module in model.modules():
-        if module not in states and not isinstance(module, Reader):
-            inner = {name for child in module.modules() if child in states for name in child.GATED}  # type: ignore[union-attr]
-            if inner and reads(type(module), inner):
-                module.__class__ = reader_class(type(module))  # type: ignore[arg-type]  # mypy takes the hash of an instance
+        if module not in states and not isinstance(module, Reader) and _may_read(module, states):
+            module.__class__ = reader_class(type(module))  # type: ignore[arg-type]  # mypy takes the hash of an instance
         if isinstance(module, Reader):
             module.__dict__[_SCOPE] = scope
     return scope
+
+
+def _may_read(module: nn.Module, layers: Container[nn.Module]) -> bool:
+    """Whether a call of ``module`` may read the attributes of gated tensors below it."""
+    if type(module) in _ONLY_CALL or isinstance(module, torch.jit.ScriptModule):
+        return False
+    below = [child for child in module.modules() if child in layers]
+    if any(isinstance(child, MadeClass) for child in below):
+        return True  # also by a function that is not found in the code of its class
+    return bool(below) and reads(type(module), {name for child in below for name in child.GATED})  # type: ignore[union-attr]
 
 
 def forget_reader(module: nn.Module) -> None:
@@ -162,26 +208,54 @@ def forget_reader(module: nn.Module) -> None:
         module.__class__ = type(module).MADE_BY[1]
 
 
+# --- what the code of a class does -----------------------------------------------------------------------------------
+def scoped_methods(kind: type[nn.Module]) -> dict[str, Any]:
+    """The forward method of ``kind`` and the methods that it calls, each as one that opens the :class:`Scope`."""
+    methods = {name: function for name, function, _ in _in_forward(kind) if isinstance(function, FunctionType)}
+    lazy = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+    return {name: _scoped(one) for name, one in methods.items() if not any(is_lazy(one) for is_lazy in lazy)}
+
+
+def _scoped(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = self.__dict__
+        scope = own.get(_SCOPE) or (own["gate_state"].scope if "gate_state" in own else None)
+        return function(self, *args, **kwargs) if scope is None else scope(function, self, *args, **kwargs)
+
+    return method
+
+
 def reads(kind: type[nn.Module], attributes: Collection[str]) -> bool:
-    """Whether the forward pass of ``kind``, in the methods that it calls too, mentions one of the ``attributes``."""
-    seen: set[str] = set()
-    left = ["forward"]
+    """Whether the forward pass of ``kind``, in the methods and functions that it calls too, mentions one of the
+    ``attributes``."""
+    return any(not mentioned.isdisjoint(attributes) for _, _, mentioned in _in_forward(kind))
+
+
+def _in_forward(kind: type[nn.Module]) -> Iterator[tuple[str, Any, set[str]]]:
+    """The forward method of ``kind`` and what it calls: methods of ``kind`` by name, and functions of modules under the
+    name ``""``; each with all names in its code."""
+    seen: set[Any] = set()
+    left: list[tuple[str, Any]] = [("forward", inspect.getattr_static(kind, "forward", None))]
     while left:
-        method = left.pop()
-        if method in seen:
+        name, found = left.pop()
+        function = inspect.unwrap(found) if callable(found) else found
+        function = getattr(function, "__func__", getattr(function, "fget", function))
+        code = getattr(function, "__code__", None)
+        if not isinstance(code, CodeType) or code in seen:
             continue
-        seen.add(method)
-        function = inspect.unwrap(inspect.getattr_static(kind, method, None) or _nothing)
-        code = getattr(getattr(function, "__func__", getattr(function, "fget", function)), "__code__", None)
-        mentioned = {*_names(code)} if isinstance(code, CodeType) else set()
-        if not mentioned.isdisjoint(attributes):
-            return True
-        left += (name for name in mentioned if not hasattr(nn.Module, name) and hasattr(kind, name))
-    return False
+        seen.add(code)
+        mentioned = {*_names(code)}
+        yield name, found, mentioned
+        for other in mentioned:
+            if not hasattr(nn.Module, other) and hasattr(kind, other):
+                left.append((other, inspect.getattr_static(kind, other)))
+            elif isinstance(function.__globals__.get(other), FunctionType) and not _is_of_torch(function, other):
+                left.append(("", function.__globals__[other]))
 
 
-def _nothing() -> None:
-    pass
+def _is_of_torch(function: Any, name: str) -> bool:
+    return str(function.__globals__[name].__module__).partition(".")[0] == "torch"
 
 
 def _names(code: CodeType) -> Iterator[str]:

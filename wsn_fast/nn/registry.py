@@ -31,13 +31,13 @@ def product_class(module: nn.Module) -> type[SubnetLayer] | None:
 
 def _is_derived(kind: type[nn.Module], dense: type[nn.Module]) -> bool:
     """Whether ``kind`` derives from ``dense`` and computes what that class computes."""
-    methods = ("forward", "_conv_forward", "__call__", "_output_padding", "__getattr__")
+    methods = ("forward", "_conv_forward", "__call__", "_output_padding", "__getattr__", "__getattribute__")
     return issubclass(kind, dense) and all(getattr(kind, name, None) is getattr(dense, name, None) for name in methods)
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the tensors are used as they are: no parametrization computes them, no object has a forward of its own,
-    and there is no attribute that would hide one of a subnet layer."""
+    """Whether the tensors are used as they are: no parametrization computes them, and no object has a forward of its
+    own."""
     return (
         not parametrize.is_parametrized(module)
         and "forward" not in vars(module)

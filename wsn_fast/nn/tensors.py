@@ -10,12 +10,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .gated import SubnetLayer
-from .reads import MadeClass
+from .reads import MadeClass, scoped_methods
 
-_MAY_SHARE = frozenset({"forward", "extra_repr", "reset_parameters", "training", "_apply", "_load_from_state_dict"})
+_MAY_SHARE = frozenset(
+    {"forward", "extra_repr", "reset_parameters", "training", "_apply", "_load_from_state_dict"}
+    | {"flatten_parameters", "_flat_weights", "_flat_weights_names"}
+)
 
 
 class GatedModule(SubnetLayer, MadeClass):
@@ -46,6 +50,12 @@ class GatedRecurrent(GatedModule):
     def _flat_weights(self, tensors: list[Tensor]) -> None:
         """Ignore the list, which torch makes anew when it moves the module: it is made at each reading."""
 
+    def flatten_parameters(self) -> None:
+        """Make the Parameters one block of memory for cuDNN. Masked tensors stay where they are: the next step may
+        write to them."""
+        if not self.gate_state.scope.are_masked():
+            super().flatten_parameters()  # type: ignore[misc]  # of nn.RNNBase
+
     def become_dense(self, params: Any) -> None:
         self.__dict__.pop("_flat_weights", None)
         super().become_dense(params)
@@ -57,7 +67,7 @@ def gated_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[SubnetLay
     """The class that modules of the class ``kind`` become when their Parameters ``names`` are gated."""
     base = GatedRecurrent if issubclass(kind, nn.RNNBase) else GatedModule
     attributes = {"MADE_BY": (gated_class, kind, names), "GATED": names, "DENSE": kind, "__module__": __name__}
-    return type(f"Subnet{kind.__name__}", (base, kind), attributes)
+    return type(f"Subnet{kind.__name__}", (base, kind), {**scoped_methods(kind), **attributes})
 
 
 @cache
@@ -73,11 +83,39 @@ def is_matrix(tensor: Tensor) -> bool:
     return sum(length > 1 for length in tensor.shape) > 1
 
 
-def colliding_name(module: nn.Module) -> str | None:
-    """An attribute of ``module`` that has the name of one of :class:`GatedModule`, which would hide it; None if there
-    is none."""
-    ours = {name for kind in (GatedRecurrent, GatedModule, SubnetLayer) for name in vars(kind)} | {*SubnetLayer.OWN}
-    ours = {name for name in ours if not name.startswith("__")} - _MAY_SHARE - {"_flat_weights", "_flat_weights_names"}
-    classes = [kind for kind in type(module).__mro__ if kind not in nn.Module.__mro__]
+def colliding_name(module: nn.Module, layer: type[SubnetLayer]) -> str | None:
+    """An attribute of ``module`` that has the name of one of the class ``layer``, which would hide it; None if there is
+    none."""
+    ours = {name for kind in layer.__mro__ if issubclass(kind, SubnetLayer | MadeClass) for name in vars(kind)}
+    ours = {name for name in ours if not name.startswith("__")} - _MAY_SHARE - {*layer.GATED}
+    ours |= {*SubnetLayer.OWN, "DENSE", "MADE_BY"}
+    known = getattr(layer, "DENSE", nn.Module).__mro__
+    classes = [kind for kind in type(module).__mro__ if kind not in known and kind not in nn.Module.__mro__]
     theirs = {*vars(module), *module._parameters, *module._buffers, *module._modules}.union(*map(vars, classes))
     return min(ours & theirs, default=None)
+
+
+def obstacle_of(module: nn.Module, attribute: str, layer: type[SubnetLayer] | None) -> str:
+    """Why the Parameter ``attribute`` of ``module`` cannot be gated; empty if it can.
+
+    Args:
+        module: the module, not converted.
+        attribute: the name of the Parameter in it.
+        layer: the fast class that the module would become; None if there is none.
+    """
+    param = module._parameters[attribute]
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript has compiled its module"
+    if not isinstance(param, nn.Parameter):
+        return "it is no nn.Parameter: something computes it"
+    try:
+        same = getattr(module, attribute) is param
+    except Exception:  # of a property of the module
+        same = False
+    if not same:
+        return "its attribute returns something else than the Parameter"
+    recurrent = GatedRecurrent if isinstance(module, nn.RNNBase) else GatedModule
+    colliding = colliding_name(module, layer or recurrent)
+    names = (f"{attribute}{end}" for end in ("_score", "_masks", "_union", "_view"))
+    colliding = colliding or next((name for name in names if hasattr(module, name)), None)
+    return f"the attribute {colliding!r} of its module has a name that subnet layers use" if colliding else ""
