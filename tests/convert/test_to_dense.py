@@ -251,3 +251,22 @@ def test_a_single_layer() -> None:
     dense = to_dense(layer, 0)
     assert type(dense) is nn.Linear
     assert torch.equal(dense(x), logits(wsn, 0, x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_copy_that_needs_no_gradients_agrees_for_any_input_and_mode(bias: bool) -> None:
+    # PyTorch chooses kernels by requires_grad, in no_grad too.
+    models = {
+        "linear": nn.Linear(6, 6, bias=bias),
+        "attention": nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, bias=bias),
+    }
+    for model in models.values():
+        wsn = WSN(convert(nn.Sequential(model, nn.Linear(6, 3)), 0.4, heads="1")).eval()
+        wsn.begin_task(0)
+        wsn.end_task()
+        dense = to_dense(wsn, 0).requires_grad_(False)
+        x = torch.randn(5, 7, 6)
+        for one in (x, x.transpose(0, 1), x[..., ::2].repeat(1, 1, 2).transpose(0, 1)):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad), wsn.use_task(0):
+                    assert torch.equal(dense(one), wsn(one))

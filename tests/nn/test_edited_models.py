@@ -191,3 +191,29 @@ def test_a_checkpointed_read_under_another_scope() -> None:
     found, embed.lora_A.grad = embed.lora_A.grad, None
     embed(x).sum().backward()
     torch.testing.assert_close(found, embed.lora_A.grad)
+
+
+def test_a_forward_that_is_replaced_gets_masked_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Linear(nn.Module):
+        """Its layer is a fast one, so only the code tells who reads the weight."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self) -> Tensor:
+            return self.linear(torch.ones(4))
+
+    def other(self: Any) -> Tensor:
+        return self.linear.weight
+
+    of_class, of_object = Linear(), Linear()
+    of_object.forward = other.__get__(of_object)  # before the conversion
+    for model in (of_class, of_object):
+        convert(model, DENSITY)
+    assert torch.equal(of_object(), masked(of_object.linear))
+    read = convert(Reads(), DENSITY)
+    monkeypatch.setattr(Reads, "forward", lambda self: self.embed.weight)  # after it
+    assert torch.equal(read(), masked(read.embed))
+    assert torch.equal(read.forward(), masked(read.embed))
+    assert torch.equal(WSN(of_class)(), of_class())

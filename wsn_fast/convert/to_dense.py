@@ -21,9 +21,11 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
 
     Subnet layers become modules of their dense classes (``nn.Linear``, ``nn.LSTM`` and so on), ``TaskHeads`` becomes
     the ``nn.Linear`` of the task, and per-task tensors get the values of the task. The copy contains nothing of this
-    library, so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``. A
-    layer that was Hugging Face's ``Conv1D`` becomes an ``nn.Linear``, whose weight is a transposed view
-    and not contiguous.
+    library, so it can be pickled and used without it. Its outputs are bitwise equal to those of ``use_task(task)``,
+    where PyTorch takes the same kernels: for batches of sequences that are not contiguous, and for transformers outside
+    of ``no_grad``, it chooses kernels by ``requires_grad``, which the masked weights of a finished task never have. So
+    call ``requires_grad_(False)`` on the copy, unless it is trained. A layer that was Hugging Face's ``Conv1D`` becomes
+    an ``nn.Linear``, whose weight is a transposed view and not contiguous.
 
     Args:
         model: a ``WSN`` or the model inside it; unchanged, and its masks and scores are not copied.

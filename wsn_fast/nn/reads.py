@@ -203,6 +203,8 @@ def _may_read(module: nn.Module, layers: Container[nn.Module]) -> bool:
     below = [child for child in module.modules() if child in layers]
     if any(isinstance(child, MadeClass) for child in below):
         return True  # also by a function that is not found in the code of its class
+    if below and "forward" in vars(module):
+        return True
     return bool(below) and reads(type(module), {name for child in below for name in child.GATED})  # type: ignore[union-attr]
 
 
@@ -216,15 +218,19 @@ def forget_reader(module: nn.Module) -> None:
 # --- what the code of a class does -----------------------------------------------------------------------------------
 def scoped_methods(kind: type[nn.Module]) -> dict[str, Any]:
     """The forward method of ``kind`` and the methods that it calls, each as one that opens the :class:`Scope`."""
-    methods = {name: function for name, function, _ in _in_forward(kind) if isinstance(function, FunctionType)}
     lazy = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
-    return {name: _scoped(one) for name, one in methods.items() if not any(is_lazy(one) for is_lazy in lazy)}
+    return {
+        name: _scoped(kind, name, function)
+        for name, function, _ in _in_forward(kind)
+        if isinstance(function, FunctionType) and name not in ("", "reset_parameters")
+        if getattr(nn.Module, name, None) is not function and not any(is_lazy(function) for is_lazy in lazy)
+    }
 
 
-def _scoped(function: Callable[..., Any]) -> Callable[..., Any]:
+def _scoped(kind: type[nn.Module], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__
+        own, function = self.__dict__, getattr(kind, name)  # somebody may have put another one there
         scope = own.get(_SCOPE) or (own["gate_state"].scope if "gate_state" in own else None)
         return function(self, *args, **kwargs) if scope is None else scope(function, self, *args, **kwargs)
 
