@@ -25,7 +25,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor, *, factor: float = 1.0) -> Tensor:
         self.calls.append((x.detach().clone(), factor))
         y = self.enc(x.mul_(factor))
-        return self.head(F.linear(y, self.enc.weight.t()) if self.tied else y)
+        return self.head(F.linear(y, self.enc._parameters["weight"].t()) if self.tied else y)
 
 
 def begun(**how: Any) -> tuple[WSN, FirstInputs]:

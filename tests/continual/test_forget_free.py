@@ -217,7 +217,7 @@ def test_the_logits_of_a_task_do_not_depend_on_the_batch() -> None:
 
 
 class ReadsPastTheMask(nn.Module):
-    """Uses a gated weight without calling its layer."""
+    """Uses a gated weight without calling its layer, and does not read the attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class ReadsPastTheMask(nn.Module):
         self.heads = TaskHeads(12, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.heads(F.linear(x.flatten(1), self.gated.weight))
+        out: Tensor = self.heads(F.linear(x.flatten(1), self.gated._parameters["weight"]))
         return out
 
 

@@ -182,7 +182,7 @@ def test_a_probe_that_finds_something_undoes_no_training(name: str) -> None:
     optimizer = KEPT[name](wsn)
     train(wsn, optimizer, batches(1, 4))
     layer, trained = wsn.model[1], wsn.trainable_state()
-    hook = layer.register_forward_hook(lambda module, args, output: output + layer.weight.sum())
+    hook = layer.register_forward_hook(lambda module, args, output: output + layer.param("weight").sum())
     with pytest.raises(UnmaskedReadError, match=r"\b1\.weight"):
         wsn.end_task(probe=batches(1, 1)[0][0])
     hook.remove()
@@ -202,7 +202,7 @@ def test_a_probe_that_changes_the_task_names_the_tensor_alone(name: str) -> None
     train(wsn, optimizer, batches(2, 2))
     layer = wsn.model[1]
     of_another = layer.mask("weight", 1) & ~layer.mask("weight", 0)
-    layer.register_forward_hook(lambda module, args, output: output + layer.weight[of_another].sum())
+    layer.register_forward_hook(lambda module, args, output: output + layer.param("weight")[of_another].sum())
 
     def probe(task: int | str) -> torch.Tensor:
         with wsn.use_task(task):

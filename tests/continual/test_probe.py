@@ -45,6 +45,13 @@ def first(out: Any) -> Tensor:
     return out
 
 
+def whole(layer: nn.Module) -> Tensor:
+    """The weight without its mask, also in a forward pass, where the attribute is masked."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
 # --- readers ---------------------------------------------------------------------------------------------------------
 class Base(nn.Module):
     """Two layers and a head. Subclasses read something past a layer."""
@@ -62,14 +69,14 @@ class Base(nn.Module):
 
 class TiedDecoder(Base):
     def forward(self, x: Tensor) -> Any:
-        return self.head(F.linear(self.features(x), self.enc.weight.t()))
+        return self.head(F.linear(self.features(x), whole(self.enc).t()))
 
 
 class InEvaluation(Base):
     """Takes a shortcut that is only there in evaluation."""
 
     def forward(self, x: Tensor) -> Any:
-        return super().forward(x) if self.training else self.head(x @ (self.mid.weight @ self.enc.weight).t())
+        return super().forward(x) if self.training else self.head(x @ (whole(self.mid) @ whole(self.enc)).t())
 
 
 class MergedWhenTheModeChanges(Base):
@@ -97,7 +104,7 @@ class HiddenReference(Base):
 
 class PenaltyAmongTheOutputs(Base):
     def forward(self, x: Tensor) -> Any:
-        return {"logits": super().forward(x), "penalty": self.enc.weight.square().sum()}
+        return {"logits": super().forward(x), "penalty": whole(self.enc).square().sum()}
 
 
 class ReadsScores(Base):
@@ -116,7 +123,7 @@ class ReadsTheUnion(Base):
 
 class NoticesNaN(Base):
     def forward(self, x: Tensor) -> Any:
-        if self.enc.weight.isnan().any():
+        if whole(self.enc).isnan().any():
             raise ValueError("there is a NaN")
         return super().forward(x)
 
@@ -131,6 +138,37 @@ READERS: dict[str, tuple[type[Base], list[str]]] = {
     "the union": (ReadsTheUnion, ["enc.weight_union"]),
     "a check of finiteness": (NoticesNaN, ["enc.weight"]),
 }
+
+
+class DecodesByAttribute(Base):
+    """The tied decoder that reads the attribute."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(F.linear(self.features(x), self.enc.weight.t()))
+
+
+class TakesAShortcut(Base):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if self.training else self.head(x @ (self.mid.weight @ self.enc.weight).t())
+
+
+class Penalised(Base):
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x), "penalty": self.enc.weight.square().sum()}
+
+
+@pytest.mark.parametrize("model", [DecodesByAttribute, TakesAShortcut, Penalised])
+def test_readers_of_attributes_read_what_the_task_may_read(model: type[Base]) -> None:
+    wsn = trained(model(), tasks=(1,), heads="head").eval()
+    with torch.no_grad(), wsn.use_task(1):
+        expected = wsn(X)
+    for task in (2, 3):
+        train(wsn, task, lambda out: first(out).pow(2).mean(), probe=X)
+    wsn.verify(probe=X)
+    with torch.no_grad(), wsn.eval().use_task(1):
+        found = wsn(X)
+    pairs = zip(expected.values(), found.values(), strict=True) if isinstance(found, dict) else [(expected, found)]
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -236,7 +274,7 @@ def test_values_of_other_tasks_are_poisoned_per_task(rows: bool, name: str) -> N
 def test_a_group_is_named_if_no_tensor_is_enough_by_itself() -> None:
     class Both(Base):
         def forward(self, x: Tensor) -> Any:
-            return super().forward(x) + (self.enc.weight.isnan().any() & self.mid.weight.isnan().any())
+            return super().forward(x) + (whole(self.enc).isnan().any() & whole(self.mid).isnan().any())
 
     with pytest.raises(UnmaskedReadError) as error:
         trained(Both(), heads="head").verify(probe=X)
@@ -383,7 +421,7 @@ class Unsteady(Base):
     def forward(self, x: Tensor) -> Any:
         self.calls += 1
         y = super().forward(x) * (1 + 1e-6 * self.calls)
-        return y + self.enc.weight.sum() * 0 if self.reads else y
+        return y + whole(self.enc).sum() * 0 if self.reads else y
 
 
 def test_outputs_that_differ_each_time_are_searched_for_nan() -> None:
@@ -528,7 +566,7 @@ def test_outputs_that_say_nothing_are_an_error(probe: Any) -> None:
 def test_no_memory_is_no_reading() -> None:
     class Full(Base):
         def forward(self, x: Tensor) -> Any:
-            if self.enc.weight.isnan().any():
+            if whole(self.enc).isnan().any():
                 raise torch.OutOfMemoryError("full")
             return super().forward(x)
 

@@ -25,7 +25,7 @@ def trained(name: str, **kwargs: str) -> WSN:
     """Two finished tasks and a third in progress, a few real steps each."""
     make, make_input, head = MODELS[name]
     model = convert(make(), 0.4, heads={head: {"a": 4, 1: 3, "now": 2}}, **kwargs)
-    wsn = WSN(model, frozen=["wte.weight"] if name == "gpt" else ())
+    wsn = WSN(model)
     for task in (*TASKS, "now"):
         wsn.begin_task(task)
         optimizer = wsn.guard(torch.optim.SGD(wsn.train().parameters(), 0.5))
@@ -73,14 +73,14 @@ def test_autocast_agrees() -> None:
 
 
 def test_an_encoder_layer_agrees_in_inference() -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.Sequential(layer, nn.Linear(8, 3))
-    wsn = WSN(convert(model, 0.4, exclude_modules="self_attn", heads="1"), frozen="*self_attn*").eval()
-    wsn.begin_task(0)
-    wsn.end_task()
-    x = torch.randn(3, 4, 8)
-    with torch.no_grad():
-        assert torch.equal(to_dense(wsn, 0)(x), logits(wsn, 0, x))
+    for kwargs, owners in (({}, {}), ({"exclude_modules": "self_attn"}, {"frozen": "self_attn"})):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        wsn = WSN(convert(nn.Sequential(layer, nn.Linear(8, 3)), 0.4, heads="1", **kwargs), **owners).eval()
+        wsn.begin_task(0)
+        wsn.end_task()
+        x = torch.randn(3, 4, 8)
+        with torch.no_grad():
+            assert torch.equal(to_dense(wsn, 0)(x), logits(wsn, 0, x))
 
 
 def test_gpt2_agrees() -> None:
@@ -89,7 +89,7 @@ def test_gpt2_agrees() -> None:
         n_embd=16, n_layer=1, n_head=2, vocab_size=11, n_positions=8, bos_token_id=0, eos_token_id=0
     )
     model = convert(transformers.GPT2LMHeadModel(config), 0.4, heads={"lm_head": 3})
-    wsn = WSN(model, frozen="*.w?e.weight").eval()
+    wsn = WSN(model).eval()
     wsn.begin_task(0)
     wsn.end_task()
     x = tokens()
@@ -251,3 +251,22 @@ def test_a_single_layer() -> None:
     dense = to_dense(layer, 0)
     assert type(dense) is nn.Linear
     assert torch.equal(dense(x), logits(wsn, 0, x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_copy_that_needs_no_gradients_agrees_for_any_input_and_mode(bias: bool) -> None:
+    # PyTorch chooses kernels by requires_grad, in no_grad too.
+    models = {
+        "linear": nn.Linear(6, 6, bias=bias),
+        "attention": nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, bias=bias),
+    }
+    for model in models.values():
+        wsn = WSN(convert(nn.Sequential(model, nn.Linear(6, 3)), 0.4, heads="1")).eval()
+        wsn.begin_task(0)
+        wsn.end_task()
+        dense = to_dense(wsn, 0).requires_grad_(False)
+        x = torch.randn(5, 7, 6)
+        for one in (x, x.transpose(0, 1), x[..., ::2].repeat(1, 1, 2).transpose(0, 1)):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad), wsn.use_task(0):
+                    assert torch.equal(dense(one), wsn(one))

@@ -174,6 +174,20 @@ class Sequenced(nn.Module):
         return self.both(x, x.flip(1)).mean(1)
 
 
+class Reads(nn.Module):
+    """Returns what ``read`` gets of an embedding and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def read(self) -> list[Tensor]:
+        return [self.embed.weight, self.linear.weight]
+
+    def forward(self, x: Any = None) -> list[Tensor]:
+        return self.read()
+
+
 class Case(NamedTuple):
     """A model without heads.
 
@@ -323,3 +337,8 @@ def twins(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
     torch.manual_seed(1)
     subnet = convert(case.make(), DENSITY)
     return subnet, masked_by_hand(dense, subnet), case.x
+
+
+def masked(layer: SubnetLayer, name: str = "weight") -> Tensor:
+    """The masked tensor for the scores as they are."""
+    return torch.where(layer.masks_of_scores()[name], layer.param(name), 0.0)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import ops
 from ..convert.patterns import matches
@@ -17,6 +18,7 @@ from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
 from ..nn.reads import share_scope
 from ..nn.task_ids import TaskId, task_key
+from ..nn.tensors import GatedModule
 from . import ownership, wrappers
 
 T = TypeVar("T")
@@ -138,6 +140,13 @@ class ModelParts:
         inference mode, or if a gated tensor or its scores contain NaN, as they do before they are initialised
         (:meth:`SubnetLayer.initialise`); also if a module is wrapped for several processes."""
         wrappers.check_model(self.model)
+        for prefix, layer in self.layers.items():
+            hidden = [name for name in layer.GATED if isinstance(layer, GatedModule) and is_parametrized(layer, name)]
+            if hidden:
+                raise RuntimeError(
+                    f"{prefix or 'the model'} was parametrized after convert, which leaves {hidden} without masks: "
+                    "parametrize modules before convert"
+                )
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if tensor.is_meta:
                 raise RuntimeError(f"{name} is on the meta device: wsn_fast.materialize(model, device) gives it memory")

@@ -37,9 +37,10 @@ class UnmaskedReadError(RuntimeError):
         listed = "\n  ".join(names)
         super().__init__(
             f"task {task!r} computes with values that it must not read, of these tensors:\n  {listed}\nSome code reads "
-            "them without calling their layer, so the mask is not applied there, and later tasks would change what "
-            "this task computes. Let that code read layer.masked('weight', dtype) instead of layer.weight, let it call "
-            "the layer, or exclude the layer from the conversion."
+            "them, so that no mask is applied, and later tasks would change what this task computes. In a forward pass "
+            "of the model, let that code read the attribute (layer.weight, and not layer.parameters() or a reference "
+            "that it keeps); outside of one let it read layer.masked('weight', dtype). Or exclude the layer from the "
+            "conversion."
         )
         self.task, self.names = task, names
 
@@ -106,10 +107,11 @@ def copied(value: Any) -> Any:
 # --- what a task must not read ---------------------------------------------------------------------------------------
 def _hidden_from(parts: ModelParts, task: TaskId, row: int) -> Iterator[_Hidden]:
     own: dict[int, Tensor] = {}  # tensors may be gated twice, with different scores
-    for _, gate in parts.gated():
+    gated = [*parts.gated()]  # some are computed at each asking: see torch.nn.utils.parametrize
+    for _, gate in gated:
         mask = ops.unpack_mask(gate.masks[row], gate.param.shape)
         own[id(gate.param)] = mask | own.get(id(gate.param), mask)
-    for name, gate in parts.gated():
+    for name, gate in gated:
         yield _Hidden(name, gate.param, own[id(gate.param)])
         yield _Hidden(f"{name}_score", gate.score, None)
         if gate.union is not None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._C import _current_graph_task_id as _backward_in_progress
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.compiler import is_compiling
+from torch.fx import GraphModule
 
 hooks_of_saved_tensors = _top_saved_tensors_default_hooks
 """Returns the hooks that take what is saved for backward, if called with False; None without any. Functions of their
@@ -30,6 +31,18 @@ own must not wrap it, because ``torch.compile`` cannot trace it."""
 _SCOPE = "_wsn_fast_scope"
 _ONLY_CALL = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that do nothing but call the modules in them."""
+
+
+class Passes:
+    """The forward passes that run, and what is dropped after the last of them: what scopes that are joined have in
+    common. A copy has none."""
+
+    def __init__(self) -> None:
+        self.running: list[None] = []
+        self.kept: list[dict[str, Any]] = []
+
+    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
+        return Passes, ()
 
 
 class Scope:
@@ -41,12 +54,12 @@ class Scope:
             and a list can be changed by several threads.)
     """
 
-    def __init__(self) -> None:
-        self.running: list[None] = []
-        self._kept: list[dict[str, Any]] = []
+    def __init__(self, passes: Passes | None = None) -> None:
+        self._passes = Passes() if passes is None else passes
+        self.running, self._kept = self._passes.running, self._passes.kept
 
-    def __reduce__(self) -> tuple[type[Scope], tuple[()]]:
-        return Scope, ()
+    def __reduce__(self) -> tuple[type[Scope], tuple[Passes]]:
+        return Scope, (self._passes,)
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``forward`` as a forward pass of the model."""
@@ -74,7 +87,7 @@ class Scope:
 
     def join(self, other: Scope) -> None:
         """A forward pass in one of both is one in the other: they have modules in common."""
-        self.running, self._kept = other.running, other._kept
+        self._passes, self.running, self._kept = other._passes, other.running, other._kept
 
     def keep(self, reads: dict[str, Any]) -> None:
         """Clear ``reads`` when no forward pass runs any more."""
@@ -193,11 +206,13 @@ def share_scope(model: nn.Module, layers: Iterable[nn.Module]) -> Scope:
 
 def _may_read(module: nn.Module, layers: Container[nn.Module]) -> bool:
     """Whether a call of ``module`` may read the attributes of gated tensors below it."""
-    if type(module) in _ONLY_CALL or isinstance(module, torch.jit.ScriptModule):
-        return False
+    if type(module) in _ONLY_CALL or isinstance(module, torch.jit.ScriptModule | GraphModule):
+        return False  # the class of a GraphModule is made for it alone, and copies of it derive from the next one
     below = [child for child in module.modules() if child in layers]
     if any(isinstance(child, MadeClass) for child in below):
         return True  # also by a function that is not found in the code of its class
+    if below and "forward" in vars(module):
+        return True
     return bool(below) and reads(type(module), {name for child in below for name in child.GATED})  # type: ignore[union-attr]
 
 
@@ -211,15 +226,19 @@ def forget_reader(module: nn.Module) -> None:
 # --- what the code of a class does -----------------------------------------------------------------------------------
 def scoped_methods(kind: type[nn.Module]) -> dict[str, Any]:
     """The forward method of ``kind`` and the methods that it calls, each as one that opens the :class:`Scope`."""
-    methods = {name: function for name, function, _ in _in_forward(kind) if isinstance(function, FunctionType)}
     lazy = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
-    return {name: _scoped(one) for name, one in methods.items() if not any(is_lazy(one) for is_lazy in lazy)}
+    return {
+        name: _scoped(kind, name, function)
+        for name, function, _ in _in_forward(kind)
+        if isinstance(function, FunctionType) and name not in ("", "reset_parameters")
+        if getattr(nn.Module, name, None) is not function and not any(is_lazy(function) for is_lazy in lazy)
+    }
 
 
-def _scoped(function: Callable[..., Any]) -> Callable[..., Any]:
+def _scoped(kind: type[nn.Module], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__
+        own, function = self.__dict__, getattr(kind, name)  # somebody may have put another one there
         scope = own.get(_SCOPE) or (own["gate_state"].scope if "gate_state" in own else None)
         return function(self, *args, **kwargs) if scope is None else scope(function, self, *args, **kwargs)
 

@@ -42,6 +42,9 @@ class GatedRecurrent(GatedModule):
 
     _flat_weights_names: list[str]
 
+    def _complete(self) -> None:
+        self.__dict__.pop("_flat_weights", None)  # else tensors that were replaced would stay there
+
     @property
     def _flat_weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
@@ -57,7 +60,6 @@ class GatedRecurrent(GatedModule):
             super().flatten_parameters()  # type: ignore[misc]  # of nn.RNNBase
 
     def become_dense(self, params: Any) -> None:
-        self.__dict__.pop("_flat_weights", None)
         super().become_dense(params)
         self._init_flat_weights()  # type: ignore[operator]  # of nn.RNNBase
 

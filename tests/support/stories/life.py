@@ -102,13 +102,17 @@ class Life(Story):
     @precondition(lambda self: self.known)
     @rule(data=st.data())
     def read_past_a_layer(self, data: st.DataObject) -> None:
-        """A hook that reads a whole weight is found with a probe, unless every task uses all of it."""
+        """A hook that reads a whole weight is found with a probe, unless every task uses all of it. One that reads the
+        attribute gets what the task uses."""
         name = data.draw(st.sampled_from(list(self.wsn.subnet_layers())), "layer")
         layer = self.wsn.subnet_layers()[name]
 
         def read(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-            return output + layer.weight.sum()
+            return output + layer.param("weight").sum()
 
+        hook = layer.register_forward_hook(lambda module, args, output: output + layer.weight.sum())
+        self.wsn.verify(probe=X)
+        hook.remove()
         hook = layer.register_forward_hook(read)
         if all(layer.mask("weight", row).all() for row in range(len(self.known))):
             self.wsn.verify(probe=X)
