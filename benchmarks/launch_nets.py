@@ -109,10 +109,9 @@ MODELS: Mapping[str, Shape] = MappingProxyType({
     "resnet18": Shape(resnet18, partial(torch.randn, 2, 3, 32, 32), _RESNET, "head"),
     "gpt2-small": Shape(
         lambda: _transformer(Tokens(), True), partial(torch.randint, 64, (1, 8)), _GPT2, "head",
-        {"frozen": ("embed.token.weight", "embed.position.weight")},
     ),
     "vit-b": Shape(
         lambda: _transformer(Patches(), False), partial(torch.randn, 1, 3, 8, 8), _VIT, "head",
-        {"frozen": ("embed.first", "embed.position")},
+        {"frozen": "embed.first"},
     ),
 })  # fmt: skip

@@ -204,13 +204,23 @@ def test_a_rest_of_no_kind(rest: object) -> None:
         WSN(Model(), rest=rest)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("rest", "other"), [("per_task", "frozen"), ("frozen", "per_task")])
-def test_another_rest_for_a_model_with_finished_tasks_is_refused(rest: str, other: str) -> None:
-    wsn = WSN(Model(), rest=rest)
+def test_another_rest_for_a_model_with_finished_tasks_is_refused() -> None:
+    wsn = WSN(Model(), rest="per_task")
     two_tasks(wsn)
     with pytest.raises(ValueError, match=r"Pass the per_task=, frozen=, shared= and rest= that they were trained with"):
-        WSN(wsn.model, rest=other)
-    WSN(wsn.model, rest=rest).verify()
+        WSN(wsn.model, rest="frozen")
+    WSN(wsn.model, rest="per_task").verify()
+
+
+def test_what_was_frozen_is_a_constant_for_another_rest() -> None:
+    wsn = WSN(Model(), rest="frozen")
+    first, _ = two_tasks(wsn)
+    again = WSN(wsn.model, rest="per_task")
+    assert not any(name.endswith("_tasks") for name in again.state_dict())
+    again.begin_task(2)
+    train(again, again.guard(torch.optim.AdamW(again.parameters(), 0.01)), batches(2, 5))
+    again.end_task()
+    assert torch.equal(logits(again, 0), first)
 
 
 # --- patterns --------------------------------------------------------------------------------------------------------

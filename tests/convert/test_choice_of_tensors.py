@@ -59,7 +59,7 @@ def test_the_bias_that_is_left_out_trains_as_it_is() -> None:
     model = convert(nn.Sequential(nn.Linear(DIM, DIM), nn.Linear(DIM, 2)), DENSITY, exclude_modules="bias")
     weight = torch.where(model[0].masks_of_scores()["weight"], model[0].weight, 0.0)
     assert torch.equal(model[0](x), nn.functional.linear(x, weight, model[0].bias))
-    with pytest.raises(OwnershipError, match=r"0\.bias\n  1\.bias"):
+    with pytest.raises(OwnershipError, match=r"0\.bias \[8\] .*\n  1\.bias \[2\]"):
         WSN(model).begin_task(0)
     wsn = WSN(model, per_task="bias")
     wsn.begin_task(0)
@@ -95,10 +95,15 @@ def test_densities_by_name_of_tensor(density: dict[str, float], expected: dict[s
     assert {n: m.density for n, m in model.named_modules() if isinstance(m, SubnetLayer)} == expected
 
 
-def test_tensors_of_one_module_have_one_density() -> None:
-    refused(
-        attention(), r"density: the tensors of attn need one density.*in_proj_bias", {"in_proj_bias": 0.1, "*": 0.2}
-    )
+def test_tensors_of_one_module_may_have_densities_of_their_own() -> None:
+    model = convert(attention(), {"in_proj_bias": 0.1, "*": 0.5})
+    layer = model["attn"]
+    assert layer.density == {"in_proj_weight": 0.5, "in_proj_bias": 0.1}
+    kept = {name: mask.float().mean().item() for name, mask in layer.masks_of_scores().items()}
+    assert kept["in_proj_weight"] == pytest.approx(0.5, abs=0.01)
+    assert kept["in_proj_bias"] == pytest.approx(0.1, abs=0.05)
+    with pytest.raises(ValueError, match=r"density.*attn\.in_proj_bias|density\['in_proj_bias'\]"):
+        convert(attention(), {"in_proj_bias": 0.0, "*": 0.5})
 
 
 def test_all_problems_are_in_one_error() -> None:

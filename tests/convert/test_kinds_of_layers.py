@@ -81,6 +81,10 @@ def test_weights_that_no_score_can_gate_are_left_out(
         convert(model)
     assert re.search(rf"left out: 1 x Linear such as 2\.weight \({reason}", caplog.text)
     assert model[2].GATED == ("bias",)
+    wsn = WSN(model)
+    wsn.begin_task(0)  # it needs no gradient, so it is a constant
+    assert "2.weight" not in dict(wsn.gated())
+    model[2].weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))
     with pytest.raises(OwnershipError, match=r"2\.weight"):
         WSN(model).begin_task(0)
 

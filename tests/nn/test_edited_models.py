@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from any_modules import DENSITY, DIM, WORDS, LowBare, Reads, TiedDecoder, masked
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from wsn_fast import WSN, convert, to_dense
@@ -84,7 +84,7 @@ def test_tensors_may_be_replaced() -> None:
 
 
 def test_tensors_that_are_no_parameters_are_masked_too() -> None:
-    # As DataParallel puts them into its copies, and pruning into the module itself.
+    # As DataParallel puts them into its copies.
     model = convert(Reads(), DENSITY)
     replica = copy.deepcopy(model)
     for layer in (replica.embed, replica.linear):
@@ -93,12 +93,28 @@ def test_tensors_that_are_no_parameters_are_masked_too() -> None:
         layer.weight = tensor
         assert layer.weight is tensor
     assert all(map(torch.equal, replica(), model()))
-    for layer in (model.embed, model.linear):
-        mask = layer.masks_of_scores()["weight"]
-        prune.l1_unstructured(layer, "weight", 0.5)
-        assert torch.equal(model()[layer is model.linear], torch.where(mask, layer.weight, 0.0))
-        prune.remove(layer, "weight")
-        assert isinstance(layer.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_writes_to_a_masked_tensor_is_told_so(finished: bool, grad: bool) -> None:
+    model = convert(Reads(), DENSITY)
+    wsn = WSN(model)
+    wsn.begin_task(0)
+    if finished:
+        wsn.end_task()
+
+    def write(layer: nn.Module, args: object) -> None:
+        with torch.no_grad():
+            layer.weight.mul_(2)
+
+    with wsn.use_task(0) if finished else contextlib.nullcontext(), torch.set_grad_enabled(grad):
+        expected = [one.clone() for one in wsn()]
+        hook = model.register_forward_pre_hook(lambda *args: write(model.linear, args))
+        with pytest.raises(RuntimeError, match=r"wrote to 'weight' of FastSubnetLinear .* layer\.param\('weight'\)"):
+            wsn()
+        hook.remove()
+        assert all(map(torch.equal, wsn(), expected))
 
 
 def test_a_new_object_of_the_class_of_a_reader_is_dense() -> None:

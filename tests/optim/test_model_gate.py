@@ -281,7 +281,7 @@ def test_a_weight_that_changes_within_the_pass_is_gated_anew(kind: str) -> None:
 
     def clamp(layer: nn.Module, args: object) -> None:
         with torch.no_grad():
-            layer.weight.clamp_(-0.1, 0.1)  # type: ignore[operator, union-attr]
+            layer.param("weight").clamp_(-0.1, 0.1)  # type: ignore[operator]
 
     twin = copy.deepcopy(wsn)
     for model in (wsn, twin):

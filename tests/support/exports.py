@@ -40,16 +40,11 @@ def conv_net() -> nn.Module:
     return nn.Sequential(*convolutions, nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
 
 
-ATTENTION = "encoder.layers.0.self_attn.*"
-MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
-    "mlp": (mlp, {}, {}),
-    "mlp with heads": (mlp, {"heads": "4"}, {}),
-    "conv net": (conv_net, {"heads": "7"}, {}),
-    "transformer": (
-        Classifier,
-        {"heads": "head", "exclude_modules": "encoder.layers.0.self_attn"},
-        {"per_task": ["position", ATTENTION], "frozen": "embedding.weight"},
-    ),
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "mlp": (mlp, {}),
+    "mlp with heads": (mlp, {"heads": "4"}),
+    "conv net": (conv_net, {"heads": "7"}),
+    "transformer": (Classifier, {"heads": "head"}),
 }
 
 
@@ -68,8 +63,8 @@ def train(wsn: WSN, task: int, x: Tensor) -> None:
 def finished(model: str) -> tuple[WSN, Tensor]:
     """A WSN with the finished tasks 0 and 1, and an input."""
     torch.manual_seed(0)
-    make, conversion, owners = MODELS[model]
-    wsn = WSN(convert(make(), 0.4, **conversion), **owners)
+    make, conversion = MODELS[model]
+    wsn = WSN(convert(make(), 0.4, **conversion))
     shapes = {"conv net": (4, 3, 6, 6), "transformer": (4, 5)}
     x = torch.randint(20, (4, 5)) if model == "transformer" else torch.randn(shapes.get(model, (4, 8)))
     for task in (0, 1):

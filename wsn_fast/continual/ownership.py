@@ -79,8 +79,7 @@ class Owned(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        tensor: Tensor = getattr(self.module, self.attribute)
-        return tensor
+        return _registered(self.module, self.attribute)
 
 
 def classify(model: nn.Module, declared: Declared) -> list[Owned]:
@@ -131,7 +130,7 @@ def classify(model: nn.Module, declared: Declared) -> list[Owned]:
 def _kind(places: Sequence[_Place], rest: str | None) -> tuple[str | None, bool]:
     """The kind of a tensor that no pattern matches, and whether it is a constant."""
     running = any(place.attribute in _RUNNING_STATISTICS for place in places)
-    is_buffer = not isinstance(places[0].tensor, nn.Parameter)
+    is_buffer = places[0].is_buffer
     marked = any(place.attribute in per_task.marked(place.module) for place in places)  # as it was declared before
     if any(per_task.is_norm(place.module) for place in places) or (marked and (is_buffer or rest is None)):
         return "per_task", False
@@ -189,8 +188,18 @@ class _Place(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        tensor: Tensor = getattr(self.module, self.attribute)
-        return tensor
+        return _registered(self.module, self.attribute)
+
+    @property
+    def is_buffer(self) -> bool:
+        return self.attribute in self.module._buffers
+
+
+def _registered(module: nn.Module, attribute: str) -> Tensor:
+    """The tensor itself, where the attribute of a module may compute something from it."""
+    tensor = module._parameters[attribute] if attribute in module._parameters else module._buffers[attribute]
+    assert tensor is not None
+    return tensor
 
 
 def original(name: str) -> str:

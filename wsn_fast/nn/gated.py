@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from operator import is_
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -24,7 +23,7 @@ from . import refusals, rows
 from .densities import Densities, check_densities, density_of
 from .gate import Gated, check_gateable
 from .gate_state import GateState
-from .reads import Read, hooks_of_saved_tensors, reading
+from .reads import hooks_of_saved_tensors, reading
 from .scores import check_score_init, draw
 from .task_ids import TaskId, encode_json
 from .transforms import are_active, masked_within
@@ -302,35 +301,6 @@ class SubnetLayer(refusals.KeepsItsWeights):
         form = GateForm(self.density_of(name), self.rule, dtype, self._backend)
         gated: Tensor = SubnetGate.apply(param, score, union, form, ahead)
         return gated
-
-    def read(self, name: str) -> Tensor | None:
-        """What code gets that reads the gated tensor ``name`` in a forward pass: masked, made once in a pass."""
-        state, param = self.gate_state, self.param(name)
-        if param is None:
-            return None
-        if self.row_tasks is not None:
-            raise RuntimeError(
-                f"{name!r} of {type(self).__name__} is read in a pass with rows of several tasks, where no mask is "
-                "right for it: use forward_tasks(..., one_pass=False)"
-            )
-        given = state.given.get(name)
-        if given is not None and given.score is None and given.is_for(param, param.dtype, False):
-            return given.masked
-        if is_compiling() or are_active() or param.is_inference():
-            return self.masked(name, param.dtype)
-        if torch.is_grad_enabled() and hooks_of_saved_tensors(False) is not None:
-            # What activation checkpointing runs again makes its gates again, so it shares none with what is around it.
-            return self.masked(name, param.dtype)
-        tensors = param, getattr(self, f"{name}_score")
-        values = *(tensor._version for tensor in tensors), self._active_row, torch.is_grad_enabled()
-        last = state.reads.get(name)
-        if last is not None and all(map(is_, last.tensors, tensors)) and last.values == values:
-            return last.masked
-        masked = self.masked(name, param.dtype)
-        if masked is not None and state.scope.running:
-            state.reads[name] = Read(masked, tensors, values)
-            state.scope.keep(state.reads)
-        return masked
 
     def param(self, name: str) -> Any:
         """The gated tensor ``name`` itself, also in a forward pass; None if the layer has none."""

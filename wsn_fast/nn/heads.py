@@ -15,7 +15,7 @@ from .. import ops
 from . import kept_buffers, per_task
 from .gated import SubnetLayer
 from .head_templates import HeadTemplate, LinearTemplate, ModuleTemplate
-from .refusals import StaysInTheLibrary, check_no_symbol
+from .refusals import StaysInTheLibrary, check_arguments, check_no_symbol
 from .task_ids import TaskId, check_task, task_from_key, task_key
 
 Self = TypeVar("Self", bound="TaskHeads")
@@ -260,6 +260,7 @@ class TaskHeads(StaysInTheLibrary, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute with the head of the active task. While several tasks share a pass, each head gets the rows of its
         task."""
+        check_arguments(args)
         if args and not isinstance(args[0], Tensor):
             check_no_symbol(args[0])
         if self.row_tasks is not None:

@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
+from operator import is_
 from types import CodeType, FunctionType
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id as _backward_in_progress
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.fx import GraphModule
+
+from .transforms import are_active
 
 hooks_of_saved_tensors = _top_saved_tensors_default_hooks
 """Returns the hooks that take what is saved for backward, if called with False; None without any. Functions of their
@@ -34,12 +37,12 @@ _ONLY_CALL = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Passes:
-    """The forward passes that run, and what is dropped after the last of them: what scopes that are joined have in
-    common. A copy has none."""
+    """The forward passes that run, and the layers whose reads are dropped after the last of them: what scopes that are
+    joined have in common. A copy has none."""
 
     def __init__(self) -> None:
         self.running: list[None] = []
-        self.kept: list[dict[str, Any]] = []
+        self.read: list[Any] = []
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()
@@ -56,13 +59,15 @@ class Scope:
 
     def __init__(self, passes: Passes | None = None) -> None:
         self._passes = Passes() if passes is None else passes
-        self.running, self._kept = self._passes.running, self._passes.kept
+        self.running, self._read = self._passes.running, self._passes.read
 
     def __reduce__(self) -> tuple[type[Scope], tuple[Passes]]:
         return Scope, (self._passes,)
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``forward`` as a forward pass of the model."""
+        if is_exporting():  # which wants no side effects
+            return forward(*args, **kwargs)
         self.running.append(None)
         try:
             return forward(*args, **kwargs)
@@ -80,34 +85,82 @@ class Scope:
 
     def are_masked(self) -> bool:
         """Whether reads get masked tensors now: in a forward pass, and where a backward pass repeats a part of one."""
-        if self.running:
+        if self.running or is_exporting():
             return True
         # Hooks of a backward pass run without gradients, what activation checkpointing repeats runs with them.
         return not is_compiling() and torch.is_grad_enabled() and _backward_in_progress() != -1
 
     def join(self, other: Scope) -> None:
         """A forward pass in one of both is one in the other: they have modules in common."""
-        self._passes, self.running, self._kept = other._passes, other.running, other._kept
+        self._passes, self.running, self._read = other._passes, other.running, other._read
 
-    def keep(self, reads: dict[str, Any]) -> None:
-        """Clear ``reads`` when no forward pass runs any more."""
-        self._kept.append(reads)
+    def note(self, layer: Any) -> None:
+        """A tensor of ``layer`` was read: look at its reads, and drop them, when no forward pass runs any more."""
+        self._read.append(layer)
 
     def _leave(self) -> None:
         self.running.pop()
-        if self._kept and not self.running:
-            for reads in self._kept:
-                reads.clear()
-            self._kept.clear()
+        if self._read and not self.running:
+            layers = [*self._read]
+            self._read.clear()
+            try:
+                for layer in layers:
+                    for name, last in layer.gate_state.reads.items():
+                        last.check(layer, name)
+            finally:
+                for layer in layers:
+                    layer.gate_state.reads.clear()
 
 
 class Read(NamedTuple):
-    """A masked tensor that an attribute returned, and what it depends on: the tensor and its scores, and their versions
-    with other plain values."""
+    """A masked tensor that an attribute returned, with its version then, and what it depends on: the tensor and its
+    scores, and their versions with other plain values."""
 
     masked: Tensor
+    version: int
     tensors: tuple[Tensor, Tensor]
     values: tuple[object, ...]
+
+    def check(self, layer: Any, name: str) -> None:
+        """Raise ``RuntimeError`` if somebody has written to it."""
+        if self.masked._version != self.version:
+            layer.gate_state.drop_kept()  # what was written to may be among them
+            raise RuntimeError(
+                f"something wrote to {name!r} of {type(layer).__name__} in a forward pass, where this attribute is the "
+                f"masked tensor. To change the tensor itself, write to layer.param({name!r})"
+            )
+
+
+def read(layer: Any, name: str) -> Tensor | None:
+    """What code gets that reads the gated tensor ``name`` of a layer in a forward pass: masked, made once in a pass."""
+    state, param = layer.gate_state, layer.param(name)
+    if param is None:
+        return None
+    if layer.row_tasks is not None:
+        raise RuntimeError(
+            f"{name!r} of {type(layer).__name__} is read in a pass with rows of several tasks, where no mask is "
+            "right for it: use forward_tasks(..., one_pass=False)"
+        )
+    masked: Tensor | None
+    given = state.given.get(name)
+    is_given = given is not None and given.score is None and given.is_for(param, param.dtype, False)
+    if is_compiling() or are_active() or param.is_inference():
+        return given.masked if is_given else layer.masked(name, param.dtype)
+    if not is_given and torch.is_grad_enabled() and hooks_of_saved_tensors(False) is not None:
+        # What activation checkpointing runs again makes its gates again, so it shares none with what is around it.
+        return layer.masked(name, param.dtype)
+    tensors = param, getattr(layer, f"{name}_score")
+    values = *(tensor._version for tensor in tensors), layer._active_row, torch.is_grad_enabled(), is_given
+    last = state.reads.get(name)
+    if last is not None and all(map(is_, last.tensors, tensors)) and last.values == values:
+        return last.masked
+    if last is not None:
+        last.check(layer, name)
+    masked = given.masked if is_given else layer.masked(name, param.dtype)
+    if masked is not None and state.scope.running and not masked.is_inference():
+        state.reads[name] = Read(masked, masked._version, tensors, values)
+        state.scope.note(layer)
+    return masked
 
 
 def reading(name: str) -> property:
@@ -120,7 +173,7 @@ def reading(name: str) -> property:
             tensor: Tensor | None = layer.param(name)
             return tensor
         try:
-            masked: Tensor | None = layer.read(name)
+            masked = read(layer, name)
         except AttributeError as error:  # which nn.Module would answer with the Parameter itself
             raise RuntimeError(
                 f"the gated tensor {name!r} of {type(layer).__name__} cannot be masked: {error}"

@@ -60,7 +60,7 @@ def check_no_symbol(x: object) -> None:
 
 
 def check_arguments(args: object) -> None:
-    """Check that the ``*args`` of a WSN are arguments. ``torch.fx.symbolic_trace`` gives a symbol in their place.
+    """Check that the ``*args`` of a module are arguments. ``torch.fx.symbolic_trace`` gives a symbol in their place.
 
     Raises:
         RuntimeError: it does.
