@@ -75,7 +75,7 @@ TF32_CONFIGS = (
 )
 IEEE_CONFIGS = (
     GradMatmulConfig(128, 128, 16, 8, 3, 16),
-    GradMatmulConfig(64, 64, 16, 8, 3, 32),
+    GradMatmulConfig(64, 64, 16, 4, 3, 16),
     GradMatmulConfig(32, 32, 32, 4, 3, 32),
 )
 GROUP = 8
