@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._elementwise import FP_FUSION
-from ._matmul_tile import MatmulConfig, dot, load_masked
+from ._matmul_tile import ALL_REGISTERS, MatmulConfig, dot, load_masked
 
 # ``block_m`` counts positions (of all images) instead of rows.
 CONFIGS = (  # bf16, fp16, and fp32 as tf32
@@ -26,11 +26,9 @@ CONFIGS = (  # bf16, fp16, and fp32 as tf32
 DX_CONFIGS = CONFIGS[:3]  # the other tile needs more registers than there are
 MOST_PER_CHANNEL = 2**25
 """The largest number of weights per output channel in the backward kernel, whose offsets are int32."""
-MAX_REGISTERS = 255
-"""A thread may use all registers that there are. Unless told so, ptxas spills a few to run more programs at once."""
 MOST_STRIDE = 2**31 - 1
 """The largest stride of an image, in elements. Strides of 64 bits would take registers that some tiles lack."""
-IEEE_CONFIGS = (MatmulConfig(32, 32, 32, 4, 3),)  # see masked_matmul.IEEE_CONFIGS
+IEEE_CONFIGS = (MatmulConfig(32, 32, 32, 8, 3),)  # see masked_matmul.IEEE_CONFIGS
 
 
 @triton.jit
@@ -275,7 +273,7 @@ def masked_conv(
         "BLOCK_R": config.block_r,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "maxnreg": MAX_REGISTERS,
+        "maxnreg": ALL_REGISTERS,
     }
     if backward:
         conv2d_dx_kernel[grid](dy_ptr=x, dx_ptr=y, **shared, **FP_FUSION)
