@@ -178,7 +178,7 @@ def masked_matmul_tasks(
         SLOTS=config.slots,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=ALL_REGISTERS if config.slots > 1 else None,
+        maxnreg=None if precision == "ieee" else ALL_REGISTERS,
         **FP_FUSION,
     )
     if splits > 1:
