@@ -25,24 +25,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured, nvcc = importlib.import_module("kernel_resources"), importlib.import_module("nvcc")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     add = parser.add_argument
-    add("--arch", type=int, nargs="+", default=(80, 90, 100), choices=sorted(measured.SHARED_LIMITS), metavar="90")
+    generations = (80, 86, 89, 90, 100, 120)
+    add("--arch", type=int, nargs="+", default=generations, choices=sorted(measured.SHARED_LIMITS), metavar="90")
     add("--kernel", nargs="+", default=(), help="modules of wsn_fast.kernels, such as masked_matmul")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     add("--ptx", action="store_true", help="count tensor-core instructions in the PTX: faster")
-    add("--third", action="store_true", help="compile every case for one of the architectures only")
+    add("--every", type=int, default=1, metavar="N", help="compile every N-th case of a kernel (default: all)")
+    add("--each", type=int, metavar="N", help="compile a case for N of the architectures, in turn (default: all)")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
         parser.error("triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    rows = measured.triton_rows(options.arch, options.kernel, options.jobs, not options.ptx, options.third)
+    part = measured.Part(options.every, options.each)
+    rows = measured.triton_rows(options.arch, options.kernel, options.jobs, not options.ptx, part)
     if not options.kernel:
         try:
             rows += nvcc.rows(options.arch)
         except (OSError, RuntimeError) as error:
             print(f"CUDA C++ kernels not compiled: {error}", file=sys.stderr)
     cells = [["" if cell is None else str(cell) for cell in row._replace(arch=f"sm_{row.arch}")] for row in rows]
-    columns = ("kernel", "arch", "registers", "spills", "local", "shared", "tensor core", "note")
+    columns = ("kernel", "arch", "registers", "spills", "local", "shared", "tensor core", "counted with", "note")
     print(*table(columns, cells, align=False), sep="\n")
     broken = [f"{row.name} on sm_{row.arch} {fault}" for row in rows for fault in measured.faults(row)]
     print(*broken, sep="\n", end="\n" if broken else "", file=sys.stderr)

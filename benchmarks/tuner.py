@@ -243,9 +243,10 @@ def compare(trials: Trials, precision: Precision, what: str, product: Product) -
 
     kernels("masked_matmul", trials.device)  # it says so where there is no Triton
     from wsn_fast.backends.triton import tuning
+    from wsn_fast.backends.triton.device import gpu_of
 
     key = tuning.Product(product.operation, precision.dtype, precision.name, product.source, product.backward)
-    configs = product.fitting(key.configs)
+    configs = product.fitting(tuning.fitting(key, gpu_of(trials.device)))
     tiles = [(config, splits) for config in configs for splits in trials.splits(*product.grid(config))]
     best = trials.best(what, tiles, time_one)
     if best is None:

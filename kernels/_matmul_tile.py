@@ -120,3 +120,8 @@ def fitted(config: MatmulConfig, unit: int) -> MatmulConfig:
     """The tile, with shorter steps where a load takes one or two elements. Such loads do not go through a pipeline.
     Each needs registers of its own, and longer steps would need more registers than there are."""
     return config if unit >= 4 else replace(config, block_r=min(config.block_r, 32), num_stages=1)
+
+
+ALL_REGISTERS = 255
+"""How many registers a thread may use, for launches that say it. In other kernels ptxas at times spills a few registers
+to run more programs at once, even if a thread uses only 64."""

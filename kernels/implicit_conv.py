@@ -14,19 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ._elementwise import FP_FUSION
-from ._matmul_tile import MatmulConfig, dot, load_masked
+from ._matmul_tile import ALL_REGISTERS, MatmulConfig, dot, load_masked
 
 # ``block_m`` counts positions (of all images) instead of rows.
 CONFIGS = (  # bf16, fp16, and fp32 as tf32
     MatmulConfig(32, 64, 32, 4, 3),
-    MatmulConfig(64, 64, 32, 4, 3),
-    MatmulConfig(64, 128, 32, 8, 3),
+    MatmulConfig(64, 64, 32, 8, 3),
+    MatmulConfig(32, 128, 32, 8, 3),
     MatmulConfig(128, 64, 32, 8, 3),
 )
-DX_CONFIGS = (CONFIGS[0], CONFIGS[2])  # the other tiles need more registers than there are
+DX_CONFIGS = CONFIGS[:3]  # the other tile needs more registers than there are
 MOST_PER_CHANNEL = 2**25
 """The largest number of weights per output channel in the backward kernel, whose offsets are int32."""
-IEEE_CONFIGS = (MatmulConfig(32, 32, 32, 4, 3),)  # see masked_matmul.IEEE_CONFIGS
+MOST_STRIDE = 2**31 - 1
+"""The largest stride of an image, in elements. Strides of 64 bits would take registers that some tiles lack."""
+IEEE_CONFIGS = (MatmulConfig(32, 32, 32, 8, 3),)  # see masked_matmul.IEEE_CONFIGS
 
 
 @triton.jit
@@ -212,12 +214,12 @@ def masked_conv(
     packed, or formed from scores.
 
     Args:
-        x: [B, C, H, W] or [B, C, L], B >= 1, any strides, in the compute dtype (bf16, fp16, fp32);
+        x: [B, C, H, W] or [B, C, L], B >= 1, strides of at most 2^31 - 1, in the compute dtype (bf16, fp16, fp32);
             backward: the gradient [B, OC, OH, OW] or [B, OC, OL].
         w: [OC, C / groups, KH, KW] or [OC, C / groups, KL], fp32, bf16 or fp16, contiguous. Backward: at most 2^25
             elements per output channel.
-        y: the result, [B, OC, OH, OW] or [B, OC, OL] (backward: the shape of the convolution's input), any strides,
-            any floating dtype. At most 2^31 - 1 positions in all its images.
+        y: the result, [B, OC, OH, OW] or [B, OC, OL] (backward: the shape of the convolution's input), strides as those
+            of x, any floating dtype. At most 2^31 - 1 positions in all its images.
         packed: the packed mask, [ceil(w.numel() / 8)] uint8; or else ``scores`` and ``tau``.
         scores: the shape of w, fp32, bf16 or fp16, contiguous.
         tau: one element in the scores' dtype.
@@ -234,6 +236,7 @@ def masked_conv(
     assert w.is_contiguous() and (packed is None) != (scores is None) and not (backward and bias is not None)
     assert scores is None or scores.is_contiguous()
     assert not backward or w[0].numel() <= MOST_PER_CHANNEL
+    assert max(*x.stride(), *y.stride()) <= MOST_STRIDE
     if x.dim() == 3:
         x, w, y = x.unsqueeze(2), w.unsqueeze(2), y.unsqueeze(2)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
@@ -270,6 +273,7 @@ def masked_conv(
         "BLOCK_R": config.block_r,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": ALL_REGISTERS,
     }
     if backward:
         conv2d_dx_kernel[grid](dy_ptr=x, dx_ptr=y, **shared, **FP_FUSION)

@@ -29,7 +29,7 @@ from ._elementwise import (
     is_magnitude,
     widen,
 )
-from ._matmul_tile import common_unit, dot, load_mask
+from ._matmul_tile import ALL_REGISTERS, common_unit, dot, load_mask
 from .split_sum import partial_products
 
 
@@ -292,6 +292,7 @@ def masked_matmul_grad(
         GROUP=GROUP,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=ALL_REGISTERS if precision == "ieee" else None,
         **FP_FUSION,
     )
     if partials is not None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._elementwise import FP_FUSION
-from ._matmul_tile import MatmulConfig, dot, fitted, load_mask, load_unit
+from ._matmul_tile import ALL_REGISTERS, MatmulConfig, dot, fitted, load_mask, load_unit
 from .split_sum import load_task_bias, partial_products, reduce_partials
 
 TASKS_CONFIGS = (
@@ -178,6 +178,7 @@ def masked_matmul_tasks(
         SLOTS=config.slots,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=None if precision == "ieee" else ALL_REGISTERS,
         **FP_FUSION,
     )
     if splits > 1:

@@ -206,23 +206,6 @@ def test_a_tile_is_that_of_the_next_measured_number_of_rows(tmp_path: Path) -> N
 
 
 @needs_triton
-@pytest.mark.parametrize("shared", [101376, 232448], ids=["Ada", "Hopper"])
-@pytest.mark.parametrize("operation", ["masked_linear", "masked_linear_tasks", "masked_conv"])
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_product_has_a_tile_that_nobody_measured(
-    dtype: torch.dtype, precision: str, operation: str, shared: int
-) -> None:
-    from wsn_fast.backends.triton.tuning import Gpu, Product, default_tile
-
-    for backward in (False, True):
-        product = Product(operation, dtype, precision, "packed", backward)
-        for rows in (1, 16, 17, 1000):
-            config, splits = default_tile(product, rows, 4096, 4096, Gpu(132, shared))
-            assert config in product.configs and splits >= 1
-
-
-@needs_triton
 def test_an_elementwise_tile_that_no_longer_exists_gives_way_to_the_default(tmp_path: Path) -> None:
     from wsn_fast.kernels import gate, threshold
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_resources import Row, faults
+from kernel_resources import Part, Row, chosen, faults
 
 ROOT = Path(__file__).parents[2]
+ARCHS = (80, 86, 89, 90, 100, 120)
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
     reason="needs triton, and not its interpreter",
@@ -34,34 +35,42 @@ def all_cases() -> dict[str, list[Any]]:
 
 
 @needs_compiler
-@pytest.mark.timeout(3600)  # minutes on two cores, less once Triton has the kernels in its cache
+@pytest.mark.timeout(7200)  # minutes on two cores, less once Triton has the kernels in its cache
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(["--ptx", "--third"], id="a third, ptx"),
-        pytest.param(["--ptx"], id="ptx", marks=pytest.mark.ci),
+        pytest.param(["--ptx", "--every", "6", "--each", "1"], id="a sample, ptx"),
+        pytest.param(["--ptx", "--every", "2", "--each", "2"], id="a sixth, ptx", marks=pytest.mark.ci),
         pytest.param([], id="machine code", marks=pytest.mark.slow),
     ],
 )
 def test_every_kernel_fits(options: list[str]) -> None:
-    command = [sys.executable, "-m", "benchmarks.resources", "--arch", "80", "90", "100", *options]
+    command = [sys.executable, "-m", "benchmarks.resources", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f"| sm_{arch} |" in done.stdout for arch in (80, 90, 100))
+    assert all(f"| sm_{arch} |" in done.stdout for arch in ARCHS)
 
 
 @needs_compiler
-def test_a_third_has_a_third_of_the_cases_and_every_kernel_on_every_architecture(
-    all_cases: dict[str, list[Any]],
+@pytest.mark.parametrize(("every", "each"), [(6, 1), (2, 2), (1, None)])
+def test_a_part_has_every_kernel_and_every_architecture(
+    all_cases: dict[str, list[Any]], every: int, each: int | None
 ) -> None:
-    archs, representative = [80, 90, 100], importlib.import_module("compile_cases").representative
-    chosen = {name: representative(cases, archs) for name, cases in all_cases.items()}
     for name, cases in all_cases.items():
-        assert 3 * len({index for index, _ in chosen[name]}) >= len(cases), name
-        forms = {(cases[index].fn.__name__, arch) for index, arch in chosen[name]}
-        assert forms == {(case.fn.__name__, arch) for case in cases for arch in archs}, name
-    total = sum(map(len, all_cases.values())) * len(archs)
-    assert sum(map(len, chosen.values())) < 0.37 * total
+        pairs = chosen(cases, ARCHS, Part(every, each))
+        assert len(set(pairs)) == len(pairs)
+        assert {cases[index].fn for index, _ in pairs} == {case.fn for case in cases}, name
+        assert all(cases[index].can_be_chosen(arch) for index, arch in pairs)
+        assert len({index for index, _ in pairs}) >= len(cases) / every
+        possible = {arch for case in cases for arch in ARCHS if case.can_be_chosen(arch)}
+        assert len({arch for _, arch in pairs}) == min(len(possible), len(pairs)), name
+
+
+@needs_compiler
+def test_a_tile_is_compiled_where_it_can_be_chosen(all_cases: dict[str, list[Any]]) -> None:
+    large = next(case for case in all_cases["masked_matmul_grad"] if "128x256x64" in case.name)
+    assert [arch for arch in ARCHS if large.can_be_chosen(arch)] == [90, 100]
+    assert {arch for _, arch in chosen([large], ARCHS, Part())} == {90, 100}
 
 
 @needs_compiler
@@ -84,6 +93,7 @@ def test_every_kernel_has_a_case(all_cases: dict[str, list[Any]]) -> None:
         ("spills", 8, "spills 8 bytes of registers"),
         ("local", 16, "uses 16 bytes of local memory"),
         ("shared", 227 * 1024 + 1, "uses 232449 bytes of shared memory, more than 232448"),
+        ("most_shared", 1000, "uses 232448 bytes of shared memory, where the library counts with 1000"),
         ("tensor_core", 0, "has no tensor-core instruction"),
     ],
 )
@@ -116,7 +126,7 @@ def test_a_tile_too_large_shows(
 
 @needs_compiler
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("every", [12, pytest.param(3, marks=pytest.mark.ci), pytest.param(1, marks=pytest.mark.slow)])
 def test_full_precision_is_not_multiplied_as_tf32(
     compiling: ModuleType, all_cases: dict[str, list[Any]], every: int
 ) -> None:
@@ -133,7 +143,7 @@ def test_full_precision_is_not_multiplied_as_tf32(
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_ptx_and_machine_code_have_the_same_tensor_core_instructions(
     compiling: ModuleType, all_cases: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch, arch: int
 ) -> None:
@@ -145,23 +155,8 @@ def test_ptx_and_machine_code_have_the_same_tensor_core_instructions(
     assert in_machine_code.tensor_core == in_ptx.tensor_core > 0
 
 
-class NoGpu:
-    """As much of a driver as Triton needs to compile a kernel for a launch that does not follow."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @needs_compiler
-def test_one_compiled_kernel_writes_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_compiled_kernel_writes_every_number(compiling: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """An address must not cost a compilation. Triton compiles anew for 1, multiples of 16, and what fits in 32 bits."""
     from triton.runtime import driver
 
@@ -175,7 +170,7 @@ def test_one_compiled_kernel_writes_every_number(monkeypatch: pytest.MonkeyPatch
             return lambda **arguments: compiled.append(kernel.warmup(**arguments, grid=grid).hash)
 
     monkeypatch.setattr(addresses, "write_kernel", Compiled())
-    monkeypatch.setattr(driver, "_active", NoGpu())
+    monkeypatch.setattr(driver, "_active", compiling.NoGpu())
     numbers = [0, 1, 2, 16, 17, 2**31 - 1, 2**31, 2**32, 2**47 + 1, 2**57, 2**61 - 1]
     for i, number in enumerate(numbers):
         values = [*numbers, *[number] * (addresses.VALUES * i)]

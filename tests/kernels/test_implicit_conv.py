@@ -156,3 +156,26 @@ def test_without_bias(device: torch.device) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_channels_last(backward: bool, device: torch.device) -> None:
     check("padding", device, channels_last=True, backward=backward)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_stride_beyond_32_bits_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, backward: bool, device: torch.device
+) -> None:
+    from wsn_fast.backends import triton as backend
+    from wsn_fast.backends.mask import Mask
+
+    def launched(*_: object, **__: object) -> None:
+        raise AssertionError("the kernel was launched")
+
+    w = torch.randn(3, 2, 3, 3, device=device)
+    keep = torch.rand(w.shape, device=device) < 0.5
+    x = torch.randn(1, 3 if backward else 2, 5, 5, device=device)
+    far = x.as_strided(x.shape, (2**31, *x.stride()[1:]))
+    operands = w, Mask.of_packed(portable.pack(keep)), None, ((1, 1), (1, 1), (1, 1)), 1
+    shape = (1, 2, 5, 5) if backward else None
+    expected = portable.masked_conv(x, *operands, shape)
+    monkeypatch.setattr(kernels, "masked_conv", launched)
+    torch.testing.assert_close(backend.masked_conv(far, *operands, shape), expected)
+    with pytest.raises(AssertionError, match="the kernel was launched"):
+        backend.masked_conv(x, *operands, shape)

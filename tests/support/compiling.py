@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import triton
-from kernel_resources import Row
+from kernel_resources import KIB, SHARED_LIMITS, Row
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -43,6 +43,9 @@ class CompileCase(NamedTuple):
         num_warps: warps per program.
         num_stages: stages of the software pipeline.
         needs_tensor_core: whether the machine code must hold a tensor-core instruction.
+        most_shared: how many bytes of shared memory the library counts with when it chooses a tile; None where it has
+            no choice.
+        maxnreg: how many registers a thread may use, if the launch says it.
     """
 
     name: str
@@ -53,6 +56,12 @@ class CompileCase(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     needs_tensor_core: bool = False
+    most_shared: int | None = None
+    maxnreg: int | None = None
+
+    def can_be_chosen(self, capability: int) -> bool:
+        """Whether the library can launch it on such a GPU: not where shared memory is too small for the tile."""
+        return self.most_shared is None or self.most_shared <= SHARED_LIMITS[capability] * KIB
 
 
 def compile_kernel(case: CompileCase, capability: int) -> Any:
@@ -65,7 +74,7 @@ def compile_kernel(case: CompileCase, capability: int) -> Any:
         constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", divisor]] for name, divisor in case.attrs.items()},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FP_FUSION}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg, **FP_FUSION}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -86,9 +95,9 @@ def compile_case(case: CompileCase, capability: int, *, disassemble: bool = True
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
-        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-        assert found is not None, usage
-        registers, spills, local = map(int, found.groups())  # what is spilled lies in the stack frame
+        numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert numbers is not None, usage
+        registers, spills, local = map(int, numbers.groups())  # what is spilled lies in the stack frame
         disassembler = find_disassembler() if disassemble else None
         tensor_core, note = None, ""
         if case.needs_tensor_core:  # else not worth the time
@@ -98,7 +107,8 @@ def compile_case(case: CompileCase, capability: int, *, disassemble: bool = True
                 tensor_core = sum(map(instructions.count, in_machine_code))
             else:
                 tensor_core, note = sum(map(kernel.asm["ptx"].count, in_ptx)), "counted in the PTX"
-    return Row(case.name, capability, registers, spills, local, kernel.metadata.shared, tensor_core, note)
+    found = (registers, spills, local, kernel.metadata.shared)
+    return Row(case.name, capability, *found, tensor_core, case.most_shared, note)
 
 
 def find_disassembler() -> str | None:
@@ -111,3 +121,18 @@ def find_disassembler() -> str | None:
 
 def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class NoGpu:
+    """As much of a driver as Triton needs to compile a kernel for a launch that does not follow."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ class Row(NamedTuple):
         local: bytes of local memory per thread.
         shared: bytes of shared memory per block.
         tensor_core: tensor-core instructions; None where none are wanted.
+        most_shared: the bytes of shared memory that the library counts with; None where it does not ask.
         note: what else the reader should know.
     """
 
@@ -39,6 +39,7 @@ class Row(NamedTuple):
     local: int
     shared: int
     tensor_core: int | None = None
+    most_shared: int | None = None
     note: str = ""
 
 
@@ -49,6 +50,11 @@ def faults(row: Row) -> list[str]:
         *([f"spills {row.spills} bytes of registers"] if row.spills else []),
         *([f"uses {row.local} bytes of local memory"] if row.local else []),
         *([f"uses {row.shared} bytes of shared memory, more than {limit}"] if row.shared > limit else []),
+        *(
+            [f"uses {row.shared} bytes of shared memory, where the library counts with {row.most_shared}"]
+            if row.most_shared is not None and row.shared > row.most_shared
+            else []
+        ),
         *(["has no tensor-core instruction"] if row.tensor_core == 0 else []),
     ]
 
@@ -64,7 +70,35 @@ def _compiled(kernel: str, index: int, arch: int, disassemble: bool) -> Row:
     return row._replace(name=f"{kernel}: {row.name}")
 
 
-def triton_rows(archs: Sequence[int], kernels: Sequence[str], jobs: int, disassemble: bool, third: bool) -> list[Row]:
+class Part(NamedTuple):
+    """A part of what can be compiled: every n-th case of a kernel (``every``), for ``each`` architectures in turn."""
+
+    every: int = 1
+    each: int | None = None
+
+
+EVERYTHING = Part()
+
+
+def chosen(cases: Sequence[CompileCase], archs: Sequence[int], part: Part) -> list[tuple[int, int]]:
+    """The cases of a module to compile: pairs of an index into ``cases`` and an architecture. Every kernel has one, and
+    none has a tile that the library cannot choose on that architecture."""
+    by_kernel: dict[str, list[int]] = {}
+    for index, case in enumerate(cases):
+        by_kernel.setdefault(case.fn.__name__, []).append(index)
+    each = part.each or len(archs)
+    pairs = []
+    for indices in by_kernel.values():
+        for place, index in enumerate(indices[:: part.every], start=len(pairs)):
+            possible = [arch for arch in archs if cases[index].can_be_chosen(arch)]
+            count = min(each, len(possible))
+            pairs += [(index, possible[(place + i * len(possible) // count) % len(possible)]) for i in range(count)]
+    return sorted(pairs)
+
+
+def triton_rows(
+    archs: Sequence[int], kernels: Sequence[str], jobs: int, disassemble: bool, part: Part = EVERYTHING
+) -> list[Row]:
     """Compile the cases of the Triton kernels.
 
     Args:
@@ -72,19 +106,15 @@ def triton_rows(archs: Sequence[int], kernels: Sequence[str], jobs: int, disasse
         kernels: names of modules of ``wsn_fast.kernels``; none for all.
         jobs: how many processes to use.
         disassemble: whether to count tensor-core instructions in the machine code, not in the PTX.
-        third: whether to compile only a representative third of the cases.
+        part: which of the cases.
 
     Raises:
         ValueError: there is no kernel module of this name.
     """
     if unknown := set(kernels) - _cases().keys():
         raise ValueError(f"kernels: expected some of {', '.join(_cases())}, got {', '.join(sorted(unknown))}")
-    representative = importlib.import_module("compile_cases").representative
-    work = []
-    for kernel in kernels or _cases():
-        cases = _cases()[kernel]
-        chosen = representative(cases, archs) if third else itertools.product(range(len(cases)), archs)
-        work += [(kernel, index, arch, disassemble) for index, arch in chosen]
+    pairs = [(kernel, *pair) for kernel in kernels or _cases() for pair in chosen(_cases()[kernel], archs, part)]
+    work = [(kernel, index, arch, disassemble) for kernel, index, arch in pairs]
     # Not forked: compilers have threads.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_compiled, *zip(*work, strict=True), chunksize=4))

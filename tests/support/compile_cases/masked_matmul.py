@@ -2,65 +2,55 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import torch
 from compiling import CompileCase
 
-from wsn_fast.kernels._matmul_tile import MatmulConfig, fitted
-from wsn_fast.kernels.masked_matmul import CONFIGS, IEEE_CONFIGS, TF32_CONFIGS, matmul_kernel
+from wsn_fast.kernels.masked_matmul import CONFIGS, IEEE_CONFIGS, TF32_CONFIGS, masked_matmul
+from wsn_fast.kernels.split_sum import workspace_numel
+
+from ._covering import covering
+from ._launches import distinct, written_down
+from ._products import COMPUTE, FLOATS, LAYOUTS, MASKS, ROWS, SCORES, STRIDES, WIDE, compute_of, tiles
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tile with each source of the mask, forward and backward, and loads of 8, 4 and 1 elements: what takes the
-    most shared memory, the most registers, and the ways between."""
-    cases = []
-    for compute, precision, configs in (
-        ("bf16", "tf32", CONFIGS),
-        ("fp32", "tf32", TF32_CONFIGS),
-        ("fp32", "ieee", IEEE_CONFIGS),
-    ):
-        for config in configs:
-            cases += [
-                _case(config, compute, precision, w="fp32"),
-                _case(config, compute, precision, w="fp32", unit=4),
-                _case(config, compute, precision, w=compute, unit=1),
-                _case(config, compute, precision, w="fp32", from_scores=True),
-                _case(config, compute, precision, w=compute, backward=True),
-            ]
-    return cases
+    """Every tile in the forms that take the most shared memory or registers; and any two of all the choices together
+    that a launch can be of."""
+    cases = [case for row in rows() for case in _launch(row)]
+    return [case for case in distinct(cases) if case.fn.__name__ == "matmul_kernel"]
 
 
-def _case(
-    config: MatmulConfig,
-    compute: str,
-    precision: str,
-    *,
-    w: str,
-    from_scores: bool = False,
-    backward: bool = False,
-    unit: int = 8,
-) -> CompileCase:
-    aligned, tile = unit == 8, fitted(config, unit)
-    types = {"x_ptr": f"*{compute}", "w_ptr": f"*{w}", "bias_ptr": f"*{compute}", "y_ptr": f"*{compute}"}
-    types |= {"s_ptr": f"*{w}", "tau_ptr": f"*{w}"} if from_scores else {"mask_ptr": "*u8"}
-    sizes = ["N", "K", "stride_xm", "stride_ym", "stride_ys", "stride_mask"]
-    constexprs = {
-        **dict.fromkeys(["mask_ptr"] if from_scores else ["s_ptr", "tau_ptr"]),
-        "BACKWARD": backward,
-        "RULE": "magnitude",
-        "ALIGNED": aligned,
-        "UNIT": unit,
-        "PRECISION": precision,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_O": tile.block_o,
-        "BLOCK_R": tile.block_r,
-    }
-    kind = ("scores" if from_scores else "packed") + ("-dx" if backward else "")
-    return CompileCase(
-        name=f"{kind} {compute}/{w} {precision} unit={unit} {config}",
-        fn=matmul_kernel,
-        signature=types | dict.fromkeys([*sizes, "M"], "i32"),
-        constexprs=constexprs,
-        attrs=dict.fromkeys([*types, *sizes] if aligned else types, 16),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        needs_tensor_core=precision != "ieee" or compute != "fp32",
-    )
+def rows() -> list[dict[str, Any]]:
+    """The choices that make up the cases."""
+    axes = {
+        "tile": tiles(CONFIGS, TF32_CONFIGS, IEEE_CONFIGS), "compute": COMPUTE, "w": FLOATS, "mask": MASKS,
+        "to": ("outputs", "inputs"), "layout": LAYOUTS, "end": ("without bias", "bias", "split"), "strides": STRIDES,
+    }  # fmt: skip
+    heavy = [
+        {"tile": tile, "w": torch.float32, "mask": SCORES, "to": to, "layout": WIDE}
+        for tile, to in itertools.product(axes["tile"], axes["to"])
+    ]
+    return covering(axes, heavy)
+
+
+def _launch(row: dict[str, Any]) -> list[CompileCase]:
+    layout, compute, backward = row["layout"], compute_of(row), row["to"] == "inputs"
+    inputs, outputs = (layout.n, layout.k) if backward else (layout.k, layout.n)
+    splits = 2 if row["end"] == "split" else 1
+    with written_down() as cases:
+        masked_matmul(
+            layout.empty("x", ROWS, inputs, dtype=compute),
+            torch.empty(layout.n, layout.k, dtype=row["w"]),
+            torch.empty(ROWS, outputs, dtype=compute),
+            **row["mask"].arguments(layout.n, layout.k),
+            bias=torch.empty(outputs, dtype=compute) if row["end"] == "bias" else None,
+            backward=backward,
+            config=row["tile"].config,
+            splits=splits,
+            workspace=torch.empty(workspace_numel(ROWS, outputs, splits)),
+            precision=row["tile"].precision,
+        )
+    return row["tile"].launched(cases, row, "masked_linear", backward)

@@ -2,85 +2,60 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import torch
 from compiling import CompileCase
 
-from wsn_fast.kernels._elementwise import ALIGNMENT
-from wsn_fast.kernels.masked_matmul_grad import (
-    CONFIGS,
-    GROUP,
-    IEEE_CONFIGS,
-    REDUCE_CONFIG,
-    TF32_CONFIGS,
-    GradMatmulConfig,
-    fitted,
-    matmul_grad_kernel,
-    reduce_grad_kernel,
-)
+from wsn_fast.kernels.masked_matmul_grad import CONFIGS, IEEE_CONFIGS, TF32_CONFIGS, masked_matmul_grad
+from wsn_fast.kernels.split_sum import workspace_numel
+
+from ._covering import covering
+from ._launches import distinct, written_down
+from ._products import COMPUTE, FLOATS, LAYOUTS, MASKS, ODD, ROWS, SCORES, STRIDES, WIDE, Layout, compute_of, tiles
+
+BOTH_LAYOUTS = (*LAYOUTS, Layout(64, 64, "dy"), Layout(68, 65), Layout(66, 64))
+"""Those in which dy and x take loads of different widths, too."""
+RESULTS = ("dW and dS", "dW", "dS")
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tile with its gradients, for an fp32 weight and on odd rows, and as a part of a split sum."""
-    cases = []
-    for compute, precision, configs in (
-        ("bf16", "tf32", CONFIGS),
-        ("fp32", "tf32", TF32_CONFIGS),
-        ("fp32", "ieee", IEEE_CONFIGS),
-    ):
-        for config in configs:
-            cases += [
-                _case(config, compute, precision, w="fp32"),
-                _case(config, compute, precision, w=compute, aligned=False),
-                _case(config, compute, precision, w="fp32", partial=True),
-            ]
-    for dtype in ("fp32", "bf16"):
-        operands = _operands(dtype) | {"partial_ptr": "*fp32"}
-        cases.append(
-            CompileCase(
-                name=f"reduce {dtype}",
-                fn=reduce_grad_kernel,
-                signature=operands | {"n": "i64", "splits": "i32"},
-                constexprs={"MAGNITUDE": True, "BLOCK": REDUCE_CONFIG.block},
-                attrs=dict.fromkeys([*operands, "n"], ALIGNMENT),
-                num_warps=REDUCE_CONFIG.num_warps,
-            )
+    """Every tile in the forms that take the most shared memory or registers; and any two of all the choices together
+    that a launch can be of. The kernel that adds the parts of a split sum comes with them."""
+    return distinct([case for row in rows() for case in _launch(row)])
+
+
+def rows() -> list[dict[str, Any]]:
+    """The choices that make up the cases."""
+    axes = {
+        "tile": tiles(CONFIGS, TF32_CONFIGS, IEEE_CONFIGS), "compute": COMPUTE, "w": FLOATS, "mask": MASKS[1:],
+        "results": RESULTS, "union": (True, False), "layout": BOTH_LAYOUTS, "split": (False, True), "strides": STRIDES,
+    }  # fmt: skip
+    heavy = [
+        {"tile": tile, "w": torch.float32, "mask": SCORES, "results": RESULTS[0], "union": True, "layout": layout,
+         "split": False}
+        for tile, layout in itertools.product(axes["tile"], (WIDE, ODD))
+    ]  # fmt: skip
+    return covering(axes, heavy)
+
+
+def _launch(row: dict[str, Any]) -> list[CompileCase]:
+    layout, mask = row["layout"], row["mask"]
+    shape = (layout.n, layout.k)
+    splits = 2 if row["split"] else 1
+    with written_down() as cases:
+        masked_matmul_grad(
+            layout.empty("dy", ROWS, layout.n, dtype=compute_of(row)),
+            layout.empty("x", ROWS, layout.k, dtype=compute_of(row)),
+            torch.empty(shape, dtype=row["w"]),
+            torch.empty(shape, dtype=row["w"]) if "dW" in row["results"] else None,
+            torch.empty(shape, dtype=mask.dtype) if "dS" in row["results"] else None,
+            **mask.arguments(*shape),
+            union=torch.empty((layout.n * layout.k + 7) // 8, dtype=torch.uint8) if row["union"] else None,
+            config=row["tile"].config,
+            splits=splits,
+            workspace=torch.empty(workspace_numel(*shape, splits)),
+            precision=row["tile"].precision,
         )
-    return cases
-
-
-def _operands(w: str) -> dict[str, str]:
-    types = dict.fromkeys(("w_ptr", "s_ptr", "tau_ptr", "dw_ptr", "ds_ptr"), f"*{w}")
-    return types | {"union_ptr": "*u8"}
-
-
-def _case(
-    config: GradMatmulConfig, compute: str, precision: str, *, w: str, aligned: bool = True, partial: bool = False
-) -> CompileCase:
-    outputs = {"partial_ptr": "*fp32"} if partial else _operands(w)
-    absent = _operands(w) if partial else ["partial_ptr"]
-    pointers = {"dy_ptr": f"*{compute}", "x_ptr": f"*{compute}"} | outputs
-    unit = 8 if aligned else 1
-    config = fitted(config, unit)
-    constexprs = {
-        **dict.fromkeys(absent),
-        "MAGNITUDE": True,
-        "ALIGNED": aligned,
-        "UNIT_DY": unit,
-        "UNIT_X": unit,
-        "PRECISION": precision,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "BLOCK_M": config.block_m,
-        "COLUMNS": config.columns,
-        "GROUP": GROUP,
-    }
-    kind = "partial" if partial else "whole" if aligned else "odd"
-    return CompileCase(
-        name=f"{kind} {compute}/{w} {precision} {config}",
-        fn=matmul_grad_kernel,
-        signature=pointers | dict.fromkeys(["M", "N", "K", "stride_dm", "stride_xm", "stride_mask"], "i32"),
-        constexprs=constexprs,
-        attrs=dict.fromkeys(pointers, ALIGNMENT),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        needs_tensor_core=precision != "ieee" or compute != "fp32",
-    )
+    return row["tile"].launched(cases, row, "masked_linear_grad")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from compiling import CompileCase
 
-from wsn_fast.kernels.packed_masks import CONFIGS, pack_kernel, popcount_kernel, union_kernel, unpack_kernel
+from wsn_fast.kernels.packed_masks import CONFIGS, pack, popcount, union, unpack
 
-from ._elementwise import case
+from ._launches import distinct, written_down
+
+N, TASKS = 256, 3
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every kernel with every tile shape."""
+    """Every kernel with every tile shape, with tensors that begin at a multiple of 16 bytes and ones that do not."""
     cases = []
     for config in CONFIGS:
-        cases += [
-            case(pack_kernel, config, {}, mask_ptr="u8", packed_ptr="u8"),
-            case(unpack_kernel, config, {}, packed_ptr="u8", mask_ptr="u8"),
-            case(union_kernel, config, {}, packed_ptr="u8", out_ptr="u8"),
-            case(popcount_kernel, config, {}, packed_ptr="u8", count_ptr="i64"),
-        ]
-    return cases
+        for begin in (0, 1):
+            mask, packed = torch.empty(N + 16, dtype=torch.bool)[begin:][:N], torch.empty(N, dtype=torch.uint8)[begin:]
+            rows = torch.empty(TASKS * N + 16, dtype=torch.uint8)[begin:][: TASKS * N].view(TASKS, N)
+            with written_down() as launched:
+                pack(mask, packed[: N // 8], config=config)
+                unpack(packed[: N // 8], mask, config=config)
+                union(rows, torch.empty(N, dtype=torch.uint8), config=config)
+                popcount(rows, torch.empty((), dtype=torch.int64), config=config)
+            label = f"{config.block}x{config.num_warps}" + " not aligned" * begin
+            cases += [case._replace(name=f"{case.name} {label}") for case in launched]
+    return distinct(cases)

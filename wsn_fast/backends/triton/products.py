@@ -181,7 +181,8 @@ def masked_conv(
     product = tuning.Product("masked_conv", x.dtype, precision, mask.source, backward)
     if y.numel() == 0 or x.numel() == 0:
         return y.zero_()
-    if backward and weight[0].numel() > implicit_conv.MOST_PER_CHANNEL:
+    far = max(*x.stride(), *y.stride()) > implicit_conv.MOST_STRIDE
+    if far or (backward and weight[0].numel() > implicit_conv.MOST_PER_CHANNEL):
         return portable.masked_conv(x, weight, mask, bias, geometry, groups, input_shape)
     positions = y.numel() // y.shape[1]
     key = tuning_key(shape if backward else x.shape, weight.shape, geometry, groups)

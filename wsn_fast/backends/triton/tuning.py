@@ -31,6 +31,8 @@ from ...kernels._elementwise import Config
 FOLDER = Path(__file__).parents[2] / "kernels" / "tuning"
 NEAR = 1.0
 """A measurement is used for another shape if each dimension is within a factor of ``2 ** NEAR`` of the measured one."""
+BARRIERS = 64
+"""Bytes of shared memory for the barriers of a pipeline, at most. On sm_100 they take 16."""
 
 
 class Tile(NamedTuple):
@@ -146,11 +148,12 @@ class Table:
         return rows, f"fused is {verdict}, as measured at {entry['n']} x {entry['k']} on {self.device_name}"
 
     def tile(self, product: Product, rows: int, n: int, k: int, gpu: Gpu) -> Tile:
-        """The tile for a product of ``rows`` rows with a weight [n, k]."""
+        """The tile for a product of ``rows`` rows with a weight [n, k]. A tile that was measured, but may not fit into
+        the shared memory of ``gpu``, is not used."""
         entry = self._nearest(product, n, k)
         for measured in entry["tiles"] if entry else ():
             config = product.config_of(measured["config"])
-            if rows <= measured["rows"] and config is not None:
+            if rows <= measured["rows"] and config is not None and fits(product, config, gpu):
                 return Tile(config, measured["splits"])
         if product.operation == "masked_linear_grad":
             return default_grad_tile(product, rows, n, k, gpu)
@@ -178,7 +181,9 @@ class Table:
         """The tile of the implicit convolution of this shape, with that many positions in all its images."""
         entry = self._conv(product, shape)
         measured = product.config_of(entry["config"]) if entry else None
-        return default_tile(product, positions, 1, 1, gpu).config if measured is None else measured
+        if measured is not None and fits(product, measured, gpu):
+            return measured
+        return default_tile(product, positions, 1, 1, gpu).config
 
     def _conv(self, product: Product, shape: dict[str, int] | None) -> dict[str, Any] | None:
         rows = self.data.get("conv", ())
@@ -201,26 +206,47 @@ def table(device_name: str) -> Table:
     return Table(device_name)
 
 
-def _fitting(product: Product, gpu: Gpu) -> list[Any]:
-    """The tiles whose pipeline surely has room in shared memory, or the one that needs the least."""
+def most_shared(product: Product, config: Any) -> int:
+    """How many bytes of shared memory a product with this tile takes at most, on any GPU, for any dtype of the weight
+    and of the scores. ``tests/benchmarks/test_resources.py`` compares this bound with what the compiler takes."""
+    size, end = product.dtype.itemsize, 0
+    if product.operation == "masked_linear_grad":
+        loaded = multiplied = size * config.block_m * (config.block_n + config.block_k)
+        end = 4 * config.block_n * config.block_k  # G, before its columns are stored
+    else:
+        x, weights = size * config.block_m * config.block_r, config.block_o * config.block_r
+        # Weight and scores are loaded as they are stored, in four bytes each at most. A packed mask has one bit for
+        # each weight and slot.
+        loaded = x + 4 * weights + (4 * weights if product.source == "scores" else config.slots * weights // 8)
+        multiplied = x + config.slots * size * weights
+    # A pipeline of n stages holds n - 1 steps. Beside them lies what is multiplied, where that goes through shared
+    # memory.
+    return max((config.num_stages - 1) * loaded + multiplied, end) + BARRIERS
 
-    def needed(config: Any) -> int:
-        size = 4 if product.dtype is torch.float32 else 2
-        if product.operation == "masked_linear_grad":
-            return config.num_stages * size * config.block_m * (config.block_n + config.block_k)
-        # The weight is read as it is stored, and the scores with it: four bytes each at most.
-        return config.num_stages * config.block_r * (size * config.block_m + (4 + 4) * config.block_o)
 
-    fitting = [config for config in product.configs if needed(config) <= gpu.shared]
-    return fitting or [min(product.configs, key=needed)]
+def fits(product: Product, config: Any, gpu: Gpu) -> bool:
+    """Whether a tile surely has room in the shared memory of a GPU."""
+    return most_shared(product, config) <= gpu.shared
+
+
+def fitting(product: Product, gpu: Gpu) -> list[Any]:
+    """The tiles that may be chosen on a GPU.
+
+    Raises:
+        RuntimeError: there is none, which is not so on any GPU from Ampere on.
+    """
+    found = [config for config in product.configs if fits(product, config, gpu)]
+    if not found:
+        raise RuntimeError(f"no tile of {product.operation} fits into {gpu.shared} bytes of shared memory")
+    return found
 
 
 def default_tile(product: Product, rows: int, outputs: int, terms: int, gpu: Gpu) -> Tile:
     """The tile to use without a measurement: the smallest one that holds all rows, with the sum split until every
     processor has work."""
-    configs = _fitting(product, gpu)
-    fitting = [c for c in configs if c.block_m >= rows]
-    config = min(fitting, key=lambda c: (c.block_m, c.slots)) if fitting else max(configs, key=lambda c: c.block_m)
+    configs = fitting(product, gpu)
+    whole = [c for c in configs if c.block_m >= rows]
+    config = min(whole, key=lambda c: (c.block_m, c.slots)) if whole else max(configs, key=lambda c: c.block_m)
     programs = math.ceil(rows / config.block_m) * math.ceil(outputs / config.block_o)
     steps = math.ceil(terms / config.block_r)
     # At least four steps to a part. This is a guess: with fewer, the extra part is expected to cost more than it saves.
@@ -234,7 +260,7 @@ def default_grad_tile(product: Product, rows: int, n: int, k: int, gpu: Gpu) -> 
     def programs(config: Any) -> int:
         return math.ceil(n / config.block_n) * math.ceil(k / config.block_k)
 
-    configs = _fitting(product, gpu)
+    configs = fitting(product, gpu)
     enough = [config for config in configs if programs(config) >= gpu.processors]
     if enough:
         return Tile(max(enough, key=lambda c: c.block_n * c.block_k), 1)
