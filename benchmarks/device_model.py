@@ -40,6 +40,7 @@ CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "DRAM": Constant(1316, "cycles, 0.75 us under load; without load 479", LATENCY + "; the load is assumed"),
     "L2": Constant(263, "cycles", LATENCY),
     "atomic": Constant(1228, "cycles for one that returns, 0.7 us under load", ASSUMED),
+    "same address": Constant(1, "atomics on one address per cycle, of the whole device", ASSUMED),
     "shared atomic": Constant(60, "cycles", ASSUMED),
     "shared load": Constant(29, "cycles", LATENCY),
     "barrier": Constant(30, "cycles", ASSUMED),
@@ -48,7 +49,9 @@ CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "arithmetic": Constant(4.5, "cycles from an instruction to one that needs its result", ASSUMED),
     "torch": Constant(0.88, "of the bandwidth, by the elementwise kernels of torch", ASSUMED),
     "torch least": Constant(5, "us per elementwise kernel of torch", ASSUMED),
-    "warm share": Constant(1 / 2048, "of the keys in the window that an update goes by", "the least that _window allows"),
+    "warm share": Constant(1 / 2048, "of the keys, in the window of an update", "the least that _window.py allows"),
+    "zeros": Constant(0.5, "of the slow calls that zeros reach, made by a warp", "those for the weight: 41 to 98 % of "
+                      "its second moments were exactly 0 in training of small nets on a CPU"),
 })  # fmt: skip
 
 
@@ -75,6 +78,7 @@ class Work(NamedTuple):
         issued: instructions of a warp for a tile.
         stalled: cycles that a warp waits in a tile, if it is alone.
         moved: bytes of a tile that go from or to memory.
+        atomics: of a tile, on one address.
         before: cycles of a program before its first tile.
         after: cycles of a program after its last tile.
     """
@@ -88,6 +92,7 @@ class Work(NamedTuple):
     issued: float
     stalled: float
     moved: float
+    atomics: float
     before: float
     after: float
 
@@ -147,11 +152,15 @@ def predict(work: Work) -> Prediction:
         tiles = work.tiles * (issue + memory + waits)
     else:
         tiles = work.tiles * work.busy / sms / throughput(resident, issue, memory, waits)
+    one_by_one = microseconds(work.tiles * work.busy * work.atomics / value("same address"))
     waves = math.ceil(work.programs / sms / fits)
     overhead = value("launch") + microseconds(work.before * waves + work.after)
     floor = work.moved * work.tiles * work.busy / value("bandwidth") / 1e6
     bounds = {"issue": issue, "bandwidth": memory, "latency": (issue + memory + waits) / resident}
-    bound = "launch and latency" if overhead > tiles else max(bounds, key=bounds.__getitem__)
+    bound = max(bounds, key=bounds.__getitem__)
+    if one_by_one > tiles:
+        tiles, bound = one_by_one, "atomics"
+    bound = "launch and latency" if overhead > tiles else bound
     return Prediction(overhead + tiles, floor, bound, fits, resident)
 
 

@@ -44,35 +44,52 @@ class Facts(NamedTuple):
     Attributes:
         registers: of a thread.
         spills: bytes of a thread.
-        way: without keys found, and with them.
+        way: the usual one.
+        zeros: that of a tile of zeros.
         before: the part before the main loop.
-        tile: a later turn of the main loop, without keys found, and with them.
+        tile: a later turn of the main loop.
+        found: such a turn with keys found.
+        slow: such a turn with zeros.
         after: the part after it.
     """
 
     registers: int
     spills: int
-    way: tuple[Any, Any]
+    way: Any
+    zeros: Any
     before: Any
-    tile: tuple[Any, Any]
+    tile: Any
+    found: Any
+    slow: Any
     after: Any
+
+
+def _timelines(way: Any, found: bool, listed: bool) -> tuple[Any, Any, Any]:
+    """Before the main loop, a later turn of it, and after it. What is listed was written by the kernel before."""
+    latencies = LATENCIES._replace(tile=LATENCIES.table) if listed else LATENCIES
+    clock = machine_paths.Clock(latencies, found=found)
+    before, tile = clock.run(way.before), clock.run(way.tile)
+    return before, clock.run(way.tile) if way.in_loop else tile, clock.run(way.after)
+
+
+def read(kernel: Any, listed: bool = False) -> Facts:
+    """Read the machine code of a compiled kernel. ``listed`` tells whether it goes through a list of keys."""
+    program = machine_code.parse(compiling.disassembly(kernel))
+
+    def way(**choice: bool) -> Any:
+        return machine_paths.Walker(program, listed=listed, **choice).way()
+
+    usual, zeros = way(), way(zeros=True)
+    before, tile, after = _timelines(usual, False, listed)
+    registers, spills, _ = compiling.usage(kernel)
+    found, slow = _timelines(way(found=True), True, listed)[1], _timelines(zeros, False, listed)[1]
+    return Facts(registers, spills, usual, zeros, before, tile, found, slow, after)
 
 
 @functools.cache
 def _facts(digest: str, listed: bool, kernel: Any) -> Facts:
-    del digest
-    flow = machine_code.Flow(machine_code.parse(compiling.disassembly(kernel)))
-    ways, parts = [], []
-    for found in (False, True):
-        way = machine_paths.Walker(flow, found=found, listed=listed).way()
-        # What is listed was written by the kernel before.
-        clock = machine_paths.Clock(LATENCIES._replace(tile=LATENCIES.table) if listed else LATENCIES)
-        before, tile = clock.run(way.before), clock.run(way.tile)
-        tile = clock.run(way.tile) if way.in_loop else tile
-        ways.append(way)
-        parts.append((before, tile, clock.run(way.after)))
-    registers, spills, _ = compiling.usage(kernel)
-    return Facts(registers, spills, (ways[0], ways[1]), parts[0][0], (parts[0][1], parts[1][1]), parts[0][2])
+    del digest  # it is the key of the cache, as it tells kernels apart
+    return read(kernel, listed)
 
 
 def facts(launch: Launch) -> Facts:
@@ -114,12 +131,12 @@ class Row(NamedTuple):
         return self.work.moved / self.per_thread / self.work.threads if self.per_thread else 0.0
 
 
-def _moved(tile: Any, per_thread: int) -> float:
+def _moved(tile: Any, per_thread: int, share: float) -> float:
     """Bytes of a thread. Single bytes are parts of packed masks: an element has one bit, however often it is read."""
     single = [opcode for opcode in tile.widths if opcode.endswith(("U8", "S8", ".8"))]
-    wide = tile.loaded + tile.stored - sum(tile.widths[opcode] for opcode in single)
+    wide = tile.moved - sum(tile.widths[opcode] for opcode in single)
     masks = len({opcode.partition(".")[0] for opcode in single})
-    return wide + masks * per_thread / 8
+    return wide - (1 - share) * tile.scattered + masks * per_thread / 8
 
 
 def cold_share() -> float:
@@ -132,26 +149,28 @@ def row(launch: Launch, elements: int, cold: bool) -> Row:
     """What the model says of a launch for a tensor of so many elements."""
     known, threads = facts(launch), 32 * launch.kernel.metadata.num_warps
     listed, share = launch.name in LISTED, cold_share() if cold else value("warm share")
-    usual, with_keys = known.tile
-    block = launch.values.get("BLOCK", 0)
-    per_thread = block // threads
+    per_thread = launch.values.get("BLOCK", 0) // threads
     programs = busy = launch.programs
+    tiles = 1
     if listed:
-        per_thread = min(per_thread, sum(count for opcode, count in usual.widths.items() if opcode.startswith("LDG")))
-        each = (
-            1 << launch.values["list_bits"] if "list_bits" in launch.values else math.ceil(share * elements / programs)
-        )
-        busy = min(programs, math.ceil(share * elements / each))
-        tiles = math.ceil(each / max(1, per_thread * threads))
+        loads = sum(count for opcode, count in known.tile.widths.items() if opcode.startswith("LDG"))
+        per_thread = min(per_thread, loads)
+        keys = math.ceil(share * elements)
+        each = 1 << launch.values["list_bits"] if "list_bits" in launch.values else math.ceil(keys / programs)
+        busy = min(programs, math.ceil(keys / each))
+        tiles = math.ceil(each / (per_thread * threads))
     elif per_thread:
         tiles = math.ceil(elements / programs / (per_thread * threads))
-    else:
-        tiles = 1
-    sides = known.way[0].found_sides
-    found = 1 - (1 - share) ** (per_thread * threads) if sides else 0.0
-    issued = usual.issued + found * (with_keys.issued - usual.issued)
-    stalled = usual.cycles - usual.issued
-    stalled += found * (with_keys.cycles - with_keys.issued - stalled)
+    looks = known.way.found_sides + known.found.lane_atomics > 0
+    # Where threads wait for each other, the keys of one of them concern all.
+    together = threads if known.found.barriers > known.tile.barriers else 32
+    found = 1 - (1 - share) ** (per_thread * together) if looks else 0.0
+    zeros = value("zeros") if known.zeros.reached else 0.0
+    issued, stalled = (
+        of(known.tile) + found * (of(known.found) - of(known.tile)) + zeros * (of(known.slow) - of(known.tile))
+        for of in (lambda part: part.issued, lambda part: part.cycles - part.issued)
+    )
+    in_lanes = threads * (1 - (1 - share) ** per_thread)
     work = Work(
         threads=threads,
         registers=known.registers,
@@ -161,11 +180,12 @@ def row(launch: Launch, elements: int, cold: bool) -> Row:
         busy=busy,
         issued=issued,
         stalled=stalled,
-        moved=_moved(usual, per_thread) * threads,
+        moved=_moved(known.tile, per_thread, 1.0 if listed else share) * threads,
+        atomics=found * known.found.atomics + in_lanes * known.found.lane_atomics,
         before=known.before.cycles,
         after=known.after.cycles,
     )
-    key = (launch.kernel.hash, share if listed or sides else 0.0)
+    key = (launch.kernel.hash, share if listed or looks else 0.0)
     return Row(launch.name, _form(launch.values), key, known, per_thread, found, work, predict(work))
 
 

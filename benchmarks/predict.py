@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.predict`` prints Markdown; ``--json`` prints the same as JSON. Everything is a model: nothing is
 measured. The kernels are those that real steps launch over the stand-in for ``libcuda`` (``real_steps.py``), compiled
-for sm_90. ``kernel_work.py`` reads their machine code, and ``device_model.py`` turns it into times and has all constants.
+for sm_90. ``kernel_work.py`` reads their machine code; ``device_model.py`` turns it into times and has all constants.
 """
 
 from __future__ import annotations
@@ -133,20 +133,30 @@ def kernel_facts(found: Parts, sides: Sequence[int]) -> list[dict[str, Any]]:
     known: dict[tuple[str, float], dict[str, Any]] = {}
     for (part, side), one in found.items():
         for row in one.rows:
-            tile, code = row.facts.tile[0], row.facts
+            code = row.facts
+            tile = code.tile
             entry = known.setdefault(row.key, {
                 "kernel": row.name, "form": row.form, "first in": part, "registers": code.registers,
                 "spilled bytes": code.spills, "occupancy": row.prediction.occupancy * row.work.threads / 2048,
                 "threads": row.work.threads, "instructions per element": row.instructions,
                 "bytes per element": row.bytes, "widths": dict(tile.widths), "bytes in flight": tile.in_flight,
-                "waits per tile": tile.waits, "barriers per tile": [t.barriers for t in code.tile],
-                "atomics per tile": [t.atomics for t in code.tile], "share of tiles with keys": row.found,
-                "slow calls per tile": dict(code.way[0].slow_calls), "us": {}, "floor us": {}, "bound": {},
+                "waits per tile": tile.waits, "barriers per tile": [tile.barriers, code.found.barriers],
+                "atomics per tile": [tile.atomics, code.found.atomics + code.found.lane_atomics],
+                "share of tiles with keys": row.found, "slow calls per tile": dict(code.way.slow_calls),
+                "slow calls that zeros reach": code.zeros.reached,
+                "slow calls that zeros may reach": len(code.zeros.undecided), "us": {}, "floor us": {}, "bound": {},
             })  # fmt: skip
             says = row.prediction
             entry["us"][SIZES[side]], entry["floor us"][SIZES[side]] = says.us, says.floor
             entry["bound"][SIZES[side]] = says.bound
     return list(known.values())
+
+
+def _slow_calls(one: dict[str, Any]) -> str:
+    """How many there are, and how many zeros reach."""
+    calls, reached, maybe = (sum(one["slow calls per tile"].values()), one["slow calls that zeros reach"],
+                             one["slow calls that zeros may reach"])  # fmt: skip
+    return f"{reached} of {calls}" + f", {maybe} unknown" * bool(maybe) if calls else ""
 
 
 def _kernel_table(kernels: Sequence[dict[str, Any]]) -> list[str]:
@@ -163,7 +173,7 @@ def _kernel_table(kernels: Sequence[dict[str, Any]]) -> list[str]:
             ", ".join(f"{count} {opcode}" for opcode, count in sorted(one["widths"].items())) if has_tiles else "",
             str(one["bytes in flight"]), str(one["waits per tile"]),
             *("-".join(map(str, dict.fromkeys(one[f"{what} per tile"]))) for what in ("barriers", "atomics")),
-            str(sum(one["slow calls per tile"].values())), f"{one['bytes per element']:.1f}" if has_tiles else "",
+            _slow_calls(one), f"{one['bytes per element']:.1f}" if has_tiles else "",
             " / ".join(digits(us) for us in one["us"].values()),
             " / ".join(digits(us) for us in one["floor us"].values()) if has_tiles else "",
             " / ".join(dict.fromkeys(one["bound"].values())),
@@ -221,8 +231,8 @@ def markdown(told: dict[str, Any]) -> list[str]:
         "## Kernels", "",
         f"A tile holds keys of the window with the probability that follows from its size: {cold:.1%} of all keys lie "
         f"in the window of a sample, {warm:.2%} in that of an update. Barriers and atomics are those of a tile without "
-        "and with such keys. Slow calls are the places in a tile that may call the slow path of a division or root; the "
-        "time is without them.", "",
+        "and with such keys. Slow calls: of the places in a tile that may call the slow path of a division or root, "
+        "those that do so where all elements are zero.", "",
         *_kernel_table(told["kernels"]), "",
         "## Sums, us of the model", "",
         *table(("sum", *SIZES.values()), [(name, *map(digits, us.values())) for name, us in told["sums us"].items()]),

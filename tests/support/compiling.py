@@ -95,7 +95,7 @@ def compile_case(case: CompileCase, capability: int, *, disassemble: bool = True
 
 
 def usage(kernel: Any) -> tuple[int, int, int]:
-    """The registers per thread of a compiled kernel, and the bytes per thread that it spills and of its local memory."""
+    """Of a compiled kernel, for a thread: its registers, the bytes that it spills, the bytes of local memory."""
     told = _run_on(kernel, knobs.nvidia.cuobjdump.path, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
     assert found is not None, told

@@ -14,10 +14,13 @@ from typing import NamedTuple
 LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 TARGET = re.compile(r"`\((\.L_x_\d+)\)")
-SUBROUTINE = re.compile(r"^\s*\.type\s+\$")  # what a kernel calls stands after it
+SUBROUTINE = re.compile(r"^\s*\.type\s+(\$[^,]+),")  # stands before what a kernel calls
 REGISTER = re.compile(r"\b(U?R)(\d+)(\.64)?")
-PREDICATE = re.compile(r"\bU?P\d\b")
+PREDICATE = re.compile(r"\bU?P[\dT]\b")
+CONSTANT = frozenset(("PT", "UPT"))
 WIDTH = {"8": 1, "U8": 1, "S8": 1, "16": 2, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; 4 if nothing is said
+ONE_RESULT = frozenset(("SEL", "FSEL", "USEL", "FMNMX", "VOTE", "VOTEU"))  # a predicate after it is read
+SECOND_RESULT = frozenset(("LOP3", "ULOP3", "SHFL", "ATOM", "ATOMG", "LDG"))  # a register after a predicate
 ATOMICS = frozenset(("ATOMG", "ATOM", "RED", "REDG"))  # on global memory
 # Instructions whose first operand is not written.
 NO_RESULT = frozenset(
@@ -52,24 +55,31 @@ class Instruction(NamedTuple):
         found = [WIDTH[suffix] for suffix in self.opcode.split(".")[1:] if suffix in WIDTH]
         return found[0] if found else 4
 
+    def _split(self) -> tuple[str, str]:
+        """The operands that are written, and those that are read."""
+        parts = self.operands.split(",")
+        count = 0 if self.name in NO_RESULT else 1
+        if count and self.name not in ONE_RESULT:
+            while count < len(parts) and PREDICATE.fullmatch(parts[count].strip()):  # carries, or the negated result
+                count += 1
+            count += count == 1 and self.name in SECOND_RESULT and PREDICATE.fullmatch(parts[0].strip()) is not None
+        return ",".join(parts[:count]), ",".join(parts[count:])
+
     @property
     def writes(self) -> frozenset[str]:
         """Registers and predicates that are written."""
-        first, _, _ = self.operands.partition(",")
-        if self.name in NO_RESULT:
-            return frozenset()
-        if self.name.startswith(("ATOM", "SHFL", "LDG", "VOTE")) and PREDICATE.match(first) or first == "PT":
-            first = ",".join(self.operands.split(",")[:2])
+        written = self._split()[0]
         count = max(1, self.width // 4) if self.name.startswith(("LD", "ATOM")) else 1
         count = 2 if WIDE_RESULT.search(self.opcode) else count
-        return frozenset((*_registers(first, count), *PREDICATE.findall(self.operands.split(",", 2)[0])))
+        return frozenset((*_registers(written, count), *PREDICATE.findall(written))) - CONSTANT
 
     @property
     def reads(self) -> frozenset[str]:
         """Registers and predicates that are read, the own predicate among them."""
-        rest = self.operands if self.name in NO_RESULT else self.operands.partition(",")[2]
+        rest = self._split()[1]
         count = max(1, self.width // 4) if self.name.startswith("ST") else 1
-        return frozenset((*_registers(rest, count), *PREDICATE.findall(rest), *PREDICATE.findall(self.predicate)))
+        found = (*_registers(rest, count), *PREDICATE.findall(rest), *PREDICATE.findall(self.predicate))
+        return frozenset(found) - CONSTANT
 
 
 def _registers(text: str, count: int) -> Iterator[str]:
@@ -77,19 +87,34 @@ def _registers(text: str, count: int) -> Iterator[str]:
         yield from (f"{kind}{int(number) + i}" for i in range(2 if pair else count))
 
 
-def parse(text: str) -> list[Instruction]:
-    """The instructions of the kernel in the output of ``nvdisasm -c``, without those of subroutines."""
+class Program(NamedTuple):
+    """The instructions of a kernel, and those of the subroutines that it calls, by their names."""
+
+    kernel: list[Instruction]
+    subroutines: dict[str, list[Instruction]]
+
+
+def parse(text: str) -> Program:
+    """The instructions in the output of ``nvdisasm -c``."""
+    parts: dict[str, list[str]] = {"": []}
+    name = ""
+    for line in text.splitlines():
+        if subroutine := SUBROUTINE.match(line):
+            name = subroutine[1]
+            parts[name] = []
+        parts[name].append(line)
+    found = {name: _instructions(lines) for name, lines in parts.items()}
+    return Program(found.pop(""), found)
+
+
+def _instructions(lines: Iterable[str]) -> list[Instruction]:
     labels: dict[str, int] = {}
     found: list[tuple[str, str, str]] = []
-    for line in text.splitlines():
-        if SUBROUTINE.match(line) and found:
-            break
+    for line in lines:
         if label := LABEL.match(line):
             labels[label[1]] = len(found)
         if instruction := LINE.search(line):
             found.append((instruction[1] or "", instruction[2], instruction[3]))
-    while len(found) > 1 and found[-1][1] == "NOP":
-        found.pop()
 
     def target(opcode: str, operands: str) -> int | None:
         label = TARGET.search(operands) if opcode.startswith("BRA") else None

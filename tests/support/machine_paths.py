@@ -7,11 +7,12 @@ tells its two sides apart decides:
 1. The shortest way to the main loop is taken, and the main loop is gone through once. So are other loops, except for
    one that loads nothing and has a barrier: it searches a key bit by bit, and is gone through once for each of its
    ``BITS``.
-2. A side that calls a subroutine (the slow path of a division or of a square root) is not taken.
+2. A side that calls a subroutine (the slow path of a division or of a square root) is not taken, or with ``zeros`` if
+   and only if the elements of a tile are zero.
 3. In a tile, a branch on data with a global atomic on one side tells whether keys were found: that side is taken if
    ``found``.
-4. A side whose loads are masked belongs to the last tile of a tensor. It is not taken if the other side or the main loop
-   has plain loads. In a kernel that goes through a list it is the other way round, as the length of a list is no
+4. A side whose loads are masked belongs to the last tile of a tensor. It is not taken if the other side or the main
+   loop has plain loads. In a kernel that goes through a list it is the other way round, as the length of a list is no
    multiple of a tile: there masked loads are the usual ones.
 5. The side with more instructions is taken.
 """
@@ -23,7 +24,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from machine_code import ATOMICS, Flow, Instruction, Loop
+from machine_code import ATOMICS, Flow, Instruction, Loop, Program
+from machine_values import Values
 
 THREAD = ("SR_TID", "SR_LANEID")
 BITS = 31  # of the key of a magnitude in float32
@@ -40,6 +42,14 @@ class Origins:
         """Whether it moves elements of a tile. Other accesses go to tables: all threads use one address."""
         return one.name in ("LDG", "STG") and not self.thread.isdisjoint(_address(one))
 
+    def is_scattered(self, one: Instruction) -> bool:
+        """Whether data say where a tile access goes. Only the few elements that were looked for are accessed so."""
+        return self.is_tile_access(one) and not self.data.isdisjoint(_address(one))
+
+    def depends_on_data(self, one: Instruction) -> bool:
+        """Whether data say if it is executed."""
+        return bool(one.predicate) and one.predicate.lstrip("!") in self.data
+
     def step(self, one: Instruction) -> None:
         """Go past an instruction."""
         fetched = one.name in ("LDS", "ATOMS", "ATOMG", "ATOM") or self.is_tile_access(one)
@@ -55,8 +65,12 @@ class Origins:
 
 def _address(one: Instruction) -> frozenset[str]:
     """The registers of the address of a global access."""
-    inside = one.operands[one.operands.rindex("[") :] if "[" in one.operands else ""
-    return one._replace(opcode="ST", operands=inside).reads - {"RZ"}
+    inside = one.operands.rpartition("[")[2].partition("]")[0]
+    return Instruction("", "ST", inside).reads
+
+
+def _subroutine(call: Instruction) -> str:
+    return call.operands.strip("`()")
 
 
 class Way(NamedTuple):
@@ -68,6 +82,8 @@ class Way(NamedTuple):
         after: those after it.
         found_sides: how many branches the third rule decided.
         slow_calls: of each subroutine that the tile may call, how many calls there are.
+        reached: how many of these calls zeros reach.
+        undecided: branches to such a call, of which it is not known where zeros lead.
         in_loop: whether ``tile`` is the turn of a loop.
     """
 
@@ -76,6 +92,8 @@ class Way(NamedTuple):
     after: tuple[Instruction, ...]
     found_sides: int
     slow_calls: Mapping[str, int]
+    reached: int
+    undecided: tuple[Instruction, ...]
     in_loop: bool
 
 
@@ -98,26 +116,54 @@ def main_loop(flow: Flow, listed: bool) -> Loop | None:
 class Walker:
     """Goes through a kernel by the rules."""
 
-    def __init__(self, flow: Flow, *, found: bool, listed: bool = False) -> None:
-        self.flow, self.found, self.listed = flow, found, listed
-        self.main = main_loop(flow, listed)
-        self.origins = Origins()
-        self.found_sides = 0
+    def __init__(self, program: Program, *, found: bool = False, listed: bool = False, zeros: bool = False) -> None:
+        self.flow, self.subroutines = Flow(program.kernel), program.subroutines
+        self.found, self.listed = found, listed
+        self.main = main_loop(self.flow, listed)
+        self.origins, self.values = Origins(), Values() if zeros else None
+        self._forget()
+        reference = self.main.blocks if self.main else self.flow.reached
+        self.has_usual = self._has_usual(self.flow.instructions(reference))
+
+    def _forget(self) -> None:
+        self.found_sides = self.reached = 0
         self.slow_calls: Counter[str] = Counter()
-        reference = self.main.blocks if self.main else flow.reached
-        self.has_usual = self._has_usual(flow.instructions(reference))
+        self.undecided: list[Instruction] = []
 
     def way(self) -> Way:
         """The whole way."""
-        if self.main is None:
-            return Way((), tuple(self._walk(0, None)), (), self.found_sides, dict(self.slow_calls), False)
-        head = self.main.head
-        before = self._walk(0, head)
-        self.found_sides, self.slow_calls = 0, Counter()
-        tile = self._walk(head, None, self.main)
-        sides, calls = self.found_sides, dict(self.slow_calls)
-        after = [] if (exit_ := self._exit(self.main)) is None else self._walk(exit_, None)
-        return Way(tuple(before), tuple(tile), tuple(after), sides, calls, True)
+        before = self._walk(0, self.main.head) if self.main else []
+        self._forget()
+        tile = self._walk(self.main.head if self.main else 0, None, self.main)
+        seen = self.found_sides, dict(self.slow_calls), self.reached, tuple(self.undecided)
+        exit_ = self._exit(self.main) if self.main else None
+        after = [] if exit_ is None else self._walk(exit_, None)
+        return Way(tuple(before), tuple(tile), tuple(after), *seen, self.main is not None)
+
+    def _step(self, one: Instruction) -> list[Instruction]:
+        """Execute an instruction. Returns it, and the subroutine that it calls."""
+        is_tile = self.origins.is_tile_access(one)
+        self.origins.step(one)
+        if self.values is None:
+            return [one]
+        if one.name == "CALL":
+            return [one, *self._call(self.subroutines[_subroutine(one)], self.values)]
+        self.values.step(one, is_tile)
+        return [one]
+
+    def _call(self, code: list[Instruction], values: Values) -> list[Instruction]:
+        """The instructions of a subroutine that are executed."""
+        path, at = [], 0
+        while code[at].name != "RET":
+            one = code[at]
+            path.append(one)
+            taken = one.target is not None and values.condition(one)
+            if taken is None:
+                self.undecided.append(one)
+            if one.target is None:
+                values.step(one, is_tile=False)
+            at = one.target if taken and one.target is not None else at + 1
+        return [*path, code[at]]
 
     def _exit(self, loop: Loop) -> int | None:
         """Where a loop is left: from the block that begins it again if that block can."""
@@ -132,8 +178,7 @@ class Walker:
         while block != stop:
             visited[block] = len(path)
             for one in self.flow.instructions([block]):
-                path.append(one)
-                self.origins.step(one)
+                path += self._step(one)
             again = [loop for loop in self.flow.loops if loop.head in self.flow.following[block]]
             again = [loop for loop in again if loop.head in visited and loop != within]
             for loop in again:
@@ -161,10 +206,9 @@ class Walker:
         leads = [stop == way or stop in side for way, side in zip(ways, sides, strict=True)]
         if leads[0] != leads[1]:
             return ways[leads.index(True)]
-        called = [[one.operands for one in side if one.name == "CALL"] for side in code]
+        called = [[_subroutine(one) for one in side if one.name == "CALL"] for side in code]
         if bool(called[0]) != bool(called[1]):
-            self.slow_calls.update(subroutine.strip("`()") for subroutine in called[0] or called[1])
-            return ways[1] if called[0] else ways[0]
+            return ways[self._slow_side(flow.code[flow.blocks[block] - 1], called)]
         atomic = [any(one.name in ATOMICS for one in side) for side in code]
         last = flow.code[flow.blocks[block] - 1]
         if atomic[0] != atomic[1] and (within or not self.main) and not self.origins.data.isdisjoint(last.reads):
@@ -175,6 +219,17 @@ class Walker:
             return ways[unusual.index(False)]
         longer = len(code[0]) >= len(code[1])
         return ways[0] if longer is (stop is None) else ways[1]
+
+    def _slow_side(self, branch: Instruction, called: list[list[str]]) -> int:
+        """Whether the fall-through (0) or the target (1) of a branch is taken, one of which calls a subroutine."""
+        slow = 0 if called[0] else 1
+        self.slow_calls.update(called[slow])
+        taken = self.values.condition(branch) if self.values else not slow
+        if taken is None:
+            self.undecided.append(branch)
+            return 1 - slow
+        self.reached += taken == slow
+        return int(taken)
 
     def _has_usual(self, code: list[Instruction]) -> bool:
         return any(bool(one.predicate) is self.listed for one in global_loads(code))
@@ -192,24 +247,26 @@ class Timeline(NamedTuple):
     Attributes:
         issued: instructions.
         cycles: until the last of them is issued, if the warp is alone on its processor.
-        loaded: bytes of a tile that a thread loads.
-        stored: bytes of a tile that a thread stores.
+        moved: bytes of a tile that a thread loads and stores.
+        scattered: those among them whose places data tell.
         in_flight: bytes of a tile that a thread has asked for when it first waits for one of them.
         waits: how often it waits for elements of a tile, for at least half the latency of their memory.
         widths: how many accesses to the tile there are, by opcode.
         barriers: barriers.
-        atomics: atomics on global memory.
+        atomics: atomics on global memory that are executed once in a program.
+        lane_atomics: those that are executed for each thread whose data ask for it.
     """
 
     issued: int
     cycles: float
-    loaded: int
-    stored: int
+    moved: int
+    scattered: int
     in_flight: int
     waits: int
     widths: Mapping[str, int]
     barriers: int
     atomics: int
+    lane_atomics: int
 
 
 class Latencies(NamedTuple):
@@ -229,40 +286,43 @@ class Latencies(NamedTuple):
 
 
 class Clock:
-    """Issues the instructions of one warp in order, each when what it reads is there."""
+    """Issues the instructions of one warp in order, each when what it reads is there. Without ``found``, no thread of
+    the warp has data that ask for an atomic."""
 
-    def __init__(self, latencies: Latencies) -> None:
-        self.latencies, self.origins = latencies, Origins()
+    def __init__(self, latencies: Latencies, *, found: bool) -> None:
+        self.latencies, self.found, self.origins = latencies, found, Origins()
         self.now = 0.0
         self.ready: dict[str, float] = {}
         self.pending: dict[str, tuple[float, int]] = {}  # loads of a tile: when they are there, and their bytes
 
     def run(self, code: Iterable[Instruction]) -> Timeline:
         """Go through a part of the way."""
-        start, widths = self.now, Counter[str]()
-        issued = loaded = stored = in_flight = waits = 0
-        barriers = atomics = 0
+        start, widths, sums = self.now, Counter[str](), Counter[str]()
         for one in code:
-            needed = one.reads | one.writes
-            at = max((self.ready.get(name, 0.0) for name in needed), default=0.0)
-            if at > self.now and not self.pending.keys().isdisjoint(needed):
-                outstanding = sum(size for ready, size in set(self.pending.values()) if ready > self.now)
-                in_flight = in_flight or outstanding
-                waits += at - self.now > self.latencies.tile / 2
-            self.now = max(self.now, at) + 1
-            issued += 1
-            is_tile = self.origins.is_tile_access(one)
+            self._wait(one.reads | one.writes, sums)
+            self.now += 1
+            is_tile, by_data = self.origins.is_tile_access(one), self.origins.depends_on_data(one)
             if is_tile:
                 widths[one.opcode] += 1
-                loaded += one.width * (one.name == "LDG")
-                stored += one.width * (one.name == "STG")
-            barriers += one.name == "BAR"
-            atomics += one.name in ATOMICS
-            self._result(one, is_tile)
+                sums["moved"] += one.width
+                sums["scattered"] += one.width * self.origins.is_scattered(one)
+            sums["issued"] += 1
+            sums["barriers"] += one.name == "BAR"
+            sums["lane_atomics" if by_data else "atomics"] += one.name in ATOMICS
+            if self.found or not by_data or one.name not in ATOMICS:
+                self._result(one, is_tile)
             self.origins.step(one)
-        return Timeline(
-            issued, self.now - start, loaded, stored, in_flight, waits, dict(widths), barriers, atomics
-        )  # fmt: skip
+        counts = {name: sums[name] for name in Timeline._fields if name not in ("cycles", "widths")}
+        return Timeline(cycles=self.now - start, widths=dict(widths), **counts)
+
+    def _wait(self, needed: frozenset[str], sums: Counter[str]) -> None:
+        """Wait for registers."""
+        at = max((self.ready.get(name, 0.0) for name in needed), default=0.0)
+        if at > self.now and not self.pending.keys().isdisjoint(needed):
+            outstanding = sum(size for ready, size in set(self.pending.values()) if ready > self.now)
+            sums["in_flight"] = sums["in_flight"] or outstanding
+            sums["waits"] += at - self.now > self.latencies.tile / 2
+        self.now = max(self.now, at)
 
     def _result(self, one: Instruction, is_tile: bool) -> None:
         """When the result of an instruction is there."""
@@ -276,5 +336,4 @@ class Clock:
             self.ready[name] = self.now + latency
             self.pending.pop(name, None)
             if is_tile:
-                # A little apart, so that two loads are never taken for one.
                 self.pending[name] = (self.now + latency, one.width)
