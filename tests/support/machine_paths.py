@@ -54,7 +54,7 @@ class Origins:
         """Go past an instruction."""
         fetched = one.name in ("LDS", "ATOMS", "ATOMG", "ATOM") or self.is_tile_access(one)
         for marked, starts in (
-            (self.thread, one.name in ("S2R", "CS2R") and any(name in one.operands for name in THREAD)),
+            (self.thread, fetched or any(name in one.operands for name in THREAD)),
             (self.data, fetched),
         ):
             if starts or not marked.isdisjoint(one.reads):
@@ -251,7 +251,7 @@ class Timeline(NamedTuple):
         scattered: those among them whose places data tell.
         in_flight: bytes of a tile that a thread has asked for when it first waits for one of them.
         waits: how often it waits for elements of a tile, for at least half the latency of their memory.
-        widths: how many accesses to the tile there are, by opcode.
+        widths: how many accesses to the tile there are, by opcode, without the scattered ones.
         barriers: barriers.
         atomics: atomics on global memory that are executed once in a program.
         lane_atomics: those that are executed for each thread whose data ask for it.
@@ -303,9 +303,10 @@ class Clock:
             self.now += 1
             is_tile, by_data = self.origins.is_tile_access(one), self.origins.depends_on_data(one)
             if is_tile:
-                widths[one.opcode] += 1
+                is_scattered = self.origins.is_scattered(one)
+                widths[one.opcode] += not is_scattered
                 sums["moved"] += one.width
-                sums["scattered"] += one.width * self.origins.is_scattered(one)
+                sums["scattered"] += one.width * is_scattered
             sums["issued"] += 1
             sums["barriers"] += one.name == "BAR"
             sums["lane_atomics" if by_data else "atomics"] += one.name in ATOMICS
@@ -313,7 +314,7 @@ class Clock:
                 self._result(one, is_tile)
             self.origins.step(one)
         counts = {name: sums[name] for name in Timeline._fields if name not in ("cycles", "widths")}
-        return Timeline(cycles=self.now - start, widths=dict(widths), **counts)
+        return Timeline(cycles=self.now - start, widths=dict(+widths), **counts)
 
     def _wait(self, needed: frozenset[str], sums: Counter[str]) -> None:
         """Wait for registers."""

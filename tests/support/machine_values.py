@@ -312,6 +312,6 @@ OPERATIONS: Mapping[str, Operation] = {
     "FSETP": _compare("FSETP"), "FSET": _compare("FSET"), "ISETP": _compare("ISETP"), "FCHK": _check, "MUFU": _root,
     "IADD3": _integer(lambda a, b, c=0: a + b + c), "VIADD": _integer(operator.add), "MOV": _integer(lambda a: a),
     "IMAD": _integer(lambda a, b, c: a * b + c), "R2UR": _integer(lambda a: a), "CS2R": _integer(lambda a: a),
-    "LOP3": _logic, "PLOP3": _predicate_logic, "PRMT": _permute, "SHF": _shift, "F2FP": _pack, "SGXT": _extend, "I2FP": _from_integer,
-    "VIMNMX": _integer_minimum, "P2R": _predicates,
+    "LOP3": _logic, "PLOP3": _predicate_logic, "PRMT": _permute, "SHF": _shift, "F2FP": _pack,
+    "SGXT": _extend, "I2FP": _from_integer, "VIMNMX": _integer_minimum, "P2R": _predicates,
 }  # fmt: skip
