@@ -49,6 +49,7 @@ CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "arithmetic": Constant(4.5, "cycles from an instruction to one that needs its result", ASSUMED),
     "torch": Constant(0.88, "of the bandwidth, by the elementwise kernels of torch", ASSUMED),
     "torch least": Constant(5, "us per elementwise kernel of torch", ASSUMED),
+    "cold share": Constant(0.0703, "of the keys, in the window of a sample", "4.5 deviations of 4096 samples"),
     "warm share": Constant(1 / 2048, "of the keys, in the window of an update", "the least that _window.py allows"),
     "zeros": Constant(0.5, "of the slow calls that zeros reach, made by a warp", "those for the weight: 41 to 98 % of "
                       "its second moments were exactly 0 in training of small nets on a CPU"),

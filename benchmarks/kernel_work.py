@@ -9,8 +9,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from wsn_fast.kernels import threshold_table
-
 from .device_model import Prediction, Work, predict, value
 from .provenance import ROOT
 from .real_steps import Launch
@@ -21,8 +19,8 @@ machine_paths = importlib.import_module("machine_paths")
 
 LISTED = frozenset(("digit_kernel", "fix_kernel"))
 """The kernels that usually go through the listed keys only; all others go through the tensor."""
-COLD = frozenset(("window_kernel",))
-"""The kernels that list keys by a window of a sample. Without one before it in the step, a list is of a warm window."""
+SAMPLING = frozenset(("sample_kernel",))
+"""The kernels that make a window from a sample. Without one before it in the step, a window is a warm one."""
 LATENCIES = machine_paths.Latencies(
     by_name={
         **dict.fromkeys(("LDS", "LDSM", "LDC"), value("shared load")),
@@ -113,7 +111,7 @@ class Row(NamedTuple):
 
     name: str
     form: str
-    key: tuple[str, float]
+    key: tuple[str, float, bool]
     facts: Facts
     per_thread: int
     found: float
@@ -139,29 +137,41 @@ def _moved(tile: Any, per_thread: int, share: float) -> float:
     return wide - (1 - share) * tile.scattered + masks * per_thread / 8
 
 
-def cold_share() -> float:
-    """The share of the keys that lie in the window of a sample, at density 0.5."""
-    sample = threshold_table.CONFIGS[0].sample
-    return threshold_table.SIGMAS / math.sqrt(sample)
+class _Tiles(NamedTuple):
+    """How a tensor is shared among programs: elements of a thread in a tile, programs with tiles, and their tiles."""
+
+    per_thread: int
+    busy: int
+    each: int
 
 
-def row(launch: Launch, elements: int, cold: bool) -> Row:
-    """What the model says of a launch for a tensor of so many elements."""
+def _tiles(launch: Launch, elements: int, share: float, tile: Any) -> _Tiles:
+    """The tiles of a launch for so many elements, of which ``share`` are listed."""
+    threads = 32 * launch.kernel.metadata.num_warps
+    per_thread, programs = launch.values.get("BLOCK", 0) // threads, launch.programs
+    if per_thread == 0:
+        return _Tiles(0, programs, 1)
+    if launch.name not in LISTED:
+        return _Tiles(per_thread, programs, math.ceil(elements / programs / (per_thread * threads)))
+    loads = sum(count for opcode, count in tile.widths.items() if opcode.startswith("LDG"))
+    per_thread, keys = min(per_thread, loads), math.ceil(share * elements)
+    each = 1 << launch.values["list_bits"] if "list_bits" in launch.values else math.ceil(keys / programs)
+    return _Tiles(per_thread, min(programs, math.ceil(keys / each)), math.ceil(each / (per_thread * threads)))
+
+
+def row(launch: Launch, elements: int, *, cold: bool = False, idle: bool = False) -> Row:
+    """What the model says of a launch for a tensor of so many elements.
+
+    Args:
+        launch: of a kernel.
+        elements: of the tensor.
+        cold: whether the window is that of a sample.
+        idle: whether every program ends before its first tile.
+    """
     known, threads = facts(launch), 32 * launch.kernel.metadata.num_warps
-    listed, share = launch.name in LISTED, cold_share() if cold else value("warm share")
-    per_thread = launch.values.get("BLOCK", 0) // threads
-    programs = busy = launch.programs
-    tiles = 1
-    if listed:
-        loads = sum(count for opcode, count in known.tile.widths.items() if opcode.startswith("LDG"))
-        per_thread = min(per_thread, loads)
-        keys = math.ceil(share * elements)
-        each = 1 << launch.values["list_bits"] if "list_bits" in launch.values else math.ceil(keys / programs)
-        busy = min(programs, math.ceil(keys / each))
-        tiles = math.ceil(each / (per_thread * threads))
-    elif per_thread:
-        tiles = math.ceil(elements / programs / (per_thread * threads))
-    looks = known.way.found_sides + known.found.lane_atomics > 0
+    listed, share = launch.name in LISTED, value("cold share" if cold else "warm share")
+    per_thread, busy, each = _tiles(launch, elements, share, known.tile)
+    looks = known.way.found_sides + known.found.lane_atomics + known.found.spread_atomics > 0
     # Where threads wait for each other, the keys of one of them concern all.
     together = threads if known.found.barriers > known.tile.barriers else 32
     found = 1 - (1 - share) ** (per_thread * together) if looks else 0.0
@@ -175,30 +185,34 @@ def row(launch: Launch, elements: int, cold: bool) -> Row:
         threads=threads,
         registers=known.registers,
         shared=launch.kernel.metadata.shared,
-        programs=programs,
-        tiles=tiles,
+        programs=launch.programs,
+        tiles=0 if idle else each,
         busy=busy,
         issued=issued,
         stalled=stalled,
         moved=_moved(known.tile, per_thread, 1.0 if listed else share) * threads,
         atomics=found * known.found.atomics + in_lanes * known.found.lane_atomics,
         before=known.before.cycles,
-        after=known.after.cycles,
+        after=0.0 if idle else known.after.cycles,
     )
-    key = (launch.kernel.hash, share if listed or looks else 0.0)
-    return Row(launch.name, _form(launch.values), key, known, per_thread, found, work, predict(work))
+    key = (launch.kernel.hash, share if listed or looks else 0.0, idle)
+    return Row(launch.name, _form(launch.values, idle), key, known, per_thread, found, work, predict(work))
 
 
 def rows(launches: list[Launch], elements: int) -> list[Row]:
-    """All launches of a step, in order."""
-    found, cold = [], False
+    """All launches of a step of one layer, in order. A kernel that reads the whole tensor and is launched again is a
+    second attempt, which usually finds nothing to do."""
+    found: list[Row] = []
+    cold = False
     for launch in launches:
-        cold |= launch.name in COLD
-        found.append(row(launch, elements, cold))
+        cold |= launch.name in SAMPLING
+        is_whole = launch.name not in LISTED and "BLOCK" in launch.values
+        again = any(one.name == launch.name for one in found)
+        found.append(row(launch, elements, cold=cold, idle=is_whole and again))
     return found
 
 
-def _form(values: Mapping[str, Any]) -> str:
+def _form(values: Mapping[str, Any], idle: bool) -> str:
     """The choices that make a variant of a kernel."""
     chosen = [name.lower() for name in ("GIVEN", "NEXT", "HAS_UNION", "PACK") if values.get(name) is True]
-    return ", ".join(chosen)
+    return ", ".join((*chosen, *(["again"] if idle else [])))

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from . import real_steps
-from .device_model import CONSTANTS, torch_kernel
-from .kernel_work import Row, cold_share, rows
+from .device_model import CONSTANTS, torch_kernel, value
+from .kernel_work import Row, rows
 from .provenance import ROOT, provenance
 from .tables import table, where
 from .tables import three_digits as digits
@@ -130,7 +130,7 @@ def verdicts(found: Parts) -> list[Verdict]:
 # --- what is printed
 def kernel_facts(found: Parts, sides: Sequence[int]) -> list[dict[str, Any]]:
     """Every kernel of the parts, once, with its numbers at every size."""
-    known: dict[tuple[str, float], dict[str, Any]] = {}
+    known: dict[tuple[str, float, bool], dict[str, Any]] = {}
     for (part, side), one in found.items():
         for row in one.rows:
             code = row.facts
@@ -141,7 +141,7 @@ def kernel_facts(found: Parts, sides: Sequence[int]) -> list[dict[str, Any]]:
                 "threads": row.work.threads, "instructions per element": row.instructions,
                 "bytes per element": row.bytes, "widths": dict(tile.widths), "bytes in flight": tile.in_flight,
                 "waits per tile": tile.waits, "barriers per tile": [tile.barriers, code.found.barriers],
-                "atomics per tile": [tile.atomics, code.found.atomics + code.found.lane_atomics],
+                "atomics per tile": [_atomics(tile), _atomics(code.found)],
                 "share of tiles with keys": row.found, "slow calls per tile": dict(code.way.slow_calls),
                 "slow calls that zeros reach": code.zeros.reached,
                 "slow calls that zeros may reach": len(code.zeros.undecided), "us": {}, "floor us": {}, "bound": {},
@@ -150,6 +150,10 @@ def kernel_facts(found: Parts, sides: Sequence[int]) -> list[dict[str, Any]]:
             entry["us"][SIZES[side]], entry["floor us"][SIZES[side]] = says.us, says.floor
             entry["bound"][SIZES[side]] = says.bound
     return list(known.values())
+
+
+def _atomics(tile: Any) -> int:
+    return tile.atomics + tile.lane_atomics + tile.spread_atomics
 
 
 def _slow_calls(one: dict[str, Any]) -> str:
@@ -207,7 +211,7 @@ def report(found: Parts, facts: dict[str, Any], sides: Sequence[int]) -> dict[st
         },
         "steps": _step_facts(found),
         "targets": [{**one._asdict(), "is_met": one.is_met} for one in verdicts(found)],
-        "keys in the window": {"cold": cold_share(), "warm": CONSTANTS["warm share"].value},
+        "keys in the window": {kind: value(f"{kind} share") for kind in ("cold", "warm")},
         "constants": {name: one._asdict() for name, one in CONSTANTS.items()},
     }  # fmt: skip
 

@@ -299,7 +299,7 @@ def test_a_warp_waits_for_an_atomic_only_if_a_thread_asks_for_it(found: bool) ->
     MOV R7, R6
     """
     one = run(THREAD + text, found)
-    assert (one.atomics, one.lane_atomics) == (0, 1)
+    assert (one.atomics, one.lane_atomics, one.spread_atomics) == (0, 1, 0)
     assert (one.cycles > 1500) is found
 
 

@@ -35,7 +35,7 @@ def test_the_constants_are_frozen() -> None:
         "registers": 65536, "register step": 8, "shared": 232448, "shared reserved": 1024, "launch": 2.5,
         "DRAM": 1316, "L2": 263, "atomic": 1228, "same address": 1, "shared atomic": 60, "shared load": 29,
         "barrier": 30, "exchange": 25, "special": 20, "arithmetic": 4.5, "torch": 0.88, "torch least": 5,
-        "warm share": 1 / 2048, "zeros": 0.5,
+        "cold share": 0.0703, "warm share": 1 / 2048, "zeros": 0.5,
     }  # fmt: skip
     assert all(one.source for one in model.CONSTANTS.values())
 

@@ -253,8 +253,9 @@ class Timeline(NamedTuple):
         waits: how often it waits for elements of a tile, for at least half the latency of their memory.
         widths: how many accesses to the tile there are, by opcode, without the scattered ones.
         barriers: barriers.
-        atomics: atomics on global memory that are executed once in a program.
+        atomics: atomics on an address of global memory that are executed once in a program.
         lane_atomics: those that are executed for each thread whose data ask for it.
+        spread_atomics: atomics whose addresses data tell.
     """
 
     issued: int
@@ -267,6 +268,7 @@ class Timeline(NamedTuple):
     barriers: int
     atomics: int
     lane_atomics: int
+    spread_atomics: int
 
 
 class Latencies(NamedTuple):
@@ -309,7 +311,9 @@ class Clock:
                 sums["scattered"] += one.width * is_scattered
             sums["issued"] += 1
             sums["barriers"] += one.name == "BAR"
-            sums["lane_atomics" if by_data else "atomics"] += one.name in ATOMICS
+            if one.name in ATOMICS and self.origins.data.isdisjoint(_address(one)):
+                sums["lane_atomics" if by_data else "atomics"] += 1
+            sums["spread_atomics"] += one.name in ATOMICS and not self.origins.data.isdisjoint(_address(one))
             if self.found or not by_data or one.name not in ATOMICS:
                 self._result(one, is_tile)
             self.origins.step(one)
