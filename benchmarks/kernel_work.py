@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ LISTED = frozenset(("digit_kernel", "fix_kernel"))
 """The kernels that usually go through the listed keys only; all others go through the tensor."""
 SAMPLING = frozenset(("sample_kernel",))
 """The kernels that make a window from a sample. Without one before it in the step, a window is a warm one."""
+FIRST_ARGUMENT = 0x210
+"""Where the arguments of a kernel begin in its constant bank, on sm_90."""
 LATENCIES = machine_paths.Latencies(
     by_name={
         **dict.fromkeys(("LDS", "LDSM", "LDC"), value("shared load")),
@@ -70,29 +73,54 @@ def _timelines(way: Any, found: bool, listed: bool) -> tuple[Any, Any, Any]:
     return before, clock.run(way.tile) if way.in_loop else tile, clock.run(way.after)
 
 
-def read(kernel: Any, listed: bool = False) -> Facts:
-    """Read the machine code of a compiled kernel. ``listed`` tells whether it goes through a list of keys."""
-    program = machine_code.parse(compiling.disassembly(kernel))
+@functools.cache
+def _program(digest: str, kernel: Any) -> tuple[Any, int, int]:
+    """The instructions of a compiled kernel, its registers and what it spills."""
+    del digest  # it is the key of the cache, as it tells kernels apart
+    registers, spills, _ = compiling.usage(kernel)
+    return machine_code.parse(compiling.disassembly(kernel)), registers, spills
+
+
+@functools.cache
+def _facts(digest: str, kernel: Any, arguments: frozenset[tuple[int, int]], listed: bool) -> Facts:
+    program, registers, spills = _program(digest, kernel)
 
     def way(**choice: bool) -> Any:
-        return machine_paths.Walker(program, listed=listed, **choice).way()
+        return machine_paths.Walker(program, dict(arguments), listed=listed, **choice).way()
 
     usual, zeros = way(), way(zeros=True)
     before, tile, after = _timelines(usual, False, listed)
-    registers, spills, _ = compiling.usage(kernel)
     found, slow = _timelines(way(found=True), True, listed)[1], _timelines(zeros, False, listed)[1]
     return Facts(registers, spills, usual, zeros, before, tile, found, slow, after)
 
 
-@functools.cache
-def _facts(digest: str, listed: bool, kernel: Any) -> Facts:
-    del digest  # it is the key of the cache, as it tells kernels apart
-    return read(kernel, listed)
-
-
 def facts(launch: Launch) -> Facts:
-    """Read the machine code of a launch, once for each kernel."""
-    return _facts(launch.kernel.hash, launch.name in LISTED, launch.kernel)
+    """Read the machine code of a launch, with the way that its arguments decide."""
+    signature, kernel = launch.kernel.src.signature, launch.kernel
+    arguments = machine_arguments(signature, launch.values)
+    return _facts(kernel.hash, kernel, frozenset(arguments.items()), launch.name in LISTED)
+
+
+def machine_arguments(signature: Mapping[str, Any], values: Mapping[str, Any]) -> dict[int, int]:
+    """The words of the constant bank that hold the integers among the arguments, by their addresses.
+
+    Args:
+        signature: types of a kernel's arguments as Triton names them, in order, such as "*fp32" or "i64".
+        values: of the arguments that are known.
+    """
+    words: dict[int, int] = {}
+    at = FIRST_ARGUMENT
+    for name, kind in signature.items():
+        for one in kind if isinstance(kind, tuple) else (kind,):
+            if one == "constexpr":
+                continue
+            size = 8 if one.startswith("*") else max(1, int(re.sub(r"\D", "", one)) // 8)
+            at = -(-at // size) * size
+            value = values.get(name)
+            if isinstance(value, int) and not one.startswith("*") and size >= 4:
+                words |= {at + 4 * i: value >> 32 * i & 0xFFFFFFFF for i in range(size // 4)}
+            at += size
+    return words
 
 
 class Row(NamedTuple):

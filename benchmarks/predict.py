@@ -147,7 +147,8 @@ def kernel_facts(found: Parts, sides: Sequence[int]) -> list[dict[str, Any]]:
                 "slow calls that zeros may reach": len(code.zeros.undecided), "us": {}, "floor us": {}, "bound": {},
             })  # fmt: skip
             says = row.prediction
-            entry["us"][SIZES[side]], entry["floor us"][SIZES[side]] = says.us, says.floor
+            entry["us"][SIZES[side]] = max(says.us, entry["us"].get(SIZES[side], 0.0))  # arguments may differ
+            entry["floor us"][SIZES[side]] = says.floor
             entry["bound"][SIZES[side]] = says.bound
     return list(known.values())
 

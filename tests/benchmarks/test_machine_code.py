@@ -148,6 +148,34 @@ def test_an_atomic_behind_a_branch_that_no_data_decide_is_always_executed() -> N
     assert "ATOMG" in names(way.tile) and way.found_sides == 0
 
 
+ARGUMENT = """
+LDC.64 R4, c[0x0][0x210]
+ULDC UR4, c[0x0][0x218]
+ISETP.GT.U32.AND P0, PT, R4, UR4, PT
+ISETP.GT.AND.EX P0, PT, R5, RZ, PT, P0
+@P0 BRA `(.L_x_1)
+MOV R6, R7
+MOV R6, R7
+.L_x_1:
+@P0 EXIT
+STG.E desc[UR4][R2.64], R6
+EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        ({}, ["MOV", "MOV", "EXIT", "STG", "EXIT"]),
+        ({0x210: 7, 0x214: 0, 0x218: 3}, ["EXIT"]),
+        ({0x210: 2, 0x214: 0, 0x218: 3}, ["MOV", "MOV", "EXIT", "STG", "EXIT"]),
+        ({0x210: 2, 0x214: 1, 0x218: 3}, ["EXIT"]),
+    ],
+)
+def test_the_arguments_of_the_launch_decide(arguments: dict[int, int], path: list[str]) -> None:
+    assert names(Walker(program(ARGUMENT), arguments).way().tile)[5:] == path
+
+
 # --- slow paths
 def root(operand: str) -> machine_code.Program:
     """A root of ``operand``, as the compiler makes it, in a tile whose only element is R12."""

@@ -101,6 +101,15 @@ def test_a_one_pass_step_is_all_triton(real_steps: ModuleType, monkeypatch: pyte
     assert step.operators == [] and "adamw_kernel" in {launch.name for launch in step.launches}
 
 
+def test_arguments_lie_in_the_constant_bank_as_their_types_say() -> None:
+    arguments = importlib.import_module("benchmarks.kernel_work").machine_arguments
+    signature = {"x_ptr": "*fp32", "BLOCK": "constexpr", "a": "i32", "n": "i64", "lr": "fp32", "pair": ("i64", "i1")}
+    signature |= {"b": "i32"}
+    values = {"BLOCK": 64, "a": 5, "n": (7 << 32) + 1, "lr": 0.5, "b": -1}
+    expected = {0x218: 5, 0x220: 1, 0x224: 7, 0x23C: 0xFFFFFFFF}
+    assert arguments(signature, values) == expected  # lr: 0x228, the pair: 0x230 and 0x238
+
+
 def test_the_bytes_of_an_update_are_read_from_its_machine_code(
     real_steps: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,17 +4,18 @@ A way is found by rules that know no kernel, so that it survives a change of the
 the main one; without a loop that loads, the whole kernel is what happens to a tile. At a branch, the first rule that
 tells its two sides apart decides:
 
-1. The shortest way to the main loop is taken, and the main loop is gone through once. So are other loops, except for
+1. What the arguments of the launch decide goes as they say.
+2. The shortest way to the main loop is taken, and the main loop is gone through once. So are other loops, except for
    one that loads nothing and has a barrier: it searches a key bit by bit, and is gone through once for each of its
    ``BITS``.
-2. A side that calls a subroutine (the slow path of a division or of a square root) is not taken, or with ``zeros`` if
+3. A side that calls a subroutine (the slow path of a division or of a square root) is not taken, or with ``zeros`` if
    and only if the elements of a tile are zero.
-3. In a tile, a branch on data with a global atomic on one side tells whether keys were found: that side is taken if
+4. In a tile, a branch on data with a global atomic on one side tells whether keys were found: that side is taken if
    ``found``.
-4. A side whose loads are masked belongs to the last tile of a tensor. It is not taken if the other side or the main
+5. A side whose loads are masked belongs to the last tile of a tensor. It is not taken if the other side or the main
    loop has plain loads. In a kernel that goes through a list it is the other way round, as the length of a list is no
    multiple of a tile: there masked loads are the usual ones.
-5. The side with more instructions is taken.
+6. The side with more instructions is taken.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from machine_code import ATOMICS, Flow, Instruction, Loop, Program
@@ -80,7 +82,7 @@ class Way(NamedTuple):
         before: the instructions up to the main loop.
         tile: those of one turn of it.
         after: those after it.
-        found_sides: how many branches the third rule decided.
+        found_sides: how many branches the fourth rule decided.
         slow_calls: of each subroutine that the tile may call, how many calls there are.
         reached: how many of these calls zeros reach.
         undecided: branches to such a call, of which it is not known where zeros lead.
@@ -116,11 +118,19 @@ def main_loop(flow: Flow, listed: bool) -> Loop | None:
 class Walker:
     """Goes through a kernel by the rules."""
 
-    def __init__(self, program: Program, *, found: bool = False, listed: bool = False, zeros: bool = False) -> None:
+    def __init__(
+        self,
+        program: Program,
+        arguments: Mapping[int, int] = MappingProxyType({}),
+        *,
+        found: bool = False,
+        listed: bool = False,
+        zeros: bool = False,
+    ) -> None:
         self.flow, self.subroutines = Flow(program.kernel), program.subroutines
         self.found, self.listed = found, listed
         self.main = main_loop(self.flow, listed)
-        self.origins, self.values = Origins(), Values() if zeros else None
+        self.origins, self.values = Origins(), Values(arguments, zeros=zeros)
         self._forget()
         reference = self.main.blocks if self.main else self.flow.reached
         self.has_usual = self._has_usual(self.flow.instructions(reference))
@@ -144,9 +154,7 @@ class Walker:
         """Execute an instruction. Returns it, and the subroutine that it calls."""
         is_tile = self.origins.is_tile_access(one)
         self.origins.step(one)
-        if self.values is None:
-            return [one]
-        if one.name == "CALL":
+        if one.name == "CALL" and self.values.zeros:
             return [one, *self._call(self.subroutines[_subroutine(one)], self.values)]
         self.values.step(one, is_tile)
         return [one]
@@ -178,7 +186,10 @@ class Walker:
         while block != stop:
             visited[block] = len(path)
             for one in self.flow.instructions([block]):
+                leaves = one.name == "EXIT" and not self.values.zeros and self.values.condition(one)
                 path += self._step(one)
+                if leaves:
+                    return path
             again = [loop for loop in self.flow.loops if loop.head in self.flow.following[block]]
             again = [loop for loop in again if loop.head in visited and loop != within]
             for loop in again:
@@ -201,6 +212,9 @@ class Walker:
     def _choose(self, block: int, ways: tuple[int, int], stop: int | None, within: Loop | None) -> int:
         """The side that is taken."""
         flow, join = self.flow, self.flow.joins[block]
+        last = flow.code[flow.blocks[block] - 1]
+        if not self.values.zeros and (taken := self.values.condition(last)) is not None:
+            return ways[taken]
         sides = [flow.side(way, join, within.blocks if within else None) for way in ways]
         code = [flow.instructions(side) for side in sides]
         leads = [stop == way or stop in side for way, side in zip(ways, sides, strict=True)]
@@ -208,9 +222,8 @@ class Walker:
             return ways[leads.index(True)]
         called = [[_subroutine(one) for one in side if one.name == "CALL"] for side in code]
         if bool(called[0]) != bool(called[1]):
-            return ways[self._slow_side(flow.code[flow.blocks[block] - 1], called)]
+            return ways[self._slow_side(last, called)]
         atomic = [any(one.name in ATOMICS for one in side) for side in code]
-        last = flow.code[flow.blocks[block] - 1]
         if atomic[0] != atomic[1] and (within or not self.main) and not self.origins.data.isdisjoint(last.reads):
             self.found_sides += 1
             return ways[atomic.index(self.found)]
@@ -224,7 +237,7 @@ class Walker:
         """Whether the fall-through (0) or the target (1) of a branch is taken, one of which calls a subroutine."""
         slow = 0 if called[0] else 1
         self.slow_calls.update(called[slow])
-        taken = self.values.condition(branch) if self.values else not slow
+        taken = self.values.condition(branch) if self.values.zeros else not slow
         if taken is None:
             self.undecided.append(branch)
             return 1 - slow

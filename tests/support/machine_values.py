@@ -1,9 +1,10 @@
 """Computes what one thread of a kernel computes, as far as it is known, to tell where a branch leads.
 
-A register is 32 bits, or None where they are not known. Every element that is loaded from a tile is zero, as most
-second moments are where a mask drops the gradient; every other number is 0.5. That is enough to tell whether zeros
-reach the slow path of a division or of a square root. ``FCHK`` is not documented: here it asks for the slow path if an
-operand is zero, subnormal, infinite or NaN, as the slow path itself handles these.
+A register is 32 bits, or None where they are not known. The arguments of the launch are known. With ``zeros`` every
+element that is loaded from a tile is zero, as most second moments are where a mask drops the gradient, and every other
+number is 0.5. That is enough to tell whether zeros reach the slow path of a division or of a square root. ``FCHK`` is
+not documented: here it asks for the slow path if an operand is zero, subnormal, infinite or NaN, as the slow path
+itself handles these.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import operator
 import re
 import struct
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from machine_code import Instruction
@@ -21,11 +23,13 @@ Bits = int | None
 ALL = 0xFFFFFFFF
 HALF = 0x3F000000  # 0.5
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?(?:e[+-]?\d+)?|INF|Q?NAN)$")
+CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]$")
 COMPARE: Mapping[str, Callable[[float, float], bool]] = {
     "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq,
     "NE": lambda a, b: a < b or a > b,
     "NUM": lambda a, b: not (math.isnan(a) or math.isnan(b)), "NAN": lambda a, b: math.isnan(a) or math.isnan(b),
 }  # fmt: skip
+HALVES = frozenset(("X", "HI", "WIDE"))  # of instructions that compute with 64 bits, which is not done here
 BOOLEAN = {"AND": operator.and_, "OR": operator.or_, "XOR": operator.xor}
 ROOTS: Mapping[str, Callable[[float], float]] = {
     "RCP": lambda x: math.copysign(math.inf, x) if x == 0 else 1 / x,
@@ -65,7 +69,9 @@ def look_up(table: int, a: int, b: int, c: int) -> int:
 class Values:
     """The registers and predicates of one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Mapping[int, int] = MappingProxyType({}), *, zeros: bool = False) -> None:
+        """``arguments`` are the words of the constant bank that are known, by their addresses."""
+        self.arguments, self.zeros = arguments, zeros
         self.registers: dict[str, Bits] = {}
         self.predicates: dict[str, bool | None] = {}
 
@@ -92,7 +98,9 @@ class Values:
             return int(name, 16)
         if NUMBER.match(name):
             return to_bits(float(name.replace("QNAN", "nan")))
-        return HALF if name.startswith("c[") else self.registers.get(name)
+        if constant := CONSTANT.match(name):
+            return self.arguments.get(int(constant[1], 16), HALF if self.zeros else None)
+        return self.registers.get(name)
 
     def float(self, text: str) -> float | None:
         """An operand as a number."""
@@ -127,13 +135,12 @@ class Values:
     def _results(self, one: Instruction, is_tile: bool) -> dict[str, Bits]:
         """What is written, as far as it is known."""
         if one.name == "LDG":
-            return dict.fromkeys(one.writes, 0 if is_tile else HALF)
+            return dict.fromkeys(one.writes, 0 if is_tile else HALF) if self.zeros else {}
         name = one.name[1:] if one.name.startswith("U") and one.name[1:] in OPERATIONS else one.name
-        operation = OPERATIONS.get(name)
+        operation, suffixes = OPERATIONS.get(name), one.opcode.split(".")[1:]
         operands = [part.strip() for part in one.operands.split(",")]
-        if operation is None or ".WIDE" in one.opcode:
-            return {}
-        return operation(self, one.opcode.split(".")[1:], operands)
+        is_part = name in ("IADD3", "IMAD") and not HALVES.isdisjoint(suffixes)
+        return {} if operation is None or is_part else operation(self, suffixes, operands)
 
 
 Operation = Callable[[Values, list[str], list[str]], dict[str, Bits]]
@@ -205,8 +212,6 @@ def _multiply_add(a: float, b: float, c: float) -> float:
 
 def _compare(kind: str) -> Operation:
     def operation(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
-        if "EX" in suffixes:  # the upper half of a comparison of 64 bits
-            return {}
         single = kind == "FSET"
         a, b = (values.integer(text) if kind == "ISETP" else values.float(text) for text in operands[2 - single :][:2])
         before = values.predicate(operands[4 - single])
@@ -216,7 +221,11 @@ def _compare(kind: str) -> Operation:
             a, b = _signed(int(a)), _signed(int(b))
         relation = next(s for s in suffixes if s in COMPARE or s.removesuffix("U") in COMPARE)
         join = BOOLEAN[next((s for s in suffixes if s in BOOLEAN), "AND")]
-        holds = compare(relation, a, b)
+        holds: bool | None = compare(relation, a, b)
+        if "EX" in suffixes:  # the upper half of a comparison of 64 bits; the last operand has the lower half
+            holds = values.predicate(operands[5]) if a == b else holds
+            if holds is None:
+                return {}
 
         def joined(first: bool) -> Bits:
             results = {join(first, one) for one in ((False, True) if before is None else (before,))}
@@ -228,6 +237,16 @@ def _compare(kind: str) -> Operation:
         return {operands[0]: joined(holds), operands[1]: joined(not holds)}
 
     return operation
+
+
+def _load_argument(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+    found = CONSTANT.match(operands[1])
+    if found is None:
+        return {}
+    kind, number = re.match(r"(U?R)(\d+)", operands[0]).groups()  # type: ignore[union-attr]
+    words = 2 if "64" in suffixes else 1
+    base = int(found[1], 16)
+    return {f"{kind}{int(number) + i}": values.bits(f"c[0x0][{base + 4 * i:#x}]") for i in range(words)}
 
 
 def _check(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
@@ -312,6 +331,6 @@ OPERATIONS: Mapping[str, Operation] = {
     "FSETP": _compare("FSETP"), "FSET": _compare("FSET"), "ISETP": _compare("ISETP"), "FCHK": _check, "MUFU": _root,
     "IADD3": _integer(lambda a, b, c=0: a + b + c), "VIADD": _integer(operator.add), "MOV": _integer(lambda a: a),
     "IMAD": _integer(lambda a, b, c: a * b + c), "R2UR": _integer(lambda a: a), "CS2R": _integer(lambda a: a),
-    "LOP3": _logic, "PLOP3": _predicate_logic, "PRMT": _permute, "SHF": _shift, "F2FP": _pack,
+    "LDC": _load_argument, "LOP3": _logic, "PLOP3": _predicate_logic, "PRMT": _permute, "SHF": _shift, "F2FP": _pack,
     "SGXT": _extend, "I2FP": _from_integer, "VIMNMX": _integer_minimum, "P2R": _predicates,
 }  # fmt: skip
