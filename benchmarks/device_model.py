@@ -27,7 +27,7 @@ LATENCY = "arXiv:2402.13499, table of memory latencies of the H100"
 ASSUMED = "assumed"
 CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "SMs": Constant(132, "", "NVIDIA H200, data sheet"),
-    "clock": Constant(1755, "MHz", "sustained under load: lower than the boost clock of 1980"),
+    "clock": Constant(1755, "MHz", "boost clock of an H100 PCIe, chipsandcheese.com; an H200 has 1980 without load"),
     "bandwidth": Constant(4.3, "TB/s", "device copy counting reads and writes; the data sheet has 4.8"),
     "schedulers": Constant(4, "instructions per SM and cycle", HOPPER),
     "threads": Constant(2048, "per SM", HOPPER),

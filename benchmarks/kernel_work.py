@@ -74,16 +74,15 @@ def _timelines(way: Any, found: bool, listed: bool) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def _program(digest: str, kernel: Any) -> tuple[Any, int, int]:
+def _program(cubin: bytes) -> tuple[Any, int, int]:
     """The instructions of a compiled kernel, its registers and what it spills."""
-    del digest  # it is the key of the cache, as it tells kernels apart
-    registers, spills, _ = compiling.usage(kernel)
-    return machine_code.parse(compiling.disassembly(kernel)), registers, spills
+    registers, spills, _ = compiling.usage(cubin)
+    return machine_code.parse(compiling.disassembly(cubin)), registers, spills
 
 
 @functools.cache
-def _facts(digest: str, kernel: Any, arguments: frozenset[tuple[int, int]], listed: bool) -> Facts:
-    program, registers, spills = _program(digest, kernel)
+def _facts(cubin: bytes, arguments: frozenset[tuple[int, int]], listed: bool) -> Facts:
+    program, registers, spills = _program(cubin)
 
     def way(**choice: bool) -> Any:
         return machine_paths.Walker(program, dict(arguments), listed=listed, **choice).way()
@@ -96,9 +95,8 @@ def _facts(digest: str, kernel: Any, arguments: frozenset[tuple[int, int]], list
 
 def facts(launch: Launch) -> Facts:
     """Read the machine code of a launch, with the way that its arguments decide."""
-    signature, kernel = launch.kernel.src.signature, launch.kernel
-    arguments = machine_arguments(signature, launch.values)
-    return _facts(kernel.hash, kernel, frozenset(arguments.items()), launch.name in LISTED)
+    arguments = machine_arguments(launch.kernel.src.signature, launch.values)
+    return _facts(launch.kernel.asm["cubin"], frozenset(arguments.items()), launch.name in LISTED)
 
 
 def machine_arguments(signature: Mapping[str, Any], values: Mapping[str, Any]) -> dict[int, int]:
