@@ -278,6 +278,20 @@ def test_an_instruction_that_may_not_be_executed_leaves_only_what_is_the_same_ei
     assert values.registers == {"R1": 7, "R2": None, "R3": 8}
 
 
+def test_a_bit_may_be_known_where_the_others_are_not() -> None:
+    values = Values()
+    for one in (
+        Instruction("", "MOV", "R1, R7"),
+        Instruction("", "LOP3.LUT", "R1, R1, 0x8, RZ, 0xfc, !PT"),  # sets a bit
+        Instruction("P6", "LOP3.LUT", "R1, R1, 0x4, RZ, 0xfc, !PT"),  # perhaps
+        Instruction("", "LOP3.LUT", "R1, R1, 0xfffffffe, RZ, 0xc0, !PT"),  # clears one
+        *(Instruction("", "LOP3.LUT", f"P{i}, RZ, R1, {1 << i:#x}, RZ, 0xc0, !PT") for i in range(4)),
+    ):
+        values.step(one, is_tile=False)
+    assert values.registers["R1"] is None
+    assert [values.predicates[f"P{i}"] for i in range(4)] == [False, None, None, True]
+
+
 @pytest.mark.parametrize(("bits", "slow"), [(0, True), (HALF, False), (to_bits(math.inf), True), (1, True)])
 def test_a_division_is_checked(bits: int, slow: bool) -> None:
     values = Values()

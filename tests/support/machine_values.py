@@ -9,6 +9,8 @@ itself handles these.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import operator
 import re
@@ -20,6 +22,8 @@ from typing import Any
 from machine_code import Instruction
 
 Bits = int | None
+Part = tuple[int, int]  # bits, and a mask that tells which of them are known
+Results = dict[str, Any]  # what is written: bits, a part, or None
 ALL = 0xFFFFFFFF
 HALF = 0x3F000000  # 0.5
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?(?:e[+-]?\d+)?|INF|Q?NAN)$")
@@ -73,6 +77,7 @@ class Values:
         """``arguments`` are the words of the constant bank that are known, by their addresses."""
         self.arguments, self.zeros = arguments, zeros
         self.registers: dict[str, Bits] = {}
+        self.parts: dict[str, Part] = {}
         self.predicates: dict[str, bool | None] = {}
 
     # --- operands
@@ -118,6 +123,14 @@ class Values:
             return None
         return -bits & ALL if text.strip().startswith("-") else ~bits & ALL if text.strip().startswith("~") else bits
 
+    def part(self, text: str) -> Part:
+        """An operand of which some bits may be known. Compilers keep predicates in single bits."""
+        bits = self.integer(text)
+        if bits is not None:
+            return bits, ALL
+        value, mask = self.parts.get(text.strip().removesuffix(".reuse").lstrip("~"), (0, 0))
+        return (~value & mask if text.strip().startswith("~") else value), mask
+
     # --- execution
     def step(self, one: Instruction, is_tile: bool) -> None:
         """Go past an instruction that is not a branch."""
@@ -126,13 +139,18 @@ class Values:
             return
         results = self._results(one, is_tile)
         for name in one.writes:
-            known: dict[str, Any] = self.predicates if name.startswith(("P", "UP")) else self.registers
-            value = results.get(name)
-            value = bool(value) if known is self.predicates and value is not None else value
-            # Where it is not known whether the instruction is executed, both values have to be the same.
-            known[name] = value if runs or known.get(name) == value else None
+            result = results.get(name)
+            value, mask = result if isinstance(result, tuple) else (0, 0) if result is None else (result, ALL)
+            if name.startswith(("P", "UP")):
+                new = True if value else False if mask == ALL else None
+                self.predicates[name] = new if runs or self.predicates.get(name) is new else None
+                continue
+            if not runs:  # what is the same whether the instruction is executed or not
+                before, known = self.part(name)
+                mask &= known & ~(value ^ before)
+            self.registers[name], self.parts[name] = value if mask == ALL else None, (value & mask, mask)
 
-    def _results(self, one: Instruction, is_tile: bool) -> dict[str, Bits]:
+    def _results(self, one: Instruction, is_tile: bool) -> Results:
         """What is written, as far as it is known."""
         if one.name == "LDG":
             return dict.fromkeys(one.writes, 0 if is_tile else HALF) if self.zeros else {}
@@ -143,11 +161,11 @@ class Values:
         return {} if operation is None or is_part else operation(self, suffixes, operands)
 
 
-Operation = Callable[[Values, list[str], list[str]], dict[str, Bits]]
+Operation = Callable[[Values, list[str], list[str]], Results]
 
 
 def _arithmetic(compute: Callable[..., float]) -> Operation:
-    def operation(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+    def operation(values: Values, suffixes: list[str], operands: list[str]) -> Results:
         numbers = [values.float(text) for text in operands[1:]]
         return {} if None in numbers else {operands[0]: to_bits(compute(*numbers))}
 
@@ -155,7 +173,7 @@ def _arithmetic(compute: Callable[..., float]) -> Operation:
 
 
 def _integer(compute: Callable[..., int]) -> Operation:
-    def operation(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+    def operation(values: Values, suffixes: list[str], operands: list[str]) -> Results:
         plain = [text for text in operands if not re.match(r"!?U?P[\dT]", text)]  # carries are not computed
         numbers = [values.integer(text) for text in plain[1:]]
         return {} if None in numbers else {plain[0]: compute(*numbers) & ALL}
@@ -163,14 +181,14 @@ def _integer(compute: Callable[..., int]) -> Operation:
     return operation
 
 
-def _select(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _select(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     chosen, sides = values.predicate(operands[3]), [values.bits(text) for text in operands[1:3]]
     if chosen is None:
         return {operands[0]: sides[0]} if sides[0] == sides[1] else {}
     return {operands[0]: sides[not chosen]}
 
 
-def _minimum(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _minimum(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     least, a, b = values.predicate(operands[3]), values.float(operands[1]), values.float(operands[2])
     if least is None or a is None or b is None:
         return {}
@@ -178,7 +196,7 @@ def _minimum(values: Values, suffixes: list[str], operands: list[str]) -> dict[s
     return {operands[0]: to_bits(min(a, b) if least else max(a, b))}
 
 
-def _integer_minimum(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _integer_minimum(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     least, a, b = values.predicate(operands[3]), values.integer(operands[1]), values.integer(operands[2])
     if least is None or a is None or b is None:
         return {}
@@ -190,7 +208,7 @@ def _signed(bits: int) -> int:
     return (bits ^ 0x80000000) - 0x80000000
 
 
-def _extend(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _extend(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     bits, count = values.bits(operands[1]), values.bits(operands[2])
     if bits is None or count is None:
         return {}
@@ -199,7 +217,7 @@ def _extend(values: Values, suffixes: list[str], operands: list[str]) -> dict[st
     return {operands[0]: (kept - (1 << count) if is_negative else kept) & ALL}
 
 
-def _from_integer(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _from_integer(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     bits = values.integer(operands[1])
     if bits is None or "F32" not in suffixes:
         return {}
@@ -211,7 +229,7 @@ def _multiply_add(a: float, b: float, c: float) -> float:
 
 
 def _compare(kind: str) -> Operation:
-    def operation(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+    def operation(values: Values, suffixes: list[str], operands: list[str]) -> Results:
         single = kind == "FSET"
         a, b = (values.integer(text) if kind == "ISETP" else values.float(text) for text in operands[2 - single :][:2])
         before = values.predicate(operands[4 - single])
@@ -239,7 +257,7 @@ def _compare(kind: str) -> Operation:
     return operation
 
 
-def _load_argument(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _load_argument(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     found = CONSTANT.match(operands[1])
     if found is None:
         return {}
@@ -249,36 +267,31 @@ def _load_argument(values: Values, suffixes: list[str], operands: list[str]) -> 
     return {f"{kind}{int(number) + i}": values.bits(f"c[0x0][{base + 4 * i:#x}]") for i in range(words)}
 
 
-def _check(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _check(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     parts = [values.bits(text) for text in operands[1:]]
     if any(bits is not None and (bits >> 23 & 0xFF) in (0, 0xFF) for bits in parts):
         return {operands[0]: 1}
     return {} if None in parts else {operands[0]: 0}
 
 
-def _root(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _root(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     x, function = values.float(operands[1]), ROOTS.get(suffixes[0])
     return {} if x is None or function is None else {operands[0]: to_bits(function(x))}
 
 
-def _logic(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
-    found = {}
+def _logic(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     targets = operands[: len(operands) - 5]
-    a, b, c = (values.integer(text) for text in operands[len(targets) : len(targets) + 3])
-    table = int(operands[-2], 16)
-    known = [(x, y, z) for x in _either(a) for y in _either(b) for z in _either(c)]
-    results = {look_up(table, *one) for one in known}
-    if len(results) == 1:  # whatever is not known does not matter
-        result = results.pop()
-        found = dict.fromkeys(targets, result)
-    return found
+    parts = [values.part(text) for text in operands[len(targets) : len(targets) + 3]]
+    table, results = int(operands[-2], 16), []
+    for fills in itertools.product((0, ALL), repeat=3):  # whatever the unknown bits are
+        results.append(
+            look_up(table, *(value | (fill & ~mask) for (value, mask), fill in zip(parts, fills, strict=True)))
+        )
+    mask = functools.reduce(lambda mask, result: mask & ~(result ^ results[0]), results, ALL)
+    return dict.fromkeys(targets, (results[0] & mask, mask))
 
 
-def _either(bits: Bits) -> tuple[int, ...]:
-    return (0, ALL) if bits is None else (bits,)
-
-
-def _predicate_logic(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _predicate_logic(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     inputs = [values.predicate(text) for text in operands[2:5]]
     if None in inputs:
         return {}
@@ -286,7 +299,7 @@ def _predicate_logic(values: Values, suffixes: list[str], operands: list[str]) -
     return {operands[0]: first, operands[1]: second}
 
 
-def _permute(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _permute(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     a, selector, b = (values.bits(text) for text in operands[1:4])
     if selector is None:
         return {}
@@ -297,7 +310,7 @@ def _permute(values: Values, suffixes: list[str], operands: list[str]) -> dict[s
     return {operands[0]: sum((both >> 8 * (pick & 7) & 0xFF) << 8 * i for i, pick in enumerate(picks))}
 
 
-def _shift(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _shift(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     low, by, high = (values.bits(text) for text in operands[1:4])
     if low == high == 0:
         return {operands[0]: 0}
@@ -311,7 +324,7 @@ def _shift(values: Values, suffixes: list[str], operands: list[str]) -> dict[str
     return {}
 
 
-def _predicates(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _predicates(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     mask = values.bits(operands[3])
     picks = [i for i in range(7) if mask is not None and mask >> i & 1]
     known = [values.predicates.get(f"P{i}") for i in picks]
@@ -320,7 +333,7 @@ def _predicates(values: Values, suffixes: list[str], operands: list[str]) -> dic
     return {operands[0]: sum(bool(one) << i for i, one in zip(picks, known, strict=True))}
 
 
-def _pack(values: Values, suffixes: list[str], operands: list[str]) -> dict[str, Bits]:
+def _pack(values: Values, suffixes: list[str], operands: list[str]) -> Results:
     high, low = values.bits(operands[1]), values.bits(operands[2])
     return {} if "BF16" not in suffixes or high is None or low is None else {operands[0]: high & ~0xFFFF | low >> 16}
 
