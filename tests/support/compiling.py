@@ -91,24 +91,32 @@ def compile_case(case: CompileCase, capability: int, *, disassemble: bool = True
         What the kernel takes; ``note`` says how instructions were counted, if not in the machine code.
     """
     kernel = compile_kernel(case, capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
-        numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-        assert numbers is not None, usage
-        registers, spills, local = map(int, numbers.groups())  # what is spilled lies in the stack frame
-        disassembler = find_disassembler() if disassemble else None
-        tensor_core, note = None, ""
-        if case.needs_tensor_core:  # else not worth the time
-            in_machine_code, in_ptx = TENSOR_CORE[capability // 10]
-            if disassembler:
-                instructions = INSTRUCTION.findall(_run(disassembler, "-c", "-ndf", cubin.name))
-                tensor_core = sum(map(instructions.count, in_machine_code))
-            else:
-                tensor_core, note = sum(map(kernel.asm["ptx"].count, in_ptx)), "counted in the PTX"
+    cubin = kernel.asm["cubin"]
+    registers, spills, local = usage(cubin)
+    tensor_core, note = None, ""
+    if case.needs_tensor_core:  # else not worth the time
+        in_machine_code, in_ptx = TENSOR_CORE[capability // 10]
+        if disassemble and find_disassembler():
+            instructions = INSTRUCTION.findall(disassembly(cubin))
+            tensor_core = sum(map(instructions.count, in_machine_code))
+        else:
+            tensor_core, note = sum(map(kernel.asm["ptx"].count, in_ptx)), "counted in the PTX"
     found = (registers, spills, local, kernel.metadata.shared)
     return Row(case.name, capability, *found, tensor_core, case.most_shared, note)
+
+
+def usage(cubin: bytes) -> tuple[int, int, int]:
+    """Of a compiled kernel, for a thread: its registers, the bytes that it spills, the bytes of local memory."""
+    told = _run_on(cubin, knobs.nvidia.cuobjdump.path, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
+    assert found is not None, told
+    registers, spills, local = map(int, found.groups())  # what is spilled lies in the stack frame
+    return registers, spills, local
+
+
+def disassembly(cubin: bytes) -> str:
+    """The machine code of a compiled kernel, as nvdisasm prints it."""
+    return _run_on(cubin, knobs.nvidia.nvdisasm.path, "-c", "-ndf")
 
 
 def find_disassembler() -> str | None:
@@ -119,8 +127,11 @@ def find_disassembler() -> str | None:
         return None
 
 
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _run_on(cubin: bytes, *command: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 
 class NoGpu:

@@ -119,7 +119,7 @@ class StandIn:
 
         from wsn_fast.backends import choice
         from wsn_fast.backends import triton as backend
-        from wsn_fast.backends.triton import device, tuning
+        from wsn_fast.backends.triton import tuning
 
         monkeypatch.setattr(knobs.nvidia, "libcuda_path", str(self._folder))
         monkeypatch.setattr(knobs.cache, "dir", str(self._folder / "cache"))
@@ -127,7 +127,9 @@ class StandIn:
         # A CPU tensor may go to Triton when its interpreter is on: this stands in for that, too.
         monkeypatch.setattr(backend, "INTERPRETED", True)
         gpu = tuning.Gpu(*(self._number(name, ctypes.c_int32).value for name in ("processors", "shared")))
-        monkeypatch.setattr(device, "gpu_of", lambda of: gpu)
+        asks = [m for name, m in sys.modules.items() if name.startswith(backend.__name__) and hasattr(m, "gpu_of")]
+        for module in asks:
+            monkeypatch.setattr(module, "gpu_of", lambda of: gpu)
         caches = (choice._environment, choice.choose)
         for cache in caches:
             cache.cache_clear()
