@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .builders import Model, both, tokens
@@ -85,7 +86,8 @@ _ENCODERS = [
     _classifier("RoFormer", "classifier.out_proj", embedding_size=16),
     _classifier("Nystromformer", "classifier.out_proj", num_landmarks=4, segment_means_seq_len=8),
     _classifier("FNet", "classifier"),
-    _classifier("IBert", "classifier.out_proj"),
+    # Its ranges are buffers that change in training.
+    replace(_classifier("IBert", "classifier.out_proj"), owners={"per_task": "*.x_m*"}),
     _classifier("MegatronBert", "classifier"),
     _classifier("Longformer", "classifier.out_proj", attention_window=4, max_position_embeddings=40),
     _classifier("BigBird", "classifier.out_proj", attention_type="original_full"),
@@ -251,7 +253,7 @@ _DECODERS = [
     _model("FalconMambaModel", "FalconMambaConfig", _IDS, vocab_size=64, hidden_size=16, state_size=4,
            num_hidden_layers=2, time_step_rank=4, use_cache=False),
     _model("RwkvModel", "RwkvConfig", _IDS, vocab_size=64, hidden_size=16, attention_hidden_size=16,
-           num_hidden_layers=2, context_length=32, use_cache=False),
+           num_hidden_layers=2, context_length=32, use_cache=False, rescale_every=0),  # else it divides its weights
     _model("JambaForSequenceClassification", "JambaConfig", _IDS, "score", **{**_DECODER, "num_experts": 4},
            mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1,
            expert_layer_period=2, expert_layer_offset=1),
