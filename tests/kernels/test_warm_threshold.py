@@ -199,6 +199,7 @@ def test_a_threshold_in_the_window_is_found_there(device: torch.device) -> None:
     assert counts(settled(scores, window_for(tau + 1, tau + 5, tau + 1), device)) == (0, 1)
     assert counts(settled(scores, window_for(tau - 5, tau - 1, tau - 1), device)) == (0, 1)
     assert counts(settled(scores, window_for(0, NAN, tau), device)) == (0, 1), "more than the list has room for"
+    assert counts(settled(scores, window_for(0, tau, tau), device)) == (1, 0), "at the high end, all counted"
 
 
 @pytest.mark.sample(13)

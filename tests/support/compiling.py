@@ -42,6 +42,7 @@ class CompileCase(NamedTuple):
         attrs: argument name to the power of two that divides it (a pointer: its address).
         num_warps: warps per program.
         num_stages: stages of the software pipeline.
+        registers: the most per thread, or None for as many as the compiler likes.
         needs_tensor_core: whether the machine code must hold a tensor-core instruction.
     """
 
@@ -52,6 +53,7 @@ class CompileCase(NamedTuple):
     attrs: Mapping[str, int] = {}
     num_warps: int = 4
     num_stages: int = 3
+    registers: int | None = None
     needs_tensor_core: bool = False
 
 
@@ -65,7 +67,7 @@ def compile_kernel(case: CompileCase, capability: int) -> Any:
         constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", divisor]] for name, divisor in case.attrs.items()},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **FP_FUSION}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.registers, **FP_FUSION}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
