@@ -113,7 +113,7 @@ def adamw(p, mean, square, settings, unread):
     here, and then the result that 0 would give, to the bit.
     """
     _, _, _, eps, correction, size, shrink, _ = settings
-    zero = (unread | (square == 0)).to(tl.float32)
+    zero = tl.where(unread | (square == 0), 1.0, 0.0)
     root = tl.fma(tl.div_rn(tl.sqrt_rn(square + zero), correction), 1.0 - zero, eps)
     step = size * mean
     zero = unread | ((step == 0) & (root > 0))
