@@ -63,11 +63,11 @@ def _gate_backward_tile(
     g = tl.load(g_ptr + lane, mask=inside)
     if NEED_WEIGHT or MAGNITUDE:
         s = tl.load(s_ptr + lane, mask=inside)
-    if NEED_SCORES:
-        w = tl.load(w_ptr + lane, mask=inside)
     if NEED_WEIGHT and HAS_UNION:
         byte = tl.arange(0, BLOCK // 8)
         frozen = unpack_bits(tl.load(union_ptr + byte, mask=byte * 8 < left if TAIL else None))
+    if NEED_SCORES:
+        w = tl.load(w_ptr + lane, mask=inside)
     g = convert(g, W_DTYPE)
     if NEED_WEIGHT:
         drop = below(s, tau, MAGNITUDE)
