@@ -251,6 +251,6 @@ def update(
         NEXT=table.masked is not None,
         ALIGNED=aligned and table.aligned,
         num_warps=config.num_warps,
-        maxnreg=config.registers[table.masked is not None],
+        maxnreg=config.registers[table.steps is not None and table.masked is not None],
         **FP_FUSION,
     )

@@ -48,9 +48,9 @@ class Config:
         digit_block: scores or keys that a program of the search reads at a time. It is that of the search for a first
             threshold, so that both use the same compiled kernel.
         share: the list of a tensor has room for 1/share of its keys; an entry takes 12 bytes.
-        registers: the most per thread of the kernel that updates: without, and with a next masked weight. Then 6 and 5
-            programs of 128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and elsewhere
-            so few that it spills some.
+        registers: the most per thread of the kernel that updates, and the most of AdamW with a next masked weight. Then
+            6 and 5 programs of 128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and
+            elsewhere so few that it spills some.
     """
 
     block: int
