@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from . import _layout as layout
-from ._bits import unpack_bits
 from ._elementwise import below, convert, table_pointer, widen
 
 SCALES = {None: None, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -41,8 +40,10 @@ def load_scale(gradients_ptr, tensor, tensors, SCALE: tl.constexpr):
 @triton.jit
 def load_frozen(union_ptr, at, left, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """Which of the BLOCK elements from ``at`` on are frozen; ``left`` elements remain in the tensor."""
-    byte = tl.arange(0, BLOCK // 8)
-    return unpack_bits(tl.load(union_ptr + at // 8 + byte, mask=byte * 8 < left if TAIL else None))
+    four = tl.arange(0, BLOCK // 4)  # a thread has four elements, and loads the byte that has their bits
+    byte = tl.load(union_ptr + at // 8 + four // 2, mask=four * 4 < left if TAIL else None)
+    bits = (byte.to(tl.int32) >> (four % 2 * 4))[:, None] >> tl.arange(0, 4)[None, :]
+    return ((bits & 1) != 0).reshape(BLOCK)
 
 
 @triton.jit
@@ -93,16 +94,31 @@ def load_settings(settings_ptr, ADAM: tl.constexpr):
 
 
 @triton.jit
-def adamw(p, g, mean, square, settings):
-    """The parameter and its running means after an update."""
-    lerp, beta2, rest2, eps, correction, size, shrink, decay = settings
+def running_means(p, g, mean, square, settings):
+    """The running means of AdamW after an update."""
+    lerp, beta2, rest2, _, _, _, _, decay = settings
     g = tl.where(decay != 0, tl.fma(p, decay, g), g)
     # With t = 1 - beta1, torch.lerp computes mean + t * (g - mean) if t < 0.5, and g - (1 - t) * (g - mean) otherwise.
     # A positive ``lerp`` is t, for the first form. A negative one is t - 1, for the second form.
     mean = tl.fma(lerp, g - mean, tl.where(lerp > 0, mean, g))
-    square = square * beta2 + rest2 * g * g
-    root = tl.div_rn(tl.sqrt_rn(square), correction) + eps
-    return p * shrink + tl.div_rn(size * mean, root), mean, square
+    return mean, tl.fma(square, beta2, rest2 * g * g)
+
+
+@triton.jit
+def adamw(p, mean, square, settings, unread):
+    """The parameter after an update that left these running means. Nobody reads the parameters that are ``unread``.
+
+    The instructions behind ``sqrt_rn`` and ``div_rn`` leave their fast path for an operand of 0, and the whole warp
+    with them. Most second moments of weights outside the mask are exactly 0. Therefore such elements get other operands
+    here, and then the result that 0 would give, to the bit.
+    """
+    _, _, _, eps, correction, size, shrink, _ = settings
+    zero = tl.where(unread | (square == 0), 1.0, 0.0)
+    root = tl.fma(tl.div_rn(tl.sqrt_rn(square + zero), correction), 1.0 - zero, eps)
+    step = size * mean
+    zero = unread | ((step == 0) & (root > 0))
+    step = tl.where(zero, step, tl.div_rn(tl.where(zero, root, step), root))
+    return tl.fma(p, shrink, step)
 
 
 @triton.jit

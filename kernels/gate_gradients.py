@@ -59,17 +59,22 @@ def _gate_backward_tile(
     """
     lane = tl.arange(0, BLOCK)
     inside = lane < left if TAIL else None
-    g = convert(tl.load(g_ptr + lane, mask=inside), W_DTYPE)
+    # Loads come before the first store, because the compiler cannot know that no two operands overlap.
+    g = tl.load(g_ptr + lane, mask=inside)
     if NEED_WEIGHT or MAGNITUDE:
         s = tl.load(s_ptr + lane, mask=inside)
+    if NEED_WEIGHT and HAS_UNION:
+        byte = tl.arange(0, BLOCK // 8)
+        frozen = unpack_bits(tl.load(union_ptr + byte, mask=byte * 8 < left if TAIL else None))
+    if NEED_SCORES:
+        w = tl.load(w_ptr + lane, mask=inside)
+    g = convert(g, W_DTYPE)
     if NEED_WEIGHT:
         drop = below(s, tau, MAGNITUDE)
         if HAS_UNION:
-            byte = tl.arange(0, BLOCK // 8)
-            drop |= unpack_bits(tl.load(union_ptr + byte, mask=byte * 8 < left if TAIL else None))
+            drop |= frozen
         tl.store(dw_ptr + lane, tl.where(drop, tl.zeros_like(g), g), mask=inside)
     if NEED_SCORES:
-        w = tl.load(w_ptr + lane, mask=inside)
         ds = convert(widen(g) * widen(w), W_DTYPE)
         if MAGNITUDE:  # sign(NaN) is 0, as in PyTorch
             ds = widen(ds)

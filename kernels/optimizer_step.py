@@ -1,6 +1,6 @@
 """One-pass AdamW and SGD for gated tensors: from G, the gradient of the masked weight, to updated weights and scores.
 
-``update_kernel`` forms ``dW`` and ``dS`` in registers and never stores to a frozen weight. For tensors with a ``next``
+``update_kernel`` forms ``dW`` and ``dS`` in registers, and frozen weights keep their bits. For tensors with a ``next``
 it also writes the masked weight of the next forward pass with a guess of the new threshold; :mod:`.warm_threshold` then
 computes the threshold and corrects the masked weight. The coefficients come from :mod:`.step_coefficients`. One launch
 updates any number of tensors.
@@ -17,23 +17,35 @@ from torch import Tensor
 
 from . import _layout as layout
 from ._elementwise import FP_FUSION, convert, is_magnitude, table_pointer, widen
-from ._update_rules import SCALES, adamw, gradients, load_frozen, load_scale, load_settings, load_threshold, sgd
+from ._update_rules import (
+    SCALES,
+    adamw,
+    gradients,
+    load_frozen,
+    load_scale,
+    load_settings,
+    load_threshold,
+    running_means,
+    sgd,
+)
 from .threshold import stretch
 from .threshold_table import DTYPES
 from .update_table import UpdateTable, Workspace
-from .warm_threshold import add_counts, load_window, note
+from .warm_threshold import add_counts, list_has_room, load_window, note
 
 
 @triton.jit
 def _store_weight(
     w_ptr, w, w_new, frozen, inside, BLOCK: tl.constexpr, HAS_UNION: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    """Store the weights that are not frozen. Returns the weights after the update."""
+    """Store the weights, but none of a thread's four if all of them are frozen; a frozen one among others keeps its
+    bits. Returns the weights after the update."""
     if HAS_UNION:
         w_new = tl.where(frozen, w, w_new)
-        # A wide store cannot skip a frozen element, so each thread stores one element, and neighbours store neighbours.
-        apart = tl.max_contiguous(tl.arange(0, BLOCK), 1)
-        tl.store(w_ptr + apart, w_new, mask=(frozen == 0) & inside if TAIL else frozen == 0)
+        lane = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        loose = tl.max((frozen == 0).to(tl.int32).reshape(BLOCK // 4, 4), 1)[:, None] > 0
+        mask = loose & inside.reshape(BLOCK // 4, 4) if TAIL else tl.broadcast_to(loose, [BLOCK // 4, 4])
+        tl.store(w_ptr + lane, w_new.reshape(BLOCK // 4, 4), mask=mask)
     else:
         tl.store(w_ptr + tl.arange(0, BLOCK), w_new, mask=inside)
     return w_new
@@ -41,61 +53,59 @@ def _store_weight(
 
 @triton.jit
 def _update_tile(
-    operands, at, left, tau, settings, window, state_ptr, keys_ptr, places_ptr,
+    operands, start, at, left, tau, settings, window, lists, state_ptr, keys_ptr, places_ptr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, MAGNITUDE: tl.constexpr, HAS_UNION: tl.constexpr, GIVEN: tl.constexpr,
     ADAM: tl.constexpr, WEIGHT_STATES: tl.constexpr, SCORE_STATES: tl.constexpr, NEXT: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Update one block, from element ``at``; ``left`` elements remain in the tensor. Returns the counts of
-    :func:`note`."""
+    """Update the block at ``at`` of the part that begins at ``start``; ``left`` elements remain in the tensor. Returns
+    what :func:`note` returns."""
     for_weight, for_scores, scale = settings
     g_ptr, ds_ptr, w_ptr, s_ptr, w1_ptr, w2_ptr, s1_ptr, s2_ptr, union_ptr, masked_ptr = operands
     lane = tl.arange(0, BLOCK)
     inside = lane < left if TAIL else None
-    # Loads come before the first store, because the compiler cannot know that no two operands overlap. Two
-    # cases load the last state later, because they would use too many registers: AdamW (on sm_80), and SGD in float32
-    # with a next gate (LATE, on sm_100).
-    LATE: tl.constexpr = NEXT and not ADAM and w_ptr.dtype.element_ty == tl.float32
+    # Loads come before the first store, because the compiler cannot know that no two operands overlap.
     g = tl.load(g_ptr + at + lane, mask=inside)
     w = tl.load(w_ptr + at + lane, mask=inside)
     s = tl.load(s_ptr + at + lane, mask=inside)
     ds = tl.load(ds_ptr + at + lane, mask=inside) if GIVEN else s
     w1 = tl.load(w1_ptr + at + lane, mask=inside) if WEIGHT_STATES > 0 else w
     w2 = tl.load(w2_ptr + at + lane, mask=inside) if ADAM else w
-    s1 = tl.load(s1_ptr + at + lane, mask=inside) if SCORE_STATES > 0 and not LATE else s
+    s1 = tl.load(s1_ptr + at + lane, mask=inside) if SCORE_STATES > 0 else s
+    s2 = tl.load(s2_ptr + at + lane, mask=inside) if ADAM else s
     frozen = lane < 0
     if HAS_UNION:
         frozen = load_frozen(union_ptr, at, left, BLOCK, TAIL)
 
     dw, ds = gradients(g, ds, w, s, tau, frozen, scale, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN)
     if ADAM:
-        w_new, w1_new, w2_new = adamw(widen(w), dw, widen(w1), widen(w2), for_weight)
-        tl.store(w2_ptr + at + lane, convert(w2_new, w.dtype), mask=inside)
-        s2 = tl.load(s2_ptr + at + lane, mask=inside)
-        s_new, s1_new, s2_new = adamw(widen(s), ds, widen(s1), widen(s2), for_scores)
-        tl.store(s2_ptr + at + lane, convert(s2_new, w.dtype), mask=inside)
+        w1, w2 = running_means(widen(w), dw, widen(w1), widen(w2), for_weight)
+        tl.store(w1_ptr + at + lane, convert(w1, w.dtype), mask=inside)
+        tl.store(w2_ptr + at + lane, convert(w2, w.dtype), mask=inside)
+        w_new = adamw(widen(w), w1, w2, for_weight, frozen)
     else:
-        w_new, w1_new = sgd(widen(w), dw, widen(w1), for_weight, HAS_MOMENTUM=WEIGHT_STATES > 0)
-        if LATE:
-            if WEIGHT_STATES > 0:
-                tl.store(w1_ptr + at + lane, convert(w1_new, w.dtype), mask=inside)
-            if SCORE_STATES > 0:
-                s1 = tl.load(s1_ptr + at + lane, mask=inside)
-        s_new, s1_new = sgd(widen(s), ds, widen(s1), for_scores, HAS_MOMENTUM=SCORE_STATES > 0)
-    if WEIGHT_STATES > 0 and not LATE:
-        tl.store(w1_ptr + at + lane, convert(w1_new, w.dtype), mask=inside)
-    if SCORE_STATES > 0:
-        tl.store(s1_ptr + at + lane, convert(s1_new, w.dtype), mask=inside)
+        w_new, w1 = sgd(widen(w), dw, widen(w1), for_weight, HAS_MOMENTUM=WEIGHT_STATES > 0)
+        if WEIGHT_STATES > 0:
+            tl.store(w1_ptr + at + lane, convert(w1, w.dtype), mask=inside)
+    w_new = _store_weight(w_ptr + at, w, convert(w_new, w.dtype), frozen, inside, BLOCK, HAS_UNION, TAIL)
+    if ADAM:
+        s1, s2 = running_means(widen(s), ds, widen(s1), widen(s2), for_scores)
+        tl.store(s1_ptr + at + lane, convert(s1, s.dtype), mask=inside)
+        tl.store(s2_ptr + at + lane, convert(s2, s.dtype), mask=inside)
+        s_new = adamw(widen(s), s1, s2, for_scores, lane < 0)
+    else:
+        s_new, s1 = sgd(widen(s), ds, widen(s1), for_scores, HAS_MOMENTUM=SCORE_STATES > 0)
+        if SCORE_STATES > 0:
+            tl.store(s1_ptr + at + lane, convert(s1, s.dtype), mask=inside)
     s_new = convert(s_new, s.dtype)
     tl.store(s_ptr + at + lane, s_new, mask=inside)
-    w_new = _store_weight(w_ptr + at, w, convert(w_new, w.dtype), frozen, inside, BLOCK, HAS_UNION, TAIL)
     if NEXT:
         return note(
-            w_new, s_new, at + lane, inside, window, masked_ptr + at + lane, state_ptr, keys_ptr, places_ptr,
+            w_new, s_new, start + at, inside, window, lists, masked_ptr + at + lane, state_ptr, keys_ptr, places_ptr,
             MAGNITUDE=MAGNITUDE, LANES=LANES,
         )  # fmt: skip
     else:
-        return tl.zeros([LANES], tl.int32)
+        return tl.zeros([LANES], tl.int32), lists
 
 
 def _kernel_name(specialization: Any) -> str:
@@ -140,16 +150,16 @@ def update_kernel(
     tensor, row_ptr, start, items, _ = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
     start = start // BLOCK * BLOCK  # the same number, but now the compiler sees that BLOCK divides it
     operands = (
-        table_pointer(gradients_ptr, layout.GRADIENT_WEIGHT, tensor, tensors, GRAD, ALIGNED),
-        table_pointer(gradients_ptr, layout.GRADIENT_SCORES, tensor, tensors, DTYPE, ALIGNED),
-        table_pointer(fields_ptr, layout.FIELD_WEIGHT, tensor, tensors, DTYPE, ALIGNED),
-        table_pointer(fields_ptr, layout.FIELD_SCORES, tensor, tensors, DTYPE, ALIGNED),
-        table_pointer(fields_ptr, layout.FIELD_WEIGHT_STATE_1, tensor, tensors, DTYPE, ALIGNED),
-        table_pointer(fields_ptr, layout.FIELD_WEIGHT_STATE_2, tensor, tensors, DTYPE, ALIGNED),
-        table_pointer(fields_ptr, layout.FIELD_SCORES_STATE_1, tensor, tensors, DTYPE, ALIGNED),
-        table_pointer(fields_ptr, layout.FIELD_SCORES_STATE_2, tensor, tensors, DTYPE, ALIGNED),
-        table_pointer(fields_ptr, layout.FIELD_UNION, tensor, tensors, tl.uint8, ALIGNED=False),
-        table_pointer(fields_ptr, layout.FIELD_MASKED, tensor, tensors, MASKED, ALIGNED),
+        table_pointer(gradients_ptr, layout.GRADIENT_WEIGHT, tensor, tensors, GRAD, ALIGNED) + start,
+        table_pointer(gradients_ptr, layout.GRADIENT_SCORES, tensor, tensors, DTYPE, ALIGNED) + start,
+        table_pointer(fields_ptr, layout.FIELD_WEIGHT, tensor, tensors, DTYPE, ALIGNED) + start,
+        table_pointer(fields_ptr, layout.FIELD_SCORES, tensor, tensors, DTYPE, ALIGNED) + start,
+        table_pointer(fields_ptr, layout.FIELD_WEIGHT_STATE_1, tensor, tensors, DTYPE, ALIGNED) + start,
+        table_pointer(fields_ptr, layout.FIELD_WEIGHT_STATE_2, tensor, tensors, DTYPE, ALIGNED) + start,
+        table_pointer(fields_ptr, layout.FIELD_SCORES_STATE_1, tensor, tensors, DTYPE, ALIGNED) + start,
+        table_pointer(fields_ptr, layout.FIELD_SCORES_STATE_2, tensor, tensors, DTYPE, ALIGNED) + start,
+        table_pointer(fields_ptr, layout.FIELD_UNION, tensor, tensors, tl.uint8, ALIGNED=False) + start // 8,
+        table_pointer(fields_ptr, layout.FIELD_MASKED, tensor, tensors, MASKED, ALIGNED) + start,
     )
     settings_ptr += tensor * layout.SETTINGS
     scale = load_scale(gradients_ptr, tensor, tensors, SCALE)
@@ -160,28 +170,32 @@ def update_kernel(
     )
     tau = load_threshold(gradients_ptr, tensor, tensors, DTYPE, GIVEN)
     window = (0, 0, 0, 0)
+    counts = tl.zeros([LANES], tl.int32)
+    lists = counts > 0
     if NEXT:
         state_ptr = layout.state_of(state_ptr, tensor)
         window = load_window(row_ptr, state_ptr, DTYPE, MAGNITUDE)
         first = tl.load(row_ptr + layout.TENSOR_LIST)
         keys_ptr += first
         places_ptr += first
+        lists = list_has_room(row_ptr, state_ptr, LANES)
 
-    counts = tl.zeros([LANES], tl.int32)
     whole = items // BLOCK * BLOCK
     # Full blocks load without a bounds check. With one, no block could use wide loads when n is odd.
     for offset in range(0, whole, BLOCK):
-        counts += _update_tile(
-            operands, start + offset, BLOCK, tau, settings, window, state_ptr, keys_ptr, places_ptr,
+        noted, lists = _update_tile(
+            operands, start, offset, BLOCK, tau, settings, window, lists, state_ptr, keys_ptr, places_ptr,
             BLOCK=BLOCK, LANES=LANES, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM,
             WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES, NEXT=NEXT, TAIL=False,
         )  # fmt: skip
+        counts += noted
     if whole < items:
-        counts += _update_tile(
-            operands, start + whole, items - whole, tau, settings, window, state_ptr, keys_ptr, places_ptr,
+        noted, lists = _update_tile(
+            operands, start, whole, items - whole, tau, settings, window, lists, state_ptr, keys_ptr, places_ptr,
             BLOCK=BLOCK, LANES=LANES, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM,
             WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES, NEXT=NEXT, TAIL=True,
         )  # fmt: skip
+        counts += noted
     if NEXT:
         add_counts(state_ptr, counts)
 
@@ -237,5 +251,6 @@ def update(
         NEXT=table.masked is not None,
         ALIGNED=aligned and table.aligned,
         num_warps=config.num_warps,
+        maxnreg=config.registers[table.steps is not None and table.masked is not None],
         **FP_FUSION,
     )

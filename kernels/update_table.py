@@ -7,8 +7,9 @@ gradients are in a smaller table, which is written again when a gradient has mov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,15 @@ class Config:
 
     Attributes:
         block: elements that a program updates at a time, a power of two: 4 per thread, which makes 128 bits of float32.
-        items: elements per program, a power of two and a multiple of ``block``; at most 255 per thread.
+        items: elements per program, a multiple of ``block``; at most 255 per thread, and 65535 in all. In ``CONFIGS``
+            it is the most that :func:`spread` may choose.
         num_warps: of the kernels that update and gate.
         digit_block: scores or keys that a program of the search reads at a time. It is that of the search for a first
             threshold, so that both use the same compiled kernel.
-        share: the list of a tensor has room for 1/share of its keys, share a power of two; an entry takes 12 bytes.
+        share: the list of a tensor has room for 1/share of its keys; an entry takes 12 bytes.
+        registers: the most per thread of the kernel that updates, and the most of AdamW with a next masked weight. Then
+            6 and 5 programs of 128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and
+            elsewhere so few that it spills some.
     """
 
     block: int
@@ -53,20 +58,34 @@ class Config:
     num_warps: int
     digit_block: int
     share: int
+    registers: tuple[int, int] = (80, 96)
 
     @property
     def list_bits(self) -> int:
         """A program's part of a list has 2 to the power of this many keys."""
-        return (self.items // self.share).bit_length() - 1
+        return ((self.items - 1) // self.share).bit_length()
 
 
-CONFIGS = (Config(512, 8192, 4, 4096, 32), Config(512, 1024, 4, 4096, 4))
-"""Every choice there is. The second one is for few elements: it gives them more programs, which finish sooner, and its
-longer lists take little memory then."""
+CONFIGS = (Config(512, 63 * 512, 4, 4096, 32), Config(512, 63 * 512, 4, 4096, 4))
+"""Every choice there is. The second one is for few elements: its longer lists take little memory then."""
 
 FEW = 2**20
-"""If all tensors of a launch together have fewer elements than this, the second of ``CONFIGS`` is used. The launch then
-has about 1024 programs at most."""
+"""If all tensors of a launch together have fewer elements than this, the second of ``CONFIGS`` is used."""
+
+RESIDENT = 8
+"""How many programs a multiprocessor should have at a time. Where fewer fit, the others follow."""
+
+
+def spread(config: Config, elements: int, processors: int) -> Config:
+    """``config`` with as many items per program as suit a launch over that many elements on a GPU with that many
+    multiprocessors.
+
+    Up to 4 blocks per program, all programs run at the same time. Then there are more of them, up to 4 for every one
+    that runs, so that the last ones end together. More elements make the programs longer.
+    """
+    blocks = elements / config.block / (RESIDENT * processors)
+    blocks = math.ceil(max(min(blocks, 4), blocks / 4))
+    return replace(config, items=min(config.items, config.block * max(blocks, 1)))
 
 
 class Next(NamedTuple):
@@ -137,7 +156,7 @@ def table_size(sizes: Sequence[int], config: Config) -> int:
     return per_tensor * len(sizes) + layout.PROGRAM_COLUMNS.value * programs
 
 
-def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config = CONFIGS[0]) -> UpdateTable:
+def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> UpdateTable:
     """Describe tensors to the kernels. The table holds addresses, not references.
 
     Args:

@@ -45,41 +45,64 @@ def load_window(row_ptr, state_ptr, DTYPE: tl.constexpr, MAGNITUDE: tl.constexpr
 
 
 @triton.jit
+def list_has_room(row_ptr, state_ptr, LANES: tl.constexpr):
+    """[LANES] int1: whether a thread may list keys. Once the list has run over, nobody looks at it any more."""
+    listed = tl.load(state_ptr + layout.STATE_LISTED, cache_modifier=".cg")  # the L1 cache may have an old number
+    return listed + tl.zeros([LANES], tl.int64) <= tl.load(row_ptr + layout.TENSOR_ROOM)
+
+
+@triton.jit
 def note(
-    w, s, place, inside, window, masked_ptr, state_ptr, keys_ptr, places_ptr,
+    w, s, first, inside, window, lists, masked_ptr, state_ptr, keys_ptr, places_ptr,
     MAGNITUDE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write the masked weight of a tile by the guess, and list the keys that lie in the window. ``inside`` tells which
-    elements belong to the tensor; None means all of them.
+    """Write the masked weight of a tile by the guess, and list the keys that lie in the window. ``first`` is the place
+    of the tile in its tensor; ``inside`` tells which elements belong to the tensor, and None means all of them;
+    ``lists`` is that of :func:`list_has_room`.
+
+    Each thread reserves places in the list for its own keys. So no thread waits for another, and one without such keys
+    waits for nothing. A thread that sees the list run over only counts its keys from then on.
 
     Returns:
-        [LANES] int32, for each thread: keys below the window, at its low end and at its high end, 8 bits each.
+        counts: [LANES] int32, for each thread: keys below the window, at its low end, at its high end, and those in it
+            that the state does not count yet, 8 bits each.
+        lists: for the next tile.
     """
     low, high, guess, room = window
     key = order_key(s, MAGNITUDE)
     masked = convert(w, masked_ptr.dtype.element_ty)
     tl.store(masked_ptr, tl.where(key < guess, tl.zeros_like(masked), masked), mask=inside)
-    between = (key > low) & (key < high)
-    kind = tl.where(key < low, 1, tl.where(key == low, 1 << 8, tl.where(key == high, 1 << 16, 0)))
+    kind = tl.where(key < high, 1 << 24, tl.where(key == high, 1 << 16, 0))
+    kind = tl.where(key < low, 1, tl.where(key == low, 1 << 8, kind))
     if inside is not None:
-        between &= inside
         kind = tl.where(inside, kind, 0)
-    found = tl.sum(between.to(tl.int32), 0)
-    if found > 0:
-        begin = tl.atomic_add(state_ptr + layout.STATE_LISTED, found.to(tl.int64), sem="relaxed")
-        if begin + found <= room:
-            slot = begin + tl.cumsum(between.to(tl.int32), 0) - 1
-            tl.store(keys_ptr + slot, key, mask=between)
-            tl.store(places_ptr + slot, place, mask=between)
-    return tl.sum(kind.reshape(LANES, kind.numel // LANES), 1)
+    EACH: tl.constexpr = kind.numel // LANES
+    key, kind = key.reshape(LANES, EACH), kind.reshape(LANES, EACH)
+    counts = tl.sum(kind, 1)
+    found = counts >> 24
+    asks = lists & (found > 0)
+    listed_ptr = state_ptr + layout.STATE_LISTED + tl.zeros_like(found)
+    slot = tl.atomic_add(listed_ptr, found.to(tl.int64), mask=asks, sem="relaxed")
+    lists &= (asks == 0) | (slot + found <= room)
+    for column in tl.static_range(EACH):
+        this = tl.arange(0, EACH)[None, :] == column
+        listed = asks & (tl.sum(tl.where(this, kind, 0), 1) >> 24 > 0)
+        mask = listed & (slot < room)
+        tl.store(keys_ptr + slot, tl.sum(tl.where(this, key, 0), 1), mask=mask)
+        tl.store(places_ptr + slot, first + tl.arange(0, LANES) * EACH + column, mask=mask)
+        slot += listed.to(tl.int64)
+    return tl.where(asks, counts & 0xFFFFFF, counts), lists
 
 
 @triton.jit
 def add_counts(state_ptr, counts):
-    """Add to the state what :func:`note` counted in all tiles of a program."""
-    tl.atomic_add(state_ptr + layout.STATE_BELOW, tl.sum(counts & 0xFF, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(state_ptr + layout.STATE_AT_LOW, tl.sum((counts >> 8) & 0xFF, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(state_ptr + layout.STATE_AT_HIGH, tl.sum((counts >> 16) & 0xFF, 0).to(tl.int64), sem="relaxed")
+    """Add to the state what :func:`note` counted in all tiles of a program, which are fewer than 2^16 keys."""
+    pair = tl.sum((counts & 0xFF00FF).to(tl.uint32), 0).to(tl.int64)  # two sums in one number
+    tl.atomic_add(state_ptr + layout.STATE_BELOW, pair & 0xFFFF, sem="relaxed")
+    tl.atomic_add(state_ptr + layout.STATE_AT_HIGH, pair >> 16, sem="relaxed")
+    pair = tl.sum(((counts >> 8) & 0xFF00FF).to(tl.uint32), 0).to(tl.int64)
+    tl.atomic_add(state_ptr + layout.STATE_AT_LOW, pair & 0xFFFF, sem="relaxed")
+    tl.atomic_add(state_ptr + layout.STATE_LISTED, pair >> 16, mask=pair >> 16 > 0, sem="relaxed")
 
 
 @triton.jit(

@@ -199,6 +199,20 @@ def test_a_threshold_in_the_window_is_found_there(device: torch.device) -> None:
     assert counts(settled(scores, window_for(tau + 1, tau + 5, tau + 1), device)) == (0, 1)
     assert counts(settled(scores, window_for(tau - 5, tau - 1, tau - 1), device)) == (0, 1)
     assert counts(settled(scores, window_for(0, NAN, tau), device)) == (0, 1), "more than the list has room for"
+    assert counts(settled(scores, window_for(0, tau, tau), device)) == (1, 0), "at the high end, all counted"
+
+
+def test_a_program_with_the_most_blocks_counts_all(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every counter of a thread as full as it can be, and a list that runs over."""
+    monkeypatch.setattr(optimizer_steps, "spread", lambda config, *_: config)
+    scores = torch.full((optimizer_steps.CONFIGS[0].items,), 0.5)
+    key = key_of(scores[0])
+    assert counts(settled(scores, window_for(key, key + 9, key), device)) == (1, 0), "at the low end"
+    assert counts(settled(scores, window_for(key - 9, key, key), device)) == (1, 0), "at the high end"
+    assert counts(settled(scores, window_for(key + 1, key + 9, key + 1), device)) == (0, 1), "below"
+    assert counts(settled(scores, window_for(key - 9, key + 9, key), device)) == (0, 1), "inside"
+    scores[1::128] = 0.75
+    assert counts(settled(scores, window_for(key - 9, key_of(scores[1]), key), device, 0.999)) == (1, 0), "all but some"
 
 
 @pytest.mark.sample(13)

@@ -45,7 +45,7 @@ class CompileCase(NamedTuple):
         needs_tensor_core: whether the machine code must hold a tensor-core instruction.
         most_shared: how many bytes of shared memory the library counts with when it chooses a tile; None where it has
             no choice.
-        maxnreg: how many registers a thread may use, if the launch says it.
+        maxnreg: how many registers a thread may use, if the launch says it; None for as many as the compiler likes.
     """
 
     name: str

@@ -42,7 +42,7 @@ class _Counts(NamedTuple):
 
 
 class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
-    """``torch.optim.AdamW`` for a :class:`wsn_fast.WSN`. Frozen weights are safe, because it never writes to them.
+    """``torch.optim.AdamW`` for a :class:`wsn_fast.WSN`. It leaves the bits of frozen weights as they are.
 
     Build it after ``begin_task``. The WSN guards it at once. Param groups, LR schedulers, closures, ``state_dict`` (to
     and from torch's optimizer with the same param groups), accumulation and ``GradScaler`` work as with torch's

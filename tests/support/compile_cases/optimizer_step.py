@@ -29,7 +29,6 @@ def compile_cases() -> list[CompileCase]:
         name += f" {config.block}x{config.num_warps}"
         for kind, states in (("adamw", 2), ("sgd", 1)):
             optimizer = {"ADAM": kind == "adamw", "WEIGHT_STATES": states, "SCORE_STATES": states}
-            cases.append(
-                CompileCase(f"{kind} {name}", update_kernel, tables, form | optimizer, num_warps=config.num_warps)
-            )
+            limits = {"num_warps": config.num_warps, "maxnreg": config.registers[kind == "adamw" and ready]}
+            cases.append(CompileCase(f"{kind} {name}", update_kernel, tables, form | optimizer, **limits))
     return list({case.name: case for case in cases}.values())

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ...kernels import _layout as layout
 from ...kernels import grad_norm, optimizer_step, step_coefficients, update_table, warm_threshold
-from ...kernels.update_table import CONFIGS, FEW, Gated, UpdateTable
+from ...kernels.update_table import CONFIGS, FEW, Gated, UpdateTable, spread
 from ..updates import SGD, AdamW, AdamWState, Batch, Gradient, Plan, SGDState, Update
+from .device import gpu_of
 from .plans import Addresses, Entry, addresses_of, are_aligned, is_capturing, keep
 
 DTYPE = attrgetter("dtype")
@@ -297,6 +298,7 @@ def _contiguous(call: _Call, batch: Batch) -> list[Gradient]:
 def _new_entry(gated: Sequence[Gated], device: torch.device) -> Entry[UpdateTable]:
     """The table of the tensors, and memory for the addresses of their gradients."""
     sizes = [one.weight.numel() for one in gated]
-    config = CONFIGS[1] if sum(sizes) < FEW else CONFIGS[0]
+    total = sum(sizes)
+    config = spread(CONFIGS[1] if total < FEW else CONFIGS[0], total, gpu_of(device).processors)
     buffer = torch.empty(update_table.table_size(sizes, config), dtype=torch.int64, device=device)
     return Entry(update_table.make_table(gated, buffer, config), Addresses(layout.GRADIENTS, len(gated), device))

@@ -1,0 +1,39 @@
+"""How an update is cut into programs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from wsn_fast.kernels.update_table import CONFIGS, RESIDENT, Config, spread
+
+H200 = 132  # multiprocessors
+
+
+@pytest.mark.parametrize("processors", [1, 20, H200])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_programs_follow_the_elements_and_the_multiprocessors(config: Config, processors: int) -> None:
+    at_once = RESIDENT * processors
+    for elements in (1, 512, 513, 100_000, 2**20, 3 * 2**20, 2**24, 11_000_000, 2**26, 2**33):
+        cut = spread(config, elements, processors)
+        blocks, programs = -(-elements // cut.block), -(-elements // cut.items)
+        assert cut == replace(config, items=cut.items) and cut.items % cut.block == 0
+        assert cut.items <= min(config.items, 255 * 32 * cut.num_warps, 65535)
+        assert programs <= 4 * at_once or cut.items == config.items, "not more than wanted, but for the limit"
+        if blocks <= at_once:
+            assert cut.items == cut.block, "a program for every block"
+        if blocks >= 8 * at_once:
+            assert programs >= 3 * at_once or cut.items == 4 * cut.block, "several for each that runs"
+
+
+def test_an_h200_gets_all_its_multiprocessors_busy() -> None:
+    assert [-(-n // spread(CONFIGS[0], n, H200).items) for n in (2**18, 2**20, 2**24, 2**26)] == [512, 1024, 4096, 4096]
+
+
+def test_the_parts_of_a_list_have_room_for_all_of_it() -> None:
+    for config in CONFIGS:
+        for blocks in (*range(1, 20), 63):
+            cut = replace(config, items=blocks * config.block)
+            for n in (1, cut.items - 1, cut.items, cut.items + 1, 7 * cut.items + 5, 2**20):
+                assert (-(-n // cut.items) << cut.list_bits) >= n // cut.share
