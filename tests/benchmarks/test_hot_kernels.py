@@ -101,24 +101,24 @@ def test_no_register_is_spilled(hot: Hot, read: Any) -> None:
     assert read(hot).spills == 0
 
 
-@cases(two_optimizers_in_one_tile_hold_too_much=(ONE_PASS, FIRST_TASK, GIVEN), a_tile_has_16_keys_a_thread=(WINDOW,))
+@cases(a_tile_has_16_keys_a_thread=(WINDOW,))
 def test_enough_programs_fit_on_a_processor(hot: Hot, read: Any) -> None:
     assert read(hot).registers <= hot.registers
 
 
-@cases(weights_are_stored_apart_to_skip_frozen_ones=(ONE_PASS, GIVEN), each_thread_has_keys_far_apart=(WINDOW,))
+@cases(each_thread_has_keys_far_apart=(WINDOW,))
 def test_elements_are_moved_in_wide_accesses(hot: Hot, read: Any) -> None:
     """Single bytes are those of packed masks: a thread needs no more than one."""
     narrow = [opcode for opcode in read(hot).tile.widths if not opcode.endswith((".64", ".128", ".U8"))]
     assert narrow == []
 
 
-@cases(a_state_is_loaded_late=(ONE_PASS, FIRST_TASK, GIVEN), the_weight_is_loaded_after_dW_is_stored=(GRADIENTS,))
+@cases(ptxas_puts_the_last_load_behind_the_first_arithmetic=(ONE_PASS, GIVEN))
 def test_a_tile_is_loaded_before_anything_is_computed(hot: Hot, read: Any) -> None:
     assert read(hot).tile.waits == 1
 
 
-@cases(the_root_and_the_divisions_get_zeros=(ONE_PASS, FIRST_TASK, GIVEN))
+@cases()
 def test_zeros_stay_on_the_fast_path(hot: Hot, read: Any) -> None:
     """Most second moments of weights outside the mask are exactly zero, and then a whole warp takes the slow path."""
     zeros = read(hot).zeros
