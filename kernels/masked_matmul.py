@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._elementwise import FP_FUSION
-from ._matmul_tile import MatmulConfig, dot, fitted, load_masked, load_unit
+from ._matmul_tile import ALL_REGISTERS, MatmulConfig, dot, fitted, load_masked, load_unit
 from .split_sum import partial_products, reduce_partials
 
 # The second tiles are for GPUs whose blocks have 99 KiB of shared memory: the masks of fp32 scores leave no room there
@@ -166,6 +166,7 @@ def masked_matmul(
         BLOCK_R=config.block_r,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=None if precision == "ieee" else ALL_REGISTERS,
         **FP_FUSION,
     )
     if splits > 1:

@@ -292,7 +292,7 @@ def masked_matmul_grad(
         GROUP=GROUP,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=ALL_REGISTERS if precision == "ieee" else None,
+        maxnreg=ALL_REGISTERS,
         **FP_FUSION,
     )
     if partials is not None:
