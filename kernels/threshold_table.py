@@ -45,7 +45,7 @@ CONFIGS = (
     Config(),
     Config(items=16384),
     Config(items=131072),
-    Config(window_block=4096, digit_block=8192, items=65536, num_warps=8),
+    Config(window_block=4096, digit_block=4096, items=65536, num_warps=8),
 )
 
 

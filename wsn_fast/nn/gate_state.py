@@ -105,6 +105,7 @@ class Given:
         score: the scores in training, or None for a finished task.
         ready: in training the gate that was made ahead.
         raw: whether a one-pass optimizer takes the gradient.
+        read: the version of ``masked`` when an attribute first returned it in this pass, None if none has.
         dtype: that of ``masked``.
     """
 
@@ -114,6 +115,7 @@ class Given:
     score: Tensor | None = None
     ready: Ready | None = None
     raw: bool = False
+    read: int | None = None
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:

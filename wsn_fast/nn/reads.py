@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from operator import is_
+from threading import get_ident
 from types import CodeType, FunctionType
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,7 +42,7 @@ class Passes:
     joined have in common. A copy has none."""
 
     def __init__(self) -> None:
-        self.running: list[None] = []
+        self.running: list[int] = []
         self.read: list[Any] = []
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
@@ -53,8 +54,8 @@ class Scope:
     has another one.
 
     Attributes:
-        running: one element for each forward pass that has begun and is not over. (Threads may run several at a time,
-            and a list can be changed by several threads.)
+        running: for each forward pass that has begun and is not over the number of its thread, or 0 in compiled code.
+            (Several threads may change a list.)
     """
 
     def __init__(self, passes: Passes | None = None) -> None:
@@ -68,20 +69,29 @@ class Scope:
         """Call ``forward`` as a forward pass of the model."""
         if is_exporting():  # which wants no side effects
             return forward(*args, **kwargs)
-        self.running.append(None)
+        if self.is_open():
+            return forward(*args, **kwargs)
+        me = 0 if is_compiling() else get_ident()
+        self.running.append(me)
         try:
             return forward(*args, **kwargs)
         finally:
-            self._leave()
+            self._leave(me)
+
+    def is_open(self) -> bool:
+        """Whether this thread is within a forward pass."""
+        running = self.running
+        return bool(running) and not is_compiling() and get_ident() in running
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """The code of a ``with`` block counts as a forward pass of the model."""
-        self.running.append(None)
+        me = get_ident()
+        self.running.append(me)
         try:
             yield
         finally:
-            self._leave()
+            self._leave(me)
 
     def are_masked(self) -> bool:
         """Whether reads get masked tensors now: in a forward pass, and where a backward pass repeats a part of one."""
@@ -96,17 +106,17 @@ class Scope:
 
     def note(self, layer: Any) -> None:
         """A tensor of ``layer`` was read: look at its reads, and drop them, when no forward pass runs any more."""
-        self._read.append(layer)
+        if not self._read or self._read[-1] is not layer:
+            self._read.append(layer)
 
-    def _leave(self) -> None:
-        self.running.pop()
+    def _leave(self, thread: int) -> None:
+        self.running.remove(thread)
         if self._read and not self.running:
             layers = [*self._read]
             self._read.clear()
             try:
                 for layer in layers:
-                    for name, last in layer.gate_state.reads.items():
-                        last.check(layer, name)
+                    _check_reads(layer)
             finally:
                 for layer in layers:
                     layer.gate_state.reads.clear()
@@ -121,15 +131,6 @@ class Read(NamedTuple):
     tensors: tuple[Tensor, Tensor]
     values: tuple[object, ...]
 
-    def check(self, layer: Any, name: str) -> None:
-        """Raise ``RuntimeError`` if somebody has written to it."""
-        if self.masked._version != self.version:
-            layer.gate_state.drop_kept()  # what was written to may be among them
-            raise RuntimeError(
-                f"something wrote to {name!r} of {type(layer).__name__} in a forward pass, where this attribute is the "
-                f"masked tensor. To change the tensor itself, write to layer.param({name!r})"
-            )
-
 
 def read(layer: Any, name: str) -> Tensor | None:
     """What code gets that reads the gated tensor ``name`` of a layer in a forward pass: masked, made once in a pass."""
@@ -143,24 +144,52 @@ def read(layer: Any, name: str) -> Tensor | None:
         )
     masked: Tensor | None
     given = state.given.get(name)
-    is_given = given is not None and given.score is None and given.is_for(param, param.dtype, False)
+    if given is not None and given.score is None and given.is_for(param, param.dtype, False):
+        masked = given.masked
+        if given.read is None and not is_compiling():
+            given.read = masked._version
+            state.scope.note(layer)
+        return masked
     if is_compiling() or are_active() or param.is_inference():
-        return given.masked if is_given else layer.masked(name, param.dtype)
-    if not is_given and torch.is_grad_enabled() and hooks_of_saved_tensors(False) is not None:
+        masked = layer.masked(name, param.dtype)
+        return masked
+    if torch.is_grad_enabled() and hooks_of_saved_tensors(False) is not None:
         # What activation checkpointing runs again makes its gates again, so it shares none with what is around it.
-        return layer.masked(name, param.dtype)
+        masked = layer.masked(name, param.dtype)
+        return masked
     tensors = param, getattr(layer, f"{name}_score")
-    values = *(tensor._version for tensor in tensors), layer._active_row, torch.is_grad_enabled(), is_given
+    values = *(tensor._version for tensor in tensors), layer._active_row, torch.is_grad_enabled()
     last = state.reads.get(name)
-    if last is not None and all(map(is_, last.tensors, tensors)) and last.values == values:
-        return last.masked
     if last is not None:
-        last.check(layer, name)
-    masked = given.masked if is_given else layer.masked(name, param.dtype)
+        masked = last.masked
+        if all(map(is_, last.tensors, tensors)) and last.values == values:
+            return masked
+        _check_unwritten(layer, name, masked, last.version)
+    masked = layer.masked(name, param.dtype)
     if masked is not None and state.scope.running and not masked.is_inference():
         state.reads[name] = Read(masked, masked._version, tensors, values)
         state.scope.note(layer)
     return masked
+
+
+def _check_reads(layer: Any) -> None:
+    """Check what the attributes of ``layer`` returned in the pass that is over."""
+    for name, last in layer.gate_state.reads.items():
+        _check_unwritten(layer, name, last.masked, last.version)
+    for name, given in layer.gate_state.given.items():
+        version, given.read = given.read, None
+        if version is not None:
+            _check_unwritten(layer, name, given.masked, version)
+
+
+def _check_unwritten(layer: Any, name: str, masked: Tensor, version: int) -> None:
+    """Raise ``RuntimeError`` if somebody has written to a masked tensor since it had this version."""
+    if masked._version != version:
+        layer.gate_state.drop()  # what was written to may be kept
+        raise RuntimeError(
+            f"something wrote to {name!r} of {type(layer).__name__} in a forward pass, where this attribute is the "
+            f"masked tensor. To change the tensor itself, write to layer.param({name!r})"
+        )
 
 
 def reading(name: str) -> property:
@@ -169,7 +198,8 @@ def reading(name: str) -> property:
     def get(layer: Any) -> Tensor | None:
         if name not in layer._parameters and name not in vars(layer):
             raise AttributeError(name)  # nn.Module looks elsewhere then
-        if not layer.gate_state.scope.are_masked():
+        scope = layer.gate_state.scope
+        if not (scope.running or scope.are_masked()):
             tensor: Tensor | None = layer.param(name)
             return tensor
         try:
@@ -292,8 +322,10 @@ def _scoped(kind: type[nn.Module], name: str, function: Callable[..., Any]) -> C
     @wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         own, function = self.__dict__, getattr(kind, name)  # somebody may have put another one there
-        scope = own.get(_SCOPE) or (own["gate_state"].scope if "gate_state" in own else None)
-        return function(self, *args, **kwargs) if scope is None else scope(function, self, *args, **kwargs)
+        scope = own["gate_state"].scope if "gate_state" in own else own.get(_SCOPE)
+        if scope is None or scope.is_open():
+            return function(self, *args, **kwargs)
+        return scope(function, self, *args, **kwargs)
 
     return method
 

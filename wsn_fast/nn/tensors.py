@@ -27,7 +27,10 @@ class GatedModule(SubnetLayer, MadeClass):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not in forward, because hooks read tensors too: those of torch.nn.utils.weight_norm compute the weight.
-        return self.gate_state.scope(super().__call__, *args, **kwargs)
+        scope = self.gate_state.scope
+        if scope.is_open():
+            return super().__call__(*args, **kwargs)
+        return scope(super().__call__, *args, **kwargs)
 
     def fan_in(self, name: str) -> int:
         """As torch counts it: the elements of ``tensor[0]``. A vector has that of the first matrix of the module, as
