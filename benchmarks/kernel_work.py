@@ -18,11 +18,10 @@ sys.path.append(str(ROOT / "tests" / "support"))
 compiling, machine_code = importlib.import_module("compiling"), importlib.import_module("machine_code")
 machine_paths = importlib.import_module("machine_paths")
 
-LISTED = frozenset(("search_kernel", "fix_kernel"))
-"""The kernels that go through the listed keys only if an update has made a list; all others go through the tensor."""
+LISTED = frozenset(("digit_kernel", "fix_kernel"))
+"""The kernels that usually go through the listed keys only; all others go through the tensor."""
 SAMPLING = frozenset(("sample_kernel",))
-"""The kernels that make a window from a sample, but for a search that is warm. Without one before it in the step, a
-window is a warm one."""
+"""The kernels that make a window from a sample. Without one before it in the step, a window is a warm one."""
 FIRST_ARGUMENT = 0x210
 """Where the arguments of a kernel begin in its constant bank, on sm_90."""
 LATENCIES = machine_paths.Latencies(

@@ -46,12 +46,16 @@ from .threshold_table import (
     list_bits,
     make_table,
     programs_of,
+    spread,
     workspace_size,
     write_programs,
     write_row,
 )
 
-__all__ = ["CONFIGS", "Config", "Table", "describe", "make_table", "programs_of", "select", "workspace_size"]
+__all__ = [
+    "CONFIGS", "Config", "Table", "describe", "make_table", "programs_of", "select", "spread",
+    "workspace_size",
+]  # fmt: skip
 
 
 @triton.jit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from . import _layout as layout
 
 LIST_SHARE = 8  # a list has room for 1/8 of its tensor's keys
 SIGMAS = 4.5
+MOST_BLOCKS = 256  # that one program takes; more scores take more programs
 OWNERS_BLOCK = tl.constexpr(512)  # how many rows of ``Table.programs`` are written at a time
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -29,7 +30,7 @@ class Config:
     Attributes:
         window_block: scores that a program of ``window_kernel`` reads at a time: 1 to 64 per thread.
         digit_block: scores or keys that a program of ``digit_kernel`` reads at a time.
-        items: scores per program, a multiple of both blocks.
+        items: scores per program, a multiple of both blocks; see :func:`spread`.
         sample: scores in a sample, at most 16384.
         num_warps: of these two kernels.
     """
@@ -47,6 +48,23 @@ CONFIGS = (
     Config(items=131072),
     Config(window_block=4096, digit_block=4096, items=65536, num_warps=8),
 )
+
+
+RESIDENT = 4
+"""How many programs of the search a multiprocessor runs at a time."""
+
+
+def spread(config: Config, scores: int, processors: int) -> Config:
+    """``config`` with as many items per program as let all programs run at the same time, and occupy the GPU.
+
+    Args:
+        config: the tile sizes.
+        scores: how many there are in all tensors of a launch together.
+        processors: the multiprocessors of the GPU.
+    """
+    least = max(config.window_block, config.digit_block)
+    blocks = triton.cdiv(triton.cdiv(scores, RESIDENT * processors), least)
+    return replace(config, items=least * triton.next_power_of_2(min(max(blocks, 1), MOST_BLOCKS)))
 
 
 class Row(NamedTuple):

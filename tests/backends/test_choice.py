@@ -207,12 +207,16 @@ def test_a_tile_is_that_of_the_next_measured_number_of_rows(tmp_path: Path) -> N
 
 @needs_triton
 def test_an_elementwise_tile_that_no_longer_exists_gives_way_to_the_default(tmp_path: Path) -> None:
+    from wsn_fast.backends.triton.tuning import Gpu
     from wsn_fast.kernels import gate, threshold
 
+    gpu = Gpu(processors=132, shared=1)
     measured = table(tmp_path, elementwise={"gate": [512, 4], "gate_backward": [3, 3], "threshold": {"items": 1}})
     assert measured.gate == gate.Config(512, 4)
     assert measured.gate_backward in gate.CONFIGS
-    assert measured.threshold is threshold.CONFIGS[0]
+    assert measured.search(1 << 24, gpu) == threshold.spread(threshold.CONFIGS[0], 1 << 24, 132)
+    for config in threshold.CONFIGS:
+        assert table(tmp_path, elementwise={"threshold": vars(config)}).search(1 << 24, gpu) == config
 
 
 @needs_triton

@@ -248,3 +248,20 @@ def test_a_table_written_on_the_device_is_that_of_the_host(n: int, device: torch
         select(table=table, tau=tau, workspace=workspace, rule="value")
     assert actual.tensors.tolist() == expected.tensors.tolist()
     assert actual.programs.tolist() == expected.programs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("scores", "processors", "items", "programs"),
+    [
+        (1, 132, 4096, 1),
+        (1 << 20, 132, 4096, 256),
+        (1 << 24, 132, 32768, 512),
+        (1 << 26, 132, 131072, 512),
+        (1 << 26, 16, 1 << 20, 64),
+        (1 << 40, 132, 1 << 20, 1 << 20),
+    ],
+)
+def test_programs_follow_from_the_scores_and_the_gpu(scores: int, processors: int, items: int, programs: int) -> None:
+    config = threshold.spread(threshold.CONFIGS[0], scores, processors)
+    assert config.items == items
+    assert threshold.programs_of(scores, config) == programs

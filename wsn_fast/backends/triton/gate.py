@@ -10,7 +10,7 @@ from ...kernels import gate as gate_kernels
 from ...kernels import gate_gradients, packed_masks
 from ...kernels import restore_frozen as restore_kernels
 from ...kernels import threshold as select
-from .device import on_device_of, table_of
+from .device import gpu_of, on_device_of, table_of
 
 
 def _flat_like(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def threshold(scores: Tensor, rank: int, rule: str) -> Tensor:
     """The ``rank``-th (from 0) of the ascending keys, NaN last: a 0-d tensor."""
     scores = scores.detach().contiguous()
     with on_device_of(scores):
-        config = table_of(scores.device).threshold
+        config = table_of(scores.device).search(scores.numel(), gpu_of(scores.device))
         count = select.programs_of(scores.numel(), config)
         tensors = torch.empty(1, layout.TENSOR_COLUMNS.value, dtype=torch.int64, device=scores.device)
         programs = torch.empty(count, layout.PROGRAM_COLUMNS.value, dtype=torch.int64, device=scores.device)

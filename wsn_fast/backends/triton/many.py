@@ -17,7 +17,7 @@ from ...kernels import threshold as select
 from ...kernels._elementwise import TensorTable
 from ..mask import GateOrder, GradientOrder
 from ..updates import Plan
-from .device import on_device_of, table_of
+from .device import gpu_of, on_device_of, table_of
 from .plans import Addresses, Entry, addresses_of, are_aligned, is_capturing, keep
 
 DTYPE, IS_CONTIGUOUS = attrgetter("dtype"), methodcaller("is_contiguous")
@@ -103,7 +103,8 @@ def _made(orders: Sequence[GateOrder], plan: Plan) -> _Made:
         gate = gate_kernels.gate_table(
             [o.weight.detach() for o in orders], scores, tau_of_each, [o.masked for o in orders], None, config.gate
         )
-        selection = select.make_table(scores, [o.rank for o in orders], config.threshold)
+        search = config.search(sum(score.numel() for score in scores), gpu_of(device))
+        selection = select.make_table(scores, [o.rank for o in orders], search)
         made = _Made(selection, gate.to(device), taus, tau_of_each)
         keep(plan, key, made, TABLES)
     return made

@@ -125,11 +125,11 @@ class Table:
         measured = self.data.get("elementwise", {}).get(operation)
         return next((c for c in configs if measured == list(astuple(c))), configs[0])
 
-    @functools.cached_property
-    def threshold(self) -> threshold.Config:
-        """The tile sizes of :func:`wsn_fast.kernels.threshold.select`."""
+    def search(self, scores: int, gpu: Gpu) -> threshold.Config:
+        """The tile sizes of :func:`wsn_fast.kernels.threshold.select` for so many scores in all tensors together."""
         measured = self.data.get("elementwise", {}).get("threshold")
-        return next((c for c in threshold.CONFIGS if measured == vars(c)), threshold.CONFIGS[0])
+        found = next((config for config in threshold.CONFIGS if measured == vars(config)), None)
+        return threshold.spread(threshold.CONFIGS[0], scores, gpu.processors) if found is None else found
 
     def fused_rows(self, product: Product, n: int, k: int) -> tuple[int, str]:
         """Up to how many rows the fused product is faster than a masked weight in memory, and how that is known. Layers
