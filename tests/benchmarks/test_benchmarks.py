@@ -120,7 +120,7 @@ assert {"elementwise", "linear", "linear_grad", "linear_tasks", "conv"} <= data.
 from wsn_fast.backends.triton.tuning import Gpu, Product, Table
 table = Table(data["device"], folder)
 assert list(vars(table.gate).values()) == data["elementwise"]["gate"]
-assert vars(table.threshold) == data["elementwise"]["threshold"]
+assert vars(table.search(1, Gpu(1, 1))) == data["elementwise"]["threshold"]
 for operation, entry in [(name, entry) for name in ("linear", "linear_grad") for entry in data[name]]:
     product = Product("masked_" + operation, torch.float32, entry["precision"], entry["source"], entry["backward"])
     rows, reason = table.fused_rows(product, entry["n"], entry["k"])
