@@ -166,6 +166,14 @@ class Positive(nn.Module):
         return x @ self.matrix
 
 
+class Detached(Positive):
+    """What its attribute returns needs no gradient, and the Parameter does."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return found.detach() if name == "matrix" else found
+
+
 class Directed(nn.Linear):
     """The weight is a property."""
 
@@ -200,6 +208,7 @@ LEFT_OUT = [
     (Tagged, "m.weight (the attribute 'tasks' of its module has a name that subnet layers use"),
     (Scored, "m.key (the attribute 'key_score' of its module has a name that subnet layers use"),
     (Positive, "m.matrix (its attribute returns something else than the Parameter"),
+    (Detached, "m.matrix (its attribute returns something else than the Parameter"),
     (Directed, "m.weight (its attribute returns something else than the Parameter"),
     (Computed, "m.matrix (it is no nn.Parameter: something computes it"),
     (scripted, "m.0.weight (TorchScript has compiled its module"),

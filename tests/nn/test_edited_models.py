@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wsn_fast import WSN, convert, to_dense
 from wsn_fast.nn.gated import SubnetLayer
-from wsn_fast.nn.reads import Reader
+from wsn_fast.nn.reads import Reader, Scope
 
 
 # --- models within models ---
@@ -95,10 +97,29 @@ def test_tensors_that_are_no_parameters_are_masked_too() -> None:
     assert all(map(torch.equal, replica(), model()))
 
 
+def test_a_pass_goes_on_after_one_of_another_thread_is_over() -> None:
+    scope, entered, over = Scope(), threading.Event(), threading.Event()
+
+    def forward() -> bool:
+        entered.set()
+        assert over.wait(10)
+        return scope.are_masked()
+
+    with ThreadPoolExecutor(1) as pool:
+        with scope.opened():
+            later = pool.submit(scope, forward)
+            assert entered.wait(10)
+        over.set()
+        assert later.result(10)
+    assert not scope.are_masked()
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_what_writes_to_a_masked_tensor_is_told_so(finished: bool, grad: bool) -> None:
-    model = convert(Reads(), DENSITY)
+    model = Reads()
+    model.linear = nn.Linear(4, 4, bias=False)  # only what was read is kept, and given to the layers
+    convert(model, DENSITY)
     wsn = WSN(model)
     wsn.begin_task(0)
     if finished:
@@ -109,6 +130,7 @@ def test_what_writes_to_a_masked_tensor_is_told_so(finished: bool, grad: bool) -
             layer.weight.mul_(2)
 
     with wsn.use_task(0) if finished else contextlib.nullcontext(), torch.set_grad_enabled(grad):
+        wsn()  # from the next pass on the layers are given what this one keeps
         expected = [one.clone() for one in wsn()]
         hook = model.register_forward_pre_hook(lambda *args: write(model.linear, args))
         with pytest.raises(RuntimeError, match=r"wrote to 'weight' of FastSubnetLinear .* layer\.param\('weight'\)"):

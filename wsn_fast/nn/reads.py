@@ -119,7 +119,7 @@ class Scope:
                     _check_reads(layer)
             finally:
                 for layer in layers:
-                    layer.gate_state.reads.clear()
+                    _forget_reads(layer)
 
 
 class Read(NamedTuple):
@@ -177,9 +177,14 @@ def _check_reads(layer: Any) -> None:
     for name, last in layer.gate_state.reads.items():
         _check_unwritten(layer, name, last.masked, last.version)
     for name, given in layer.gate_state.given.items():
-        version, given.read = given.read, None
-        if version is not None:
-            _check_unwritten(layer, name, given.masked, version)
+        if given.read is not None:
+            _check_unwritten(layer, name, given.masked, given.read)
+
+
+def _forget_reads(layer: Any) -> None:
+    layer.gate_state.reads.clear()
+    for given in layer.gate_state.given.values():
+        given.read = None
 
 
 def _check_unwritten(layer: Any, name: str, masked: Tensor, version: int) -> None:
