@@ -198,6 +198,20 @@ def dispatch_stack() -> None:
         assert torch._C._len_torch_dispatch_stack() == 1
 
 
+def exporting() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + (1 if torch.compiler._is_exporting_flag else 0)
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    zero = torch.zeros(1)
+    for strict in (True, False):
+        assert torch.export.export(Model(), (zero,), strict=strict).module()(zero) == 1
+    assert torch.compile(function, backend="eager", fullgraph=True)(zero) == function(zero) == 0
+
+
 def transforms() -> None:
     active, wrapped = torch._C._are_functorch_transforms_active, torch._C._functorch.is_functorch_wrapped_tensor
     weight = torch.zeros(1)
@@ -564,6 +578,7 @@ CHECKS: dict[str, Callable[[], object]] = {
     "get_proxy_mode": proxies,
     "torch._C._get_tracing_state": tracing_state,
     "torch._C._len_torch_dispatch_stack": dispatch_stack,
+    "torch.compiler._is_exporting_flag": exporting,
     "torch._C._are_functorch_transforms_active": transforms,
     "torch._C._functorch.is_functorch_wrapped_tensor": transforms,
     "torch._C._autograd._top_saved_tensors_default_hooks": hooks_of_saved_tensors,

@@ -16,6 +16,7 @@ from .choice import (
     run,
     tracing,
 )
+from .exporting import is_exporting
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -23,6 +24,7 @@ __all__ = [
     "PRIMITIVES",
     "Choice",
     "choose",
+    "is_exporting",
     "overridden",
     "parse_override",
     "recording",

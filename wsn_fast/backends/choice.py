@@ -17,10 +17,10 @@ from torch import device as Device
 from torch import dtype as Dtype
 from torch._C import _get_tracing_state as _tracing
 from torch._C import _len_torch_dispatch_stack as _modes
-from torch.compiler import is_exporting
 
 from . import availability, native
 from . import torch as portable
+from .exporting import is_exporting
 
 ENVIRONMENT_VARIABLE = "WSN_FAST_BACKEND"
 """Overrides the choice for the whole process, as the ``backend`` argument of :func:`choose` does for a call. It is read

@@ -18,6 +18,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from .conv_geometry import Geometry
+from .exporting import is_exporting
 from .mask import GateOrder, GradientOrder, Mask, RestoreOrder
 from .updates import SGD, AdamW, AdamWState, Batch, Gradient, Plan, SGDState, Update
 
@@ -216,7 +217,7 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(packed: Tensor, n: int) -> Tensor:
     """Packed mask to a 1-d boolean tensor of ``n`` elements."""
     # ONNX knows these functions and not the operators >> and &, and torch's exporter gets shifts of uint8 wrong.
-    packed = packed.int() if torch.compiler.is_exporting() else packed
+    packed = packed.int() if is_exporting() else packed
     bits = torch.bitwise_right_shift(packed.unsqueeze(1), _bit_positions(packed))
     return torch.bitwise_and(bits, 1).view(-1)[:n].to(torch.bool)
 

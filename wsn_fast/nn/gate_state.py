@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from .. import ops
-from ..backends import recording
+from ..backends import is_exporting, recording
 from ..ops.raw_gradients import RawGradient
 from .gate import Gated
 from .reads import Read, Scope

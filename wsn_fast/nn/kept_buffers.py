@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 
-from ..backends import recording
+from ..backends import is_exporting, recording
 from . import per_task
 
 # The key of the hook is always the same, so that compiled code serves the heads of all tasks. PyTorch counts from 0.

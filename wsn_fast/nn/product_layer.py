@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
+from ..backends import is_exporting
 from ..backends.conv_geometry import Geometry
 from ..ops.autograd import ProductForm, SubnetProduct
 from ..ops.fusion import FUSED_DTYPES

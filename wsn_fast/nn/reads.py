@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id as _backward_in_progress
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.fx import GraphModule
 
+from ..backends import is_exporting
 from .transforms import are_active
 
 hooks_of_saved_tensors = _top_saved_tensors_default_hooks

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from .. import ops
-from ..backends import recording, tracing
+from ..backends import is_exporting, recording, tracing
 from ..ops.same_bits import same_bits
 
 WAY_OUT = "Take a plain copy of a finished task, to_dense(wsn, task)"

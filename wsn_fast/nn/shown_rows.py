@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ..backends import recording
+from ..backends import is_exporting, recording
 from . import per_task
 
 # The key of the hooks is always the same, so that compiled code finds those that it was compiled with. PyTorch itself

@@ -17,6 +17,8 @@ from typing import Any, ParamSpec, TypeVar, cast, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from ..backends import is_exporting
+
 P = ParamSpec("P")
 R = TypeVar("R")
 NAMESPACE = "wsn_fast"
@@ -43,7 +45,7 @@ def operator(fake: Callable[[Any], Any]) -> Callable[[Callable[P, R]], Callable[
 
         @functools.wraps(function)
         def door(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            if not torch.compiler.is_compiling() or is_exporting():
                 return function(*args, **kwargs)
             result = registered(*arguments.flatten(args, kwargs))
             return cast(R, result if isinstance(result, Tensor) else tuple(map(_or_none, result)))
