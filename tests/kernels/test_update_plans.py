@@ -148,8 +148,9 @@ def test_a_plan_changes_nothing(device: torch.device) -> None:
 
 def test_a_plan_does_not_grow_for_ever(device: torch.device) -> None:
     plan: Plan = {}
-    for _ in range(optimizer_steps.TABLES + 3):
-        problem = moved(make_problem(4), device)
+    # All at once, so that each has an address of its own.
+    problems = [moved(make_problem(4), device) for _ in range(optimizer_steps.TABLES + 3)]
+    for problem in problems:
         triton.gradient_squares(batch_of([problem], plan=plan))
         run_step(triton, batch_of([problem.with_state(SGDState(None, None))], plan=plan), PLAIN)
     assert tables_in(plan) == optimizer_steps.TABLES

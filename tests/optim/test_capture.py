@@ -3,6 +3,7 @@ for. The real one needs a GPU (tests/test_gpu.py)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -223,16 +224,60 @@ def test_what_cannot_be_captured_runs_as_it_is(graphs: list[Replayed], monkeypat
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(capture, "new_graph", Fails)
-    reason = "the step cannot be captured: operation not permitted when stream is capturing"
+    reason = (
+        "the step cannot be captured: operation not permitted when stream is capturing (in record, test_capture.py)"
+    )
     for i in range(6):
         before = wsn.subnet_layers()["0"].weight.detach().clone()
         if i == capture.WARM_UP:
-            with pytest.warns(RuntimeWarning, match=f"{reason}. It runs eagerly until the next task begins"):
+            with pytest.warns(RuntimeWarning, match=f"{re.escape(reason)}. It runs eagerly until the next task begins"):
                 step(*batch(i))
         else:
             step(*batch(i))
         assert not torch.equal(before, wsn.subnet_layers()["0"].weight)
     assert not step.captured and step.reason == reason
+
+
+def test_the_reason_is_the_first_error(graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch ends a capture after an error in it, and this end raises an error too."""
+
+    class Broken(Replayed):
+        def record(self, work: Callable[[], Tensor]) -> Tensor:
+            try:
+                raise RuntimeError("the operation\nwith details")
+            finally:
+                raise RuntimeError("a previous error")
+
+    wsn = make_wsn()
+    optimizer, step = begin(wsn, 0, OPTIMIZERS["one pass"], graphs, monkeypatch)
+    monkeypatch.setattr(capture, "new_graph", lambda: Broken(wsn, optimizer))
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        for i in range(capture.WARM_UP + 1):
+            step(*batch(i))
+    assert step.reason == "the step cannot be captured: the operation (in record, test_capture.py)"
+
+
+@pytest.mark.parametrize("foreach", [None, True])
+@pytest.mark.parametrize("kind", ["SGD", "SubnetSGD"])
+def test_sgd_reads_no_rate_on_the_host(
+    kind: str, foreach: bool | None, graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other forms ask for the value of a tensor, which a graph refuses."""
+    seen = []
+
+    def make(wsn: WSN) -> torch.optim.Optimizer:
+        if kind == "SubnetSGD":
+            return SubnetSGD(wsn, 0.05, one_pass=True)
+        return wsn.guard(torch.optim.SGD(wsn.parameters(), 0.05, foreach=foreach))
+
+    optimizer, step = begin(make_wsn(), 0, make, graphs, monkeypatch)
+    before = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
+    optimizer.register_step_pre_hook(lambda *_: seen.append((group["fused"], group["foreach"])))
+    group = optimizer.param_groups[0]
+    for i in range(capture.WARM_UP + 1):
+        step(*batch(i))
+    assert step.captured and set(seen) == {(True, False)}
+    assert before == {name: group[name] for name in before}
 
 
 def test_a_capture_that_failed_is_tried_again_in_the_next_task(
@@ -244,7 +289,9 @@ def test_a_capture_that_failed_is_tried_again_in_the_next_task(
         patched.setattr(Replayed, "record", lambda self, work: (_ for _ in ()).throw(RuntimeError("out of luck")))
         for i in range(6):
             step(*batch(i))
-    assert not step.captured and step.reason == "the step cannot be captured: out of luck"
+    assert (
+        not step.captured and step.reason == "the step cannot be captured: out of luck (in <genexpr>, test_capture.py)"
+    )
     wsn.end_task()
     wsn.begin_task(1)
     step._optimizer = SubnetAdamW(wsn, 0.01, one_pass=True)

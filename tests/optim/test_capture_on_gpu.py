@@ -140,3 +140,61 @@ def test_evaluation_between_replays_changes_nothing(gates_ahead: bool) -> None:
         results.append([p.detach().clone() for p in wsn.parameters()])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_capture_that_fails_leaves_the_device_as_it_was() -> None:
+    wsn, stream, waits = make_wsn(), torch.cuda.current_stream(), True
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(wsn(x), y)
+        return loss * float(loss.item() > -1) if waits else loss
+
+    wsn.begin_task(0)
+    step = capture_step(wsn, OPTIMIZERS["one-pass AdamW"](wsn), loss_of)
+    with pytest.warns(RuntimeWarning, match=r"not permitted when stream is capturing.* \(in loss_of, "):
+        for batch in data(0, WARM_UP + 1):
+            step(*batch)
+    assert not step.captured
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(9, device=DEVICE).isfinite().all()  # the generator counts for no graph any more
+    wsn.end_task()
+    waits = False
+    wsn.begin_task(1)
+    step = capture_step(wsn, OPTIMIZERS["one-pass AdamW"](wsn), loss_of)
+    for batch in data(1):
+        step(*batch)
+    assert step.captured, step.reason
+
+
+@pytest.mark.parametrize("kind", ["one-pass AdamW", "AdamW", "guarded AdamW"])
+def test_a_graph_of_the_user_holds_steps_with_gates_made_ahead(kind: str) -> None:
+    """The steps before ran on the default stream, which no graph can wait for."""
+    wsn = make_wsn(gates_ahead=True)
+    wsn.begin_task(0)
+    optimizer = OPTIMIZERS[kind](wsn)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    x, y = data(0, 1)[0]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(wsn(x), y).backward()
+        optimizer.step()
+
+    def two_steps() -> None:
+        step(), step()
+
+    two_steps()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        two_steps()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        two_steps()
+    before = [p.detach().clone() for p in wsn.parameters()]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(p.isfinite().all() for p in wsn.parameters())
+    assert any(not torch.equal(p, old) for p, old in zip(wsn.parameters(), before, strict=True))

@@ -22,7 +22,7 @@ from ..ops.autograd import ModelGate
 from .ahead import Ahead
 from .gate_state import GateState, Given, Kept, Pass
 from .gated import SubnetLayer
-from .lending import Lending, Lent
+from .lending import Lending, Lent, Loan
 from .transforms import are_active
 
 VERSION, KEPT, BACKEND = map(attrgetter, ("_version", "kept", "_backend"))
@@ -64,6 +64,7 @@ class ModelGates:
         self._plan: Plan = {}
         self._gradient_plan: Plan = {}
         self._lending: Lending | None = None
+        self._lent: Sequence[Loan] = ()
         self._ahead: Ahead | None = None
         self._factor: Tensor | None = None
         self._clipped: Sequence[_Clipped] = ()
@@ -102,9 +103,14 @@ class ModelGates:
             layer.gate_state.drop_kept()
 
     def take_back(self) -> None:
-        """The forward pass of the model is over."""
+        """The forward pass of the model is over. The graph of autograd is the loss's alone: if something here kept it,
+        the nodes that accumulate gradients would stay on the stream of the first pass, which no CUDA graph can
+        capture."""
         for layer in self.layers:
             layer.gate_state.settle()
+        for loan in self._lent:
+            loan.given.masked = loan.ready.masked
+        self._lent = ()
 
     def _give_ready(self) -> bool:
         lending = self._lending
@@ -118,6 +124,7 @@ class ModelGates:
             for loan in lent.loans
             if loan.name in loan.state.passes and loan.gate.raw
         }
+        self._lent = lent.loans
         masked_tensors = ModelGate.apply(lent.gates, again, self._gradient_plan, *lent.inputs)
         for loan, masked in zip(lent.loans, masked_tensors, strict=True):
             loan.given.masked = masked

@@ -5,11 +5,13 @@ A step launches many kernels, and in a small net each of them has little work. A
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -47,13 +49,44 @@ class CudaGraph:
 
     def record(self, work: Callable[[], Tensor]) -> Tensor:
         """See :class:`Graph`."""
-        # Other threads (a data loader that pins memory) may continue meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            return work()
+        pool = torch.cuda.graph_pool_handle()
+        # The outer context is for a capture that fails: PyTorch would leave its stream the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            try:
+                # Other threads (a data loader that pins memory) may continue meanwhile.
+                with torch.cuda.graph(self._graph, pool, capture_error_mode="thread_local"):
+                    return work()
+            except BaseException:
+                _clear_up(pool)
+                raise
 
     def replay(self) -> None:
         """See :class:`Graph`."""
         self._graph.replay()
+
+
+def _clear_up(pool: tuple[int, int]) -> None:
+    """Finish what PyTorch leaves open where a capture fails: memory that is set aside for the graph, and random numbers
+    that the graph would count. Without this, every later ``torch.randn`` raises an error."""
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # the capture ended, and then the graph will do this
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    scratch = torch.zeros(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        scratch.zero_()  # the end of a capture that succeeds resets the generator
+
+
+def _first_of(error: BaseException) -> str:
+    """The first line of the error that began it, and where it was raised. The end of a capture raises another error,
+    which says only that there was one."""
+    seen = {id(error)}
+    while error.__context__ is not None and id(error.__context__) not in seen:
+        error = error.__context__
+        seen.add(id(error))
+    line = (str(error) or repr(error)).splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{line} (in {frames[-1].name}, {Path(frames[-1].filename).name})" if frames else line
 
 
 def obstacle_of(device: torch.device) -> str:
@@ -215,7 +248,7 @@ class CapturedStep:
             self._loss = graph.record(work)
         except (RuntimeError, AssertionError) as error:  # an operation that cannot be captured; nothing has been done
             self._forget()
-            reason = f"the step cannot be captured: {(str(error) or repr(error)).splitlines()[0]}"
+            reason = f"the step cannot be captured: {_first_of(error)}"
             warnings.warn(f"{reason}. It runs eagerly until the next task begins", RuntimeWarning, stacklevel=3)
             return _Failure(self._wsn.current_task, reason)
         finally:
@@ -274,14 +307,15 @@ class CapturedStep:
     def _settings_of_graph(self) -> Iterator[None]:
         """Let the graph read learning rates from memory, and tell PyTorch that its optimizer is captured."""
         groups = self._optimizer.param_groups
-        kept: list[dict[str, Any]] = [
-            {name: group[name] for name in ("lr", "capturable") if name in group} for group in groups
-        ]
+        names = ("lr", "capturable", "fused", "foreach")
+        kept: list[dict[str, Any]] = [{name: group[name] for name in names if name in group} for group in groups]
         try:
             for group, rate in zip(groups, self._rates, strict=True):
                 group["lr"] = rate
                 if "capturable" in group:
                     group["capturable"] = True
+                elif isinstance(self._optimizer, torch.optim.SGD):  # its other forms ask for the value of the rate
+                    group["fused"], group["foreach"] = True, False
             yield
         finally:
             for group, values in zip(groups, kept, strict=True):
