@@ -33,7 +33,7 @@ steps = importlib.import_module("counted_steps")
 SIDES = (1024, 4096, 8192)
 MODES = ("dense", "one-pass", "standard", "guarded")
 ROWS = 32  # of a batch
-WARM, REPEATS = 3, 12  # steps of each net: warm-up, and those that are measured
+WARM, REPEATS = 20, 12  # steps of each net: until windows have settled, and those that are measured
 _BYTES_PER_WEIGHT = 40  # of weights, scores and moments
 
 Step = Callable[[], object]
@@ -67,10 +67,14 @@ def summarise(durations: Iterable[tuple[str, float]], count: int) -> list[Kernel
     return sorted(kernels, key=lambda kernel: -kernel.us_per_step)
 
 
-def make_step(mode: str, side: int, device: torch.device) -> Step:
+def make_step(mode: str, side: int, lr: float, device: torch.device) -> Step:
     """A step of a new net."""
     net, x = nn.Sequential(nn.Linear(side, side, bias=False, device=device)), torch.randn(ROWS, side, device=device)
     step = steps.dense_step(mode, net, x) if mode == "dense" else steps.step_of(mode, steps.subnet(net), x)
+
+    optimizer: torch.optim.Optimizer = step.args[1]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
     def run() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -79,9 +83,9 @@ def make_step(mode: str, side: int, device: torch.device) -> Step:
     return run
 
 
-def measure(mode: str, side: int, device: torch.device) -> list[KernelTime]:
+def measure(mode: str, side: int, lr: float, device: torch.device) -> list[KernelTime]:
     """The kernels of a step."""
-    nets = [make_step(mode, side, device) for _ in range(input_sets(_BYTES_PER_WEIGHT * side * side, device))]
+    nets = [make_step(mode, side, lr, device) for _ in range(input_sets(_BYTES_PER_WEIGHT * side * side, device))]
     for _ in range(WARM):
         for step in nets:
             step()
@@ -124,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="of the square weight")
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--lr", type=float, default=1e-5, help="how fast scores move, and with them the threshold")
     parser.add_argument("--minutes", type=float, default=2.0, help="after which nothing new is begun")
     options = parser.parse_args(arguments)
     device, until = torch.device("cuda"), time.monotonic() + 60 * options.minutes
@@ -134,11 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 if time.monotonic() > until:
                     raise TimeoutError("there was no time left")
-                one["kernels"] = measure(mode, side, device)
+                one["kernels"] = measure(mode, side, options.lr, device)
             except Exception as error:  # the other steps are measured all the same
                 one["error"] = f"{type(error).__name__}: {error}"
             found.append(one)
-            options.out.write_text(json.dumps({**facts, "rows": ROWS, "steps": found}, indent=1) + "\n", "utf-8")
+            options.out.write_text(
+                json.dumps({**facts, "rows": ROWS, "lr": options.lr, "steps": found}, indent=1) + "\n", "utf-8"
+            )
     print(markdown(found))
     return 0
 
