@@ -50,7 +50,8 @@ TENSOR_COLUMNS = tl.constexpr(11)
 # Columns of ``Table.programs`` and ``UpdateTable.programs``, int64 [programs, PROGRAM_COLUMNS].
 PROGRAM_TENSOR = tl.constexpr(0)
 PROGRAM_START = tl.constexpr(1)  # the first element that the program owns
-PROGRAM_COLUMNS = tl.constexpr(2)
+PROGRAM_LISTED = tl.constexpr(2)  # how many keys are in its own list; -1 where all programs of a tensor share a list
+PROGRAM_COLUMNS = tl.constexpr(3)
 
 # Columns of ``TensorTable.blocks``, int32 [programs, BLOCK_COLUMNS].
 BLOCK_TENSOR = tl.constexpr(0)
@@ -65,11 +66,12 @@ STATE_BELOW = tl.constexpr(2)  # how many keys lie below the window
 STATE_AT_LOW = tl.constexpr(3)  # how many equal its low end
 STATE_AT_HIGH = tl.constexpr(4)  # how many equal its high end
 STATE_LISTED = tl.constexpr(5)  # how many lie strictly inside
-STATE_GUESS = tl.constexpr(6)  # the key of the last threshold, with which the masked weight was written
+STATE_GUESS = tl.constexpr(6)  # the expected threshold, as a key, with which the masked weight was written
 STATE_ACTION = tl.constexpr(7)  # what is left to put right: one of the ACTION_ numbers
 STATE_PREFIX = tl.constexpr(8)  # the digits of the threshold's key that are known, in their places; the others are 0
 STATE_PASSED = tl.constexpr(9)  # how many of the keys that are searched lie below this prefix
 STATE_ARRIVED = tl.constexpr(10)  # how many programs have counted the present digit
+STATE_OVERFLOWS = tl.constexpr(11)  # how many programs found more keys than their own list has room for
 STATE_COUNTS = tl.constexpr(16)
 DIGIT_BITS = tl.constexpr(8)
 DIGIT_BINS = tl.constexpr(1 << 8)
@@ -83,9 +85,10 @@ ACTION_ALL = tl.constexpr(2)  # every element of the tensor
 WINDOW_KNOWN = tl.constexpr(0)  # 1 if there is one
 WINDOW_LOW = tl.constexpr(1)  # its ends, as keys
 WINDOW_HIGH = tl.constexpr(2)
-WINDOW_TAU = tl.constexpr(3)  # the last threshold, as a key
-WINDOW_MOVED = tl.constexpr(4)  # how far the threshold moved of late, in keys
-WINDOW_HITS = tl.constexpr(6)  # how many updates found the threshold in the window; number 5 is unused
+WINDOW_GUESS = tl.constexpr(3)  # where between them the next threshold is expected, as a key
+WINDOW_MISSED_BY = tl.constexpr(4)  # how far it was from there of late, in keys
+WINDOW_DRIFT = tl.constexpr(5)  # how far the threshold moves in a step, in keys, with its sign
+WINDOW_HITS = tl.constexpr(6)  # how many updates found the threshold in the window
 WINDOW_MISSES = tl.constexpr(7)  # how many did not
 WINDOW_SIZE = 8
 

@@ -37,7 +37,7 @@ def open_window(window_ptr, state_ptr, DTYPE: tl.constexpr, MAGNITUDE: tl.conste
     all three are set to 0xFFFFFFFF, which is above every key."""
     low = tl.load(window_ptr + layout.WINDOW_LOW)
     high = tl.load(window_ptr + layout.WINDOW_HIGH)
-    guess = tl.load(window_ptr + layout.WINDOW_TAU)
+    guess = tl.load(window_ptr + layout.WINDOW_GUESS)
     known = tl.load(window_ptr + layout.WINDOW_KNOWN) == 1
     known = known & (low >= 0) & (low <= guess) & (guess <= high) & (high <= nan_key(DTYPE, MAGNITUDE))
     low = tl.where(known, low, 0xFFFFFFFF)
@@ -76,25 +76,37 @@ def settle(window_ptr, state_ptr, room, found, equal, hit, DTYPE: tl.constexpr, 
 
 
 @triton.jit
+def _drift(window_ptr, key, guess):
+    """How far the threshold moves in a step: the mean of what was expected and of what it did, towards zero."""
+    before = tl.minimum(tl.maximum(tl.load(window_ptr + layout.WINDOW_DRIFT), -(1 << 32)), 1 << 32)
+    # The threshold was at guess - before, so that it moved by key - guess + before.
+    both = 2 * before + key - guess
+    return tl.where(both < 0, -(-both >> 1), both >> 1)
+
+
+@triton.jit
 def _move_window(window_ptr, state_ptr, key, equal, hit, room, LARGEST, FIRST_REACH: tl.constexpr):
     """Write the next window, around the threshold ``key``, which ``equal`` scores have."""
     low, high = tl.load(state_ptr + layout.STATE_LOW), tl.load(state_ptr + layout.STATE_HIGH)
     listed, guess = tl.load(state_ptr + layout.STATE_LISTED), tl.load(state_ptr + layout.STATE_GUESS)
     warm = guess <= LARGEST
-    moved = tl.where(warm, tl.abs(key - guess), FIRST_REACH // 4).to(tl.float32)
-    before = tl.where(warm, tl.load(window_ptr + layout.WINDOW_MOVED), 0).to(tl.float32)
-    moved = tl.maximum(moved, 0.75 * tl.minimum(tl.maximum(before, 0.0), 4.3e9))
+    missed_by = tl.where(warm, tl.abs(key - guess), FIRST_REACH // 4).to(tl.float32)
+    before = tl.where(warm, tl.load(window_ptr + layout.WINDOW_MISSED_BY), 0).to(tl.float32)
+    missed_by = tl.maximum(missed_by, 0.75 * tl.minimum(tl.maximum(before, 0.0), 4.3e9))
     # The reach with which the list would be a quarter full, if keys are as dense as in the last window.
     others = tl.maximum(listed - tl.where((low < key) & (key < high), equal, 0), 0)
     most = room.to(tl.float32) / 8 * (high - low).to(tl.float32) / (others + 1).to(tl.float32)
     most = tl.maximum(tl.where(warm, most, FIRST_REACH), 1.0)
-    reach = tl.minimum(tl.maximum(4 * moved, most / 16), tl.minimum(most, 4.3e9))
+    reach = tl.minimum(tl.maximum(4 * missed_by, most / 16), tl.minimum(most, 4.3e9))
     reach = tl.maximum(reach, 1.0).to(tl.int64)
-    above = tl.where(equal > room // 4, 0, reach)  # a common key is to be the end itself
+    is_common = equal > room // 4  # then the key is to be the end of the window itself
+    drift = tl.where(warm & (is_common == 0), _drift(window_ptr, key, guess), 0)
+    expected = tl.minimum(tl.maximum(key + drift, 0), tl.maximum(key, LARGEST - 1))
     tl.store(window_ptr + layout.WINDOW_KNOWN, tl.full((), 1, tl.int64))
-    tl.store(window_ptr + layout.WINDOW_LOW, tl.maximum(key - reach, 0))
-    tl.store(window_ptr + layout.WINDOW_HIGH, tl.minimum(key + above, LARGEST))
-    tl.store(window_ptr + layout.WINDOW_TAU, key)
-    tl.store(window_ptr + layout.WINDOW_MOVED, moved.to(tl.int64))
+    tl.store(window_ptr + layout.WINDOW_LOW, tl.maximum(expected - reach, 0))
+    tl.store(window_ptr + layout.WINDOW_HIGH, tl.minimum(tl.where(is_common, key, expected + reach), LARGEST))
+    tl.store(window_ptr + layout.WINDOW_GUESS, expected)
+    tl.store(window_ptr + layout.WINDOW_MISSED_BY, missed_by.to(tl.int64))
+    tl.store(window_ptr + layout.WINDOW_DRIFT, drift)
     count_ptr = window_ptr + tl.where(hit, layout.WINDOW_HITS, layout.WINDOW_MISSES)
     tl.store(count_ptr, tl.load(count_ptr) + 1)

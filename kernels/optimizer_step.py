@@ -145,6 +145,7 @@ def update_kernel(
     SCORE_STATES: tl.constexpr,
     NEXT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Update weights and scores by AdamW or SGD."""
     tensor, row_ptr, start, items, _ = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
@@ -182,7 +183,7 @@ def update_kernel(
 
     whole = items // BLOCK * BLOCK
     # Full blocks load without a bounds check. With one, no block could use wide loads when n is odd.
-    for offset in range(0, whole, BLOCK):
+    for offset in tl.range(0, whole, BLOCK, num_stages=STAGES):
         noted, lists = _update_tile(
             operands, start, offset, BLOCK, tau, settings, window, lists, state_ptr, keys_ptr, places_ptr,
             BLOCK=BLOCK, LANES=LANES, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM,
@@ -250,6 +251,7 @@ def update(
         SCORE_STATES=table.states[1],
         NEXT=table.masked is not None,
         ALIGNED=aligned and table.aligned,
+        STAGES=config.stages,
         num_warps=config.num_warps,
         maxnreg=config.registers[table.steps is not None and table.masked is not None],
         **FP_FUSION,

@@ -59,6 +59,7 @@ class Config:
     digit_block: int
     share: int
     registers: tuple[int, int] = (80, 96)
+    stages: int | None = 2
 
     @property
     def list_bits(self) -> int:
@@ -72,20 +73,20 @@ CONFIGS = (Config(512, 63 * 512, 4, 4096, 32), Config(512, 63 * 512, 4, 4096, 4)
 FEW = 2**20
 """If all tensors of a launch together have fewer elements than this, the second of ``CONFIGS`` is used."""
 
-RESIDENT = 8
-"""How many programs a multiprocessor should have at a time. Where fewer fit, the others follow."""
+RESIDENT = 5
+"""How many programs a multiprocessor has at a time: as many as its registers hold."""
 
 
 def spread(config: Config, elements: int, processors: int) -> Config:
     """``config`` with as many items per program as suit a launch over that many elements on a GPU with that many
     multiprocessors.
 
-    Up to 4 blocks per program, all programs run at the same time. Then there are more of them, up to 4 for every one
-    that runs, so that the last ones end together. More elements make the programs longer.
+    All programs run at the same time, or as many times in a row as it takes. On an H200, 16.8 million elements took as
+    long in four rounds of programs and in one; 1 million took 23 microseconds in two rounds and 18.5 in one.
     """
     blocks = elements / config.block / (RESIDENT * processors)
-    blocks = math.ceil(max(min(blocks, 4), blocks / 4))
-    return replace(config, items=min(config.items, config.block * max(blocks, 1)))
+    rounds = math.ceil(blocks * config.block / config.items)
+    return replace(config, items=config.block * max(math.ceil(blocks / max(rounds, 1)), 1))
 
 
 class Next(NamedTuple):

@@ -1,8 +1,9 @@
 """The exact threshold of the next forward pass, found from what the update of the scores noted: the warm start.
 
-Scores move slowly, and so does tau. An update of :mod:`.optimizer_step` writes the masked weight by a guess, the last
-tau. While it does so it notes where the new tau may be: it counts the keys below a window around the guess and those
-equal to the window's ends, and it lists the keys strictly inside, with their places. After the update
+Scores move slowly, and so does tau. An update of :mod:`.optimizer_step` writes the masked weight by a guess: the last
+tau, and on from there as tau moved of late. While it does so it notes where the new tau may be: it counts the keys
+below a window around the guess and those equal to the window's ends, and it lists the keys strictly inside, with their
+places. After the update
 
 1. ``threshold.digit_kernel`` finds the key of the wanted rank. There are three cases. If the key is an end
    of the window, there is nothing to search. If it is inside the window and the list did not run over, the search is in
@@ -13,8 +14,8 @@ equal to the window's ends, and it lists the keys strictly inside, with their pl
    or tau is the low end of the window, or NaN.
 
 Nothing is decided on the host, and the number of launches does not depend on the tensors. The result is exact for every
-window; only the time depends on it. The window follows tau: it reaches four times as far as tau moved of late, as long
-as the list has room. A key that many scores share becomes an end of the window, where it is counted and not listed, so
+window; only the time depends on it. The window follows tau: it reaches four times as far as tau was from the guess of
+late, as long as the list has room. A key that many scores share becomes an end of the window, where it is counted and not listed, so
 that it cannot fill the list again and again.
 """
 
@@ -137,7 +138,7 @@ def fix_kernel(
         tau = tl.load(tl.load(row_ptr + layout.TENSOR_TAU).to(tl.pointer_type(DTYPE)))
         lane = tl.arange(0, BLOCK)
         if action == layout.ACTION_LIST:
-            first, left, _ = list_part(row_ptr, state_ptr, list_bits)
+            first, left, _ = list_part(row_ptr, programs_ptr, state_ptr, list_bits)
             least, guess = order_key(tau, MAGNITUDE), tl.load(state_ptr + layout.STATE_GUESS).to(tl.uint32)
             for offset in range(0, left, BLOCK):
                 inside = offset + lane < left

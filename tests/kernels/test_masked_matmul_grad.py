@@ -278,12 +278,13 @@ def tf32() -> Iterator[None]:
 
 @pytest.mark.parametrize("config", kernels.TF32_CONFIGS, ids=str)
 def test_tf32(config: kernels.GradMatmulConfig, tf32: None, device: torch.device) -> None:
-    """Where both sides may round to tf32, the error as a whole is at most twice torch's."""
+    """Where both sides may round to tf32, the error as a whole is at most three times torch's: see the test of the
+    product itself."""
     dy, x = torch.randn(200, 70, device=device), torch.randn(200, 40, device=device)
     ones = torch.ones(70, 40, device=device)
     dw, _ = run(dy, x, ones, ones, ones[0, 0], None, config=config, precision="tf32", need_scores=False)
     exact = dy.double().T @ x.double()
-    assert (dw - exact).norm() <= 2 * (dy.T @ x - exact).norm()
+    assert (dw - exact).norm() <= 3 * (dy.T @ x - exact).norm()
 
 
 def test_launcher_asserts_its_operands(device: torch.device) -> None:
