@@ -50,8 +50,7 @@ TENSOR_COLUMNS = tl.constexpr(11)
 # Columns of ``Table.programs`` and ``UpdateTable.programs``, int64 [programs, PROGRAM_COLUMNS].
 PROGRAM_TENSOR = tl.constexpr(0)
 PROGRAM_START = tl.constexpr(1)  # the first element that the program owns
-PROGRAM_LISTED = tl.constexpr(2)  # how many keys are in its own list; -1 where all programs of a tensor share a list
-PROGRAM_COLUMNS = tl.constexpr(3)
+PROGRAM_COLUMNS = tl.constexpr(2)
 
 # Columns of ``TensorTable.blocks``, int32 [programs, BLOCK_COLUMNS].
 BLOCK_TENSOR = tl.constexpr(0)
@@ -71,7 +70,6 @@ STATE_ACTION = tl.constexpr(7)  # what is left to put right: one of the ACTION_ 
 STATE_PREFIX = tl.constexpr(8)  # the digits of the threshold's key that are known, in their places; the others are 0
 STATE_PASSED = tl.constexpr(9)  # how many of the keys that are searched lie below this prefix
 STATE_ARRIVED = tl.constexpr(10)  # how many programs have counted the present digit
-STATE_OVERFLOWS = tl.constexpr(11)  # how many programs found more keys than their own list has room for
 STATE_COUNTS = tl.constexpr(16)
 DIGIT_BITS = tl.constexpr(8)
 DIGIT_BINS = tl.constexpr(1 << 8)

@@ -145,7 +145,6 @@ def update_kernel(
     SCORE_STATES: tl.constexpr,
     NEXT: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Update weights and scores by AdamW or SGD."""
     tensor, row_ptr, start, items, _ = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
@@ -183,7 +182,7 @@ def update_kernel(
 
     whole = items // BLOCK * BLOCK
     # Full blocks load without a bounds check. With one, no block could use wide loads when n is odd.
-    for offset in tl.range(0, whole, BLOCK, num_stages=STAGES):
+    for offset in range(0, whole, BLOCK):
         noted, lists = _update_tile(
             operands, start, offset, BLOCK, tau, settings, window, lists, state_ptr, keys_ptr, places_ptr,
             BLOCK=BLOCK, LANES=LANES, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM,
@@ -251,7 +250,6 @@ def update(
         SCORE_STATES=table.states[1],
         NEXT=table.masked is not None,
         ALIGNED=aligned and table.aligned,
-        STAGES=config.stages,
         num_warps=config.num_warps,
         maxnreg=config.registers[table.steps is not None and table.masked is not None],
         **FP_FUSION,

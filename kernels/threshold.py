@@ -7,7 +7,7 @@ tau:
 1. ``sample_kernel`` looks at up to ``sample`` scores of each tensor and takes from them a window of keys that
    almost surely holds tau. A tensor no larger than the sample is done.
 2. ``window_kernel`` reads every score: it counts the keys below the window and those equal to its ends, and
-   lists the keys strictly inside it, a few per cent. Each program has a list of its own.
+   lists the keys strictly inside it, a few per cent.
 3. ``digit_kernel``, one launch per digit, most significant first, counts the digits of the listed keys that
    agree with tau so far. The last program of a tensor finds tau's digit from the counts, and tau from the last digit.
 
@@ -16,8 +16,8 @@ time: where its window misses tau or holds too much, the digits are counted over
 ``SIGMAS`` standard deviations of the sampled rank to each side. How such a rank varies does not depend on the
 distribution of the scores, so the window misses tau with a probability below 3 in 100,000. A key that many scores share
 becomes an end of the window, where it is counted and not listed, so that it cannot fill the list. Therefore inputs with
-many equal keys take no longer than random ones. A program counts in registers and adds to memory once. Programs that add
-to one place wait for each other, on an H200 for 2.3 nanoseconds each, so that they do it seldom.
+many equal keys take no longer than random ones. A program counts in registers and adds to memory once; one atomic more
+per tile reserves its place in the list. The order of the list depends on timing, the result does not.
 
 What changes from launch to launch is an argument at run time, so that each kernel is compiled once for a dtype and a
 rule. ``digit_kernel`` also serves :mod:`.warm_threshold`.
@@ -113,15 +113,13 @@ def _sample(row_ptr, state_ptr, magnitude, DTYPE: tl.constexpr, SAMPLE: tl.const
     key = tl.where(i < n, key, 0xFFFFFFFF)  # larger than every key, so it is never counted as below
     low = tl.zeros((), tl.uint32)
     high = tl.zeros((), tl.uint32)
-    rounds = (DTYPE.primitive_bitwidth - magnitude + 1) // 2  # each finds two bits of both ends
-    for done in range(rounds):
-        step = tl.full((), 1, tl.uint32) << (2 * (rounds - 1 - done)).to(tl.uint32)
-        more = step * tl.arange(0, 4).to(tl.uint32)[None, :]
-        is_below = tl.where(key[:, None] < low + more, 1, 0) + tl.where(key[:, None] < high + more, 1 << 16, 0)
-        below = tl.sum(is_below, 0)  # two counters of 16 bits
-        # No more than the rank are below low and high themselves.
-        low += step * (tl.sum(((below & 0xFFFF) <= low_rank).to(tl.int32), 0) - 1).to(tl.uint32)
-        high += step * (tl.sum(((below >> 16) <= high_rank).to(tl.int32), 0) - 1).to(tl.uint32)
+    bits = DTYPE.primitive_bitwidth - magnitude
+    for bit in range(bits):
+        step = tl.full((), 1, tl.uint32) << (bits - 1 - bit).to(tl.uint32)
+        # Two counts in one sum; low is never above high.
+        below = tl.sum(tl.where(key < low + step, 0x10001, tl.where(key < high + step, 0x10000, 0)), 0)
+        low = tl.where((below & 0xFFFF) <= low_rank, low + step, low)
+        high = tl.where((below >> 16) <= high_rank, high + step, high)
     clear_state(state_ptr, low.to(tl.int64), high.to(tl.int64), 0)
 
 
@@ -140,98 +138,66 @@ def stretch(tensors_ptr, programs_ptr, items_each, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def list_part(row_ptr, programs_ptr, state_ptr, list_bits):
-    """The part of the list that belongs to this program: its own list, or up to ``2**list_bits`` keys of a list that all
-    programs of a tensor share. (Where it begins among the lists of all tensors, how many keys it has, how many parts
-    there are; a program whose number is not below the number of parts has none.)"""
+def list_part(row_ptr, state_ptr, list_bits):
+    """The part of the list that belongs to this program, of at most ``2**list_bits`` keys: (where it begins among the
+    lists of all tensors, how many keys it has, how many parts there are)."""
     first = (tl.program_id(0) - tl.load(row_ptr + layout.TENSOR_FIRST_PROGRAM)) << list_bits
     listed = tl.load(state_ptr + layout.STATE_LISTED)
     each = tl.full((), 1, tl.int64) << list_bits
-    items = tl.minimum(listed - first, each)
-    parts = (listed + each - 1) >> list_bits
-    own = tl.load(programs_ptr + layout.PROGRAM_COLUMNS * tl.program_id(0).to(tl.int64) + layout.PROGRAM_LISTED)
-    items = tl.where(own < 0, items, own).to(tl.int32)
-    parts = tl.where(own < 0, parts, tl.load(row_ptr + layout.TENSOR_PROGRAMS))
-    return tl.load(row_ptr + layout.TENSOR_LIST) + first, items, parts
+    items = tl.minimum(listed - first, each).to(tl.int32)
+    return tl.load(row_ptr + layout.TENSOR_LIST) + first, items, (listed + each - 1) >> list_bits
 
 
 @triton.jit(
-    do_not_specialize=["tensors_ptr", "programs_ptr", "state_ptr", "lists_ptr", "list_bits"],
+    do_not_specialize=["tensors_ptr", "programs_ptr", "state_ptr", "lists_ptr", "items_each"],
 )
 def window_kernel(
     tensors_ptr,  # [T, TENSOR_COLUMNS] int64, Table.tensors
     programs_ptr,  # [P, PROGRAM_COLUMNS] int64, Table.programs
     state_ptr,  # [T, STATE_SIZE] int64
     lists_ptr,  # [Table.listed] uint32
-    list_bits,  # listed keys per program: at most 2**list_bits
+    items_each,  # scores per program
     DTYPE: tl.constexpr,
     MAGNITUDE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # the program's threads: each has a row of a tile to itself, and sums along it alone
-    STAGES: tl.constexpr,
 ):
-    """Count the keys below the window and at its ends, and list those inside. The programs of a tensor take its tiles
-    in turn, so that keys which lie close together are in the lists of several."""
-    program_ptr = programs_ptr + layout.PROGRAM_COLUMNS * tl.program_id(0).to(tl.int64)
-    tensor = tl.load(program_ptr + layout.PROGRAM_TENSOR)
-    row_ptr = tensors_ptr + layout.TENSOR_COLUMNS * tensor
+    """Count the keys below the window and at its ends, and list those inside."""
+    tensor, row_ptr, _, items, x_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
     state_ptr = layout.state_of(state_ptr, tensor)
-    x_ptr = tl.load(row_ptr + layout.TENSOR_SCORES).to(tl.pointer_type(DTYPE))
-    n = tl.load(row_ptr + layout.TENSOR_NUMEL)
-    programs = tl.load(row_ptr + layout.TENSOR_PROGRAMS).to(tl.int32)
-    mine = tl.program_id(0) - tl.load(row_ptr + layout.TENSOR_FIRST_PROGRAM).to(tl.int32)
-    room = own_room(row_ptr, list_bits)
-    window = (
-        tl.load(state_ptr + layout.STATE_LOW).to(tl.uint32), tl.load(state_ptr + layout.STATE_HIGH).to(tl.uint32), room,
-        lists_ptr + tl.load(row_ptr + layout.TENSOR_LIST) + (mine.to(tl.int64) << list_bits),
-    )  # fmt: skip
+    low = tl.load(state_ptr + layout.STATE_LOW).to(tl.uint32)
+    high = tl.load(state_ptr + layout.STATE_HIGH).to(tl.uint32)
+    room = tl.load(row_ptr + layout.TENSOR_ROOM)
+    lists_ptr += tl.load(row_ptr + layout.TENSOR_LIST)
 
-    zeros = tl.zeros([LANES], tl.int32)
-    counts = (zeros, zeros, zeros, tl.sum(zeros, 0))
+    below = tl.zeros([LANES], tl.int32)
+    at_low = tl.zeros([LANES], tl.int32)
+    at_high = tl.zeros([LANES], tl.int32)
     tile = tl.arange(0, LANES)[:, None] + tl.arange(0, BLOCK // LANES)[None, :] * LANES
-    whole = (n // BLOCK).to(tl.int32)
-    size = tl.full((), BLOCK, tl.int64)
-    for index in tl.range(mine, whole, programs, num_stages=STAGES):
-        x = tl.load(x_ptr + size * index + tile)
-        counts = _list_tile(x, counts, window, MAGNITUDE)
-    last = size * whole
-    if (mine == whole % programs) & (last < n):
-        # NaN has the largest key: it is counted after every real key, where no rank reaches.
-        x = tl.load(x_ptr + last + tile, mask=last + tile < n, other=float("nan"))
-        counts = _list_tile(x, counts, window, MAGNITUDE)
-    below, at_low, at_high, listed = counts
-    tl.store(program_ptr + layout.PROGRAM_LISTED, tl.minimum(listed, room).to(tl.int64))
+    for offset in range(0, items, BLOCK):
+        if offset + BLOCK <= items:  # only the last tile of a tensor needs a bounds check
+            x = tl.load(x_ptr + offset + tile)
+        else:  # NaN has the largest key: it is counted after every real key, where no rank reaches
+            x = tl.load(x_ptr + offset + tile, mask=offset + tile < items, other=float("nan"))
+        key = order_key(x, MAGNITUDE)
+        # Four 8-bit counters in one number take half the instructions. Equal ends count as the low one.
+        kind = tl.where(key < high, 1 << 16, tl.where(key == high, 1 << 24, 0))
+        kind = tl.where(key < low, 1, tl.where(key == low, 1 << 8, kind))
+        kinds = tl.sum(kind, 1)
+        below += kinds & 0xFF
+        at_low += (kinds >> 8) & 0xFF
+        in_lane = (kinds >> 16) & 0xFF
+        at_high += (kinds >> 24) & 0xFF
+        found = tl.sum(in_lane, 0)
+        if found > 0:
+            begin = tl.atomic_add(state_ptr + layout.STATE_LISTED, found.to(tl.int64), sem="relaxed")
+            if begin + found <= room:
+                before = tl.cumsum(in_lane, 0) - in_lane - 1
+                slot = before[:, None] + ((tl.cumsum(kind, 1) >> 16) & 0xFF)
+                tl.store(lists_ptr + begin + slot, key, mask=kind == (1 << 16))
     tl.atomic_add(state_ptr + layout.STATE_BELOW, tl.sum(below, 0).to(tl.int64), sem="relaxed")
     tl.atomic_add(state_ptr + layout.STATE_AT_LOW, tl.sum(at_low, 0).to(tl.int64), sem="relaxed")
     tl.atomic_add(state_ptr + layout.STATE_AT_HIGH, tl.sum(at_high, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(state_ptr + layout.STATE_LISTED, listed.to(tl.int64), sem="relaxed")
-    tl.atomic_add(state_ptr + layout.STATE_OVERFLOWS, tl.full((), 1, tl.int64), mask=listed > room, sem="relaxed")
-
-
-@triton.jit
-def own_room(row_ptr, list_bits):
-    """How many keys a program of ``window_kernel`` has room for in its own list."""
-    return tl.minimum(tl.load(row_ptr + layout.TENSOR_ROOM), tl.full((), 1, tl.int64) << list_bits).to(tl.int32)
-
-
-@triton.jit
-def _list_tile(x, counts, window, MAGNITUDE: tl.constexpr):
-    """Add a tile, [lanes, scores of a lane], to the counts of the lanes, and list the keys in the window."""
-    below, at_low, at_high, listed = counts
-    low, high, room, list_ptr = window
-    key = order_key(x, MAGNITUDE)
-    # Four 8-bit counters in one number take half the instructions. Equal ends count as the low one.
-    kind = tl.where(key < high, 1 << 16, tl.where(key == high, 1 << 24, 0))
-    kind = tl.where(key < low, 1, tl.where(key == low, 1 << 8, kind))
-    kinds = tl.sum(kind, 1)
-    in_lane = (kinds >> 16) & 0xFF
-    before = listed + tl.cumsum(in_lane, 0) - in_lane - 1
-    slot = before[:, None] + ((tl.cumsum(kind, 1) >> 16) & 0xFF)
-    tl.store(list_ptr + slot, key, mask=(kind == (1 << 16)) & (slot < room))
-    return (
-        below + (kinds & 0xFF), at_low + ((kinds >> 8) & 0xFF), at_high + ((kinds >> 24) & 0xFF),
-        listed + tl.sum(in_lane, 0),
-    )  # fmt: skip
 
 
 @triton.jit
@@ -253,7 +219,6 @@ def _locate(row_ptr, state_ptr):
     is_low = (beyond_below >= 0) & (beyond_low < 0)
     is_high = (beyond_list >= 0) & (beyond_list < tl.load(state_ptr + layout.STATE_AT_HIGH))
     fits = listed <= tl.load(row_ptr + layout.TENSOR_ROOM)
-    fits &= tl.load(state_ptr + layout.STATE_OVERFLOWS) == 0
     in_list = (beyond_low >= 0) & (beyond_list < 0) & fits
     return is_low, is_high, in_list, tl.where(in_list, beyond_low, rank)
 
@@ -356,12 +321,10 @@ def digit_kernel(
             key = tl.load(state_ptr + tl.where(is_low, layout.STATE_LOW, layout.STATE_HIGH)).to(tl.uint32)
             equal = tl.load(state_ptr + tl.where(is_low, layout.STATE_AT_LOW, layout.STATE_AT_HIGH))
             _finish(row_ptr, state_ptr, key, equal, True, DTYPE, MAGNITUDE)
-    takes_part = items > 0
     if in_list:
-        first, items, parts = list_part(row_ptr, programs_ptr, state_ptr, list_bits)
+        first, items, parts = list_part(row_ptr, state_ptr, list_bits)
         lists_ptr += first
-        takes_part = (items > 0) | (parts == tl.load(row_ptr + layout.TENSOR_PROGRAMS))
-    if takes_part:
+    if items > 0:
         prefix = tl.load(state_ptr + layout.STATE_PREFIX).to(tl.uint32)
         counts = tl.zeros([layout.DIGIT_BINS], tl.int32)
         whole = items // BLOCK * BLOCK
@@ -402,11 +365,9 @@ def select(*, table: Table, tau: Tensor, workspace: Tensor, rule: str) -> None:
         **FP_FUSION,
     )
     form |= {"lists_ptr": workspace[states:].view(torch.uint32), "MAGNITUDE": rule == "magnitude"}
-    form |= {"list_bits": list_bits(config), "num_warps": config.num_warps}
+    form |= {"num_warps": config.num_warps}
     every_program = (len(programs),)
-    items = form.pop("items_each")
-    window_kernel[every_program](
-        **form, BLOCK=config.window_block, LANES=32 * config.num_warps, STAGES=config.stages, **FP_FUSION
-    )
+    window_kernel[every_program](**form, BLOCK=config.window_block, LANES=32 * config.num_warps, **FP_FUSION)
+    bits = list_bits(config)
     for shift in digit_shifts(dtype):
-        digit_kernel[every_program](**form, items_each=items, shift=shift, BLOCK=config.digit_block, **FP_FUSION)
+        digit_kernel[every_program](**form, list_bits=bits, shift=shift, BLOCK=config.digit_block, **FP_FUSION)

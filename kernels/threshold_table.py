@@ -33,7 +33,6 @@ class Config:
         items: scores per program, a multiple of both blocks; see :func:`spread`.
         sample: scores in a sample, at most 16384.
         num_warps: of these two kernels.
-        stages: of the loads of ``window_kernel``: with n, those of n - 1 tiles to come are on their way.
     """
 
     window_block: int = 2048
@@ -41,7 +40,6 @@ class Config:
     items: int = 32768
     sample: int = 4096
     num_warps: int = 4
-    stages: int = 3
 
 
 CONFIGS = (
@@ -132,7 +130,7 @@ def write_row(row_ptr, scores, n, rank, low_rank, high_rank, room, programs):
 
 @triton.jit
 def write_programs(row_ptr, programs_ptr, tensor, items_each):
-    """Write which programs work on a tensor, and from which element on. They have no lists of their own yet."""
+    """Write which programs work on a tensor, and from which element on."""
     first = tl.load(row_ptr + layout.TENSOR_FIRST_PROGRAM)
     programs = tl.load(row_ptr + layout.TENSOR_PROGRAMS)
     for begin in range(0, programs, OWNERS_BLOCK):
@@ -141,7 +139,6 @@ def write_programs(row_ptr, programs_ptr, tensor, items_each):
         program_ptr = programs_ptr + layout.PROGRAM_COLUMNS * (first + part)
         tl.store(program_ptr + layout.PROGRAM_TENSOR, tl.full([OWNERS_BLOCK], 0, tl.int64) + tensor, mask=inside)
         tl.store(program_ptr + layout.PROGRAM_START, part.to(tl.int64) * items_each, mask=inside)
-        tl.store(program_ptr + layout.PROGRAM_LISTED, tl.full([OWNERS_BLOCK], -1, tl.int64), mask=inside)
 
 
 def make_table(tensors: Sequence[Tensor], ranks: Sequence[int], config: Config = CONFIGS[0]) -> Table:
@@ -169,7 +166,7 @@ def make_table(tensors: Sequence[Tensor], ranks: Sequence[int], config: Config =
         count = f"{len(tensors)} and {len(ranks)}"
         raise ValueError(f"tensors and ranks: expected the same number of both, and at least one, got {count}")
     rows: list[list[int]] = []
-    programs: list[tuple[int, int, int]] = []
+    programs: list[tuple[int, int]] = []
     listed = 0
     for i, (tensor, rank) in enumerate(zip(tensors, ranks, strict=True)):
         _check(i, tensor, rank, tensors[0])
@@ -183,8 +180,8 @@ def make_table(tensors: Sequence[Tensor], ranks: Sequence[int], config: Config =
         row[layout.TENSOR_LOW_RANK], row[layout.TENSOR_HIGH_RANK] = one.low_rank, one.high_rank
         row[layout.TENSOR_FIRST_PROGRAM], row[layout.TENSOR_PROGRAMS] = len(programs), one.programs
         rows.append(row)
-        programs += [(i, start, -1) for start in range(0, one.n, config.items)]
-        listed += _list_size(one.n, config)
+        programs += [(i, start) for start in range(0, one.n, config.items)]
+        listed += _list_size(one.n)
     device = tensors[0].device
     return Table(
         tensors=torch.tensor(rows, dtype=torch.int64).to(device),
@@ -215,25 +212,18 @@ def describe(tensor: Tensor, rank: int, *, tensors: Tensor, programs: Tensor, co
     row = _row(tensor, rank, config)
     assert tensors.shape == (1, layout.TENSOR_COLUMNS.value)
     assert programs.shape == (row.programs, layout.PROGRAM_COLUMNS.value)
-    return Table(tensors, programs, tensor.dtype, _list_size(row.n, config), config, row)
+    return Table(tensors, programs, tensor.dtype, _list_size(row.n), config, row)
 
 
 def _row(tensor: Tensor, rank: int, config: Config) -> Row:
     n = tensor.numel()
     ranks = _window_ranks(n, rank, config.sample)
-    return Row(tensor.data_ptr(), n, rank, *ranks, _room(n, config), programs_of(n, config))
+    return Row(tensor.data_ptr(), n, rank, *ranks, n // LIST_SHARE, programs_of(n, config))
 
 
-def _room(n: int, config: Config) -> int:
-    """How many keys the lists of a tensor have room for. Each program has a list, and they are alike if there are
-    several."""
-    programs = programs_of(n, config)
-    return programs << list_bits(config) if programs > 1 else n // LIST_SHARE
-
-
-def _list_size(n: int, config: Config) -> int:
-    """Elements of the lists of a tensor, rounded up so that lists begin at multiples of 16 bytes."""
-    return -(-_room(n, config) // 4) * 4
+def _list_size(n: int) -> int:
+    """Elements of the list of a tensor, rounded up so that lists begin at multiples of 16 bytes."""
+    return -(-(n // LIST_SHARE) // 4) * 4
 
 
 def list_bits(config: Config) -> int:

@@ -59,7 +59,6 @@ class Config:
     digit_block: int
     share: int
     registers: tuple[int, int] = (80, 96)
-    stages: int | None = 2
 
     @property
     def list_bits(self) -> int:

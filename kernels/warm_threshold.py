@@ -15,8 +15,8 @@ places. After the update
 
 Nothing is decided on the host, and the number of launches does not depend on the tensors. The result is exact for every
 window; only the time depends on it. The window follows tau: it reaches four times as far as tau was from the guess of
-late, as long as the list has room. A key that many scores share becomes an end of the window, where it is counted and not listed, so
-that it cannot fill the list again and again.
+late, as long as the list has room. A key that many scores share becomes an end of the window, where it is counted and
+not listed, so that it cannot fill the list again and again.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def fix_kernel(
         tau = tl.load(tl.load(row_ptr + layout.TENSOR_TAU).to(tl.pointer_type(DTYPE)))
         lane = tl.arange(0, BLOCK)
         if action == layout.ACTION_LIST:
-            first, left, _ = list_part(row_ptr, programs_ptr, state_ptr, list_bits)
+            first, left, _ = list_part(row_ptr, state_ptr, list_bits)
             least, guess = order_key(tau, MAGNITUDE), tl.load(state_ptr + layout.STATE_GUESS).to(tl.uint32)
             for offset in range(0, left, BLOCK):
                 inside = offset + lane < left

@@ -35,9 +35,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def assert_as_exact_as_torch(actual: Tensor, torchs: Tensor, exact: Tensor, scale: Tensor) -> None:
-    """``|actual - exact|`` at most twice torch's own error, beside two roundings of the largest sum of magnitudes: torch
-    is at times exact by luck. The interpreter truncates to bf16 where a GPU rounds: one more unit for it there.
-    """
+    """``|actual - exact|`` at most twice torch's own error, beside two roundings of the largest sum of magnitudes:
+    torch is at times exact by luck. The interpreter truncates to bf16 where a GPU rounds: one more unit for it."""
     assert actual.isfinite().all()
     allowance = torch.finfo(torchs.dtype).eps * exact.abs()
     if actual.dtype is torch.bfloat16 and INTERPRETED:

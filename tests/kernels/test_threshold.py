@@ -138,54 +138,19 @@ def test_config(config: Config, device: torch.device) -> None:
     assert_same(run(table_of(scores, 0.5, "magnitude", config), "magnitude"), scores, 0.5, "magnitude")
 
 
-def beyond_32_bits(device: torch.device, last: int) -> tuple[Tensor, Tensor]:
-    """A tensor with more scores than 32 bits can number, and a copy of the last ones. No other page is touched."""
-    n = 2**31 + 4096
+def test_beyond_32_bits(device: torch.device) -> None:
+    """Only the programs of the last scores run, on every one of them, and tau is of these. No other page is
+    touched."""
+    n, last = 2**31 + 4096, 6000
     scores = torch.empty(n, dtype=torch.bfloat16, device=device)
-    return scores, scores[n - last :].copy_(torch.randn(last)).clone()
-
-
-def test_digits_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the programs of the last scores run, on every one of them, and tau is of these."""
-    last = 6000
-    scores, tail = beyond_32_bits(device, last)
-    n = scores.numel()
+    tail = scores[n - last :].copy_(torch.randn(last))
     config = Config(window_block=512, digit_block=512, items=4096, sample=64)
     table = make_table([scores], [last // 3], config)
     table.tensors[:, RANKS] = config.sample  # a window above all scores
     table.tensors[:, layout.TENSOR_PROGRAMS.value] = 2
-    programs = torch.tensor([[0, n - last, -1], [0, n - last + 4096, -1]], device=device)
-    monkeypatch.setattr(threshold, "window_kernel", {(2,): lambda **_: None})  # nothing is in the window
+    programs = torch.tensor([[0, n - last], [0, n - last + 4096]], device=device)
     expected = tail.float().sort().values[last // 3].bfloat16()
     assert torch.equal(run(table._replace(programs=programs), "value")[0], expected.cpu())
-
-
-def test_the_window_beyond_32_bits(device: torch.device) -> None:
-    """Only those programs run that have the last tiles. Each has one."""
-    block, tiles, bits = 512, 12, 4
-    scores, tail = beyond_32_bits(device, tiles * block)
-    table = make_table([scores], [0], Config(window_block=block, digit_block=block, items=4096, sample=64))
-    first = scores.numel() // block - tiles  # the tiles before have no program
-    table.tensors[:, layout.TENSOR_FIRST_PROGRAM.value] = -first
-    table.tensors[:, layout.TENSOR_LIST.value] = -(first << bits)
-    table.tensors[:, layout.TENSOR_PROGRAMS.value] = first + tiles
-    programs = torch.tensor([[0, 0, -1]] * tiles, device=device)
-    state = torch.zeros(layout.STATE_SIZE.value, dtype=torch.int64, device=device)
-    keys = tail.float().abs().bfloat16().view(torch.int16).int()  # of the magnitudes
-    low, high = keys.sort().values[[1000, 1064]].tolist()
-    state[layout.STATE_LOW.value], state[layout.STATE_HIGH.value] = low, high
-    lists = torch.zeros(tiles << bits, dtype=torch.int32, device=device)
-    threshold.window_kernel[(tiles,)](
-        tensors_ptr=table.tensors, programs_ptr=programs, state_ptr=state, lists_ptr=lists.view(torch.uint32),
-        list_bits=bits, DTYPE=threshold.DTYPES[torch.bfloat16], MAGNITUDE=True, BLOCK=block, LANES=128, STAGES=1,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-    inside = (low < keys) & (keys < high)
-    counts = inside.view(tiles, block).sum(1)
-    assert state[layout.STATE_BELOW.value] == int((keys < low).sum()) and counts.max() <= 1 << bits
-    assert programs[:, layout.PROGRAM_LISTED.value].tolist() == counts.tolist()
-    for part, many, mine in zip(lists.view(tiles, -1), counts, keys.view(tiles, block), strict=True):
-        assert part[:many].sort().values.tolist() == mine[(low < mine) & (mine < high)].sort().values.tolist()
 
 
 # --- the ways through it: what is read again, and what is not
@@ -274,7 +239,7 @@ def test_a_table_written_on_the_device_is_that_of_the_host(n: int, device: torch
     scores, config, columns = torch.randn(n, device=device), threshold.CONFIGS[1], layout.TENSOR_COLUMNS.value
     expected = make_table([scores], [n // 3], config)
     rows = torch.full((1, columns), -1, device=device)
-    programs = torch.full((threshold.programs_of(n, config), layout.PROGRAM_COLUMNS.value), -1, device=device)
+    programs = torch.full((threshold.programs_of(n, config), 2), -1, device=device)
     actual = threshold.describe(scores, n // 3, tensors=rows, programs=programs, config=config)
     assert actual[2:5] == expected[2:5] and workspace_size(actual) == workspace_size(expected)
     # On the host, the address of tau is not known either. It is the same if both write to the same tensor.

@@ -16,6 +16,7 @@ from wsn_fast.backends import torch as portable
 from wsn_fast.backends import triton
 from wsn_fast.backends.triton import optimizer_steps
 from wsn_fast.backends.updates import SGD, WINDOW, AdamW, AdamWState, Batch, Gradient, Next, SGDState, Update
+from wsn_fast.kernels import _layout as layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 
@@ -244,6 +245,23 @@ def test_a_threshold_that_drifts_is_followed(device: torch.device) -> None:
         run([update])
     assert_right(update, "drift")
     assert counts(update)[0] >= 9
+
+
+@pytest.mark.parametrize("drift", [9_000, -9_000])
+def test_the_next_threshold_is_expected_where_the_last_ones_lead(drift: int, device: torch.device) -> None:
+    """All keys move by as much in every step: the guess is right soon. When they rest, so does the guess."""
+    keys = torch.randint(2**29, 2**29 + 2**20, (400,), dtype=torch.int32)
+    update = make(keys.view(torch.float32), "magnitude", torch.float32, device)
+    assert update.next is not None
+    off = []
+    for step in range(40):
+        keys += drift if step < 20 else 0
+        update.scores.copy_(keys.view(torch.float32))
+        guess = int(update.next.window[layout.WINDOW_GUESS.value])
+        run([update])
+        assert_right(update, f"step {step}")
+        off.append(abs(key_of(update.next.tau) - guess))
+    assert off[1] == abs(drift) and max(off[16:20]) <= 1 and max(off[-3:]) == 0
 
 
 def test_fixing_touches_only_what_the_guess_got_wrong(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from gate_changes import CHANGES
 from one_pass_models import layer_of, loss_of, tanh_wsn
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from wsn_fast import WSN, convert, ops
 from wsn_fast.ops import autograd
@@ -202,3 +203,25 @@ def test_the_primitive_is_threshold_and_gate_of_each(backend: str) -> None:
     for (weight, scores, _, rule, masked), tau in zip(orders, taus, strict=True):
         expected, expected_tau = ops.gate(weight, scores, 0.3, rule, masked.dtype, "torch")
         assert torch.equal(masked, expected) and torch.equal(tau, expected_tau)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kind", [*OPTIMIZERS, "one pass"])
+def test_no_node_of_autograd_outlives_its_step(kind: str, ahead: bool) -> None:
+    """A node that accumulates gradients works on the stream on which it was made. One from the default stream would
+    keep a user's CUDA graph from being recorded."""
+    wsn = make_wsn(ahead)
+    wsn.begin_task(0)
+    optimizer = SubnetAdamW(wsn, 0.02, one_pass=True) if kind == "one pass" else OPTIMIZERS[kind](wsn)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(wsn(torch.randn(8, 1, 4, 4)), torch.randint(4, (8,))).backward()
+        optimizer.step()
+
+    step(), step()
+    trained = [p for p in wsn.parameters() if p.requires_grad]
+    for parameter in trained:
+        get_gradient_edge(parameter).node.metadata["seen"] = True
+    step()
+    assert [p for p in trained if "seen" in get_gradient_edge(p).node.metadata] == []

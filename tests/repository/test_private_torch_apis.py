@@ -212,6 +212,14 @@ def exporting() -> None:
     assert torch.compile(function, backend="eager", fullgraph=True)(zero) == function(zero) == 0
 
 
+def graph_memory() -> None:
+    """A build without CUDA has none of it. What a failed capture leaves is tested on a GPU."""
+    if torch.backends.cuda.is_built():
+        assert callable(torch._C._cuda_endAllocateToPool) and callable(torch._C._cuda_releasePool)
+    source = inspect.getsource(torch.cuda.memory.use_mem_pool)
+    assert "_cuda_endAllocateToPool(" in source and "_cuda_releasePool(" in source
+
+
 def transforms() -> None:
     active, wrapped = torch._C._are_functorch_transforms_active, torch._C._functorch.is_functorch_wrapped_tensor
     weight = torch.zeros(1)
@@ -578,6 +586,8 @@ CHECKS: dict[str, Callable[[], object]] = {
     "get_proxy_mode": proxies,
     "torch._C._get_tracing_state": tracing_state,
     "torch._C._len_torch_dispatch_stack": dispatch_stack,
+    "torch._C._cuda_endAllocateToPool": graph_memory,
+    "torch._C._cuda_releasePool": graph_memory,
     "torch.compiler._is_exporting_flag": exporting,
     "torch._C._are_functorch_transforms_active": transforms,
     "torch._C._functorch.is_functorch_wrapped_tensor": transforms,

@@ -41,7 +41,7 @@ def installation() -> Iterator[Finding]:
     for name, library in (("native CPU library", native.load()), ("native CUDA library", cuda_select.load())):
         yield Finding(name, "missing" if library.lib is None else "loaded", library.reason)
     if cuda_select.load().lib is not None:
-        yield Finding("", "", "not used yet: layers use the Triton selection, because this one is untested on a GPU")
+        yield Finding("", "", "not used yet: layers use the Triton selection")
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     yield Finding(ENVIRONMENT_VARIABLE, override or "not set", "it overrides the choices below" if override else "")
 

@@ -68,10 +68,12 @@ class CudaGraph:
 def _clear_up(pool: tuple[int, int]) -> None:
     """Finish what PyTorch leaves open where a capture fails: memory that is set aside for the graph, and random numbers
     that the graph would count. Without this, every later ``torch.randn`` raises an error."""
+    from torch._C import _cuda_endAllocateToPool, _cuda_releasePool  # a build without CUDA lacks them
+
     device = torch.cuda.current_device()
     with suppress(RuntimeError):  # the capture ended, and then the graph will do this
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
+        _cuda_endAllocateToPool(device, pool)
+        _cuda_releasePool(device, pool)
     scratch = torch.zeros(1, device="cuda")
     with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         scratch.zero_()  # the end of a capture that succeeds resets the generator
