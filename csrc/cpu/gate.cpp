@@ -15,7 +15,8 @@ using wsn::parallel_for_all;
 
 namespace {
 
-int run_gate(const Gate &gate, int64_t n, int num_threads) {
+int run_gate(Gate gate, int64_t n, int num_threads) {
+  gate.streams = gate.out && n * item_size(gate.out_dtype) >= wsn::kStreamedBytes;
   const auto kernel = wsn::kernels().gate;
   const int64_t bytes = gate.out ? item_size(gate.weight_dtype) + item_size(gate.out_dtype) + 4 : 4;
   parallel_for(n, bytes, num_threads, [&](int64_t begin, int64_t end) { kernel(gate, begin, end); });
@@ -60,8 +61,9 @@ Backward backward_of(const wsn_backward_item &t) {
   const int scores_dtype = int(t.scores_dtype), rule = int(t.rule);
   const wsn::Source source = wsn::source_of(t.scores, scores_dtype, rule);
   const int64_t key = t.n > 0 && t.dweight ? wsn::threshold_key(source, t.tau) : 0;
+  const bool streams = t.n * item_size(int(t.weight_dtype)) >= wsn::kStreamedBytes;
   return {source,           key,         scores_dtype, rule,     t.grad, t.weight, int(t.grad_dtype),
-          int(t.weight_dtype), t.union_mask, t.dweight,   t.dscores};
+          int(t.weight_dtype), t.union_mask, t.dweight,   t.dscores, streams};
 }
 
 }  // namespace

@@ -13,6 +13,10 @@ constexpr int kKeys = 2;  // besides the two rules: the data are keys already
 
 constexpr int64_t kListSlack = 16;
 
+// From so many bytes on, an output passes by the caches: it would leave them before anyone reads it, and an ordinary
+// store first reads what it overwrites.
+constexpr int64_t kStreamedBytes = int64_t(1) << 25;
+
 struct Source {
   const void *data;
   int width;         // bytes of an element: 2, 4 or 8
@@ -30,6 +34,7 @@ struct Gate {
   uint8_t *mask, *packed;
   void *out;
   int out_dtype;
+  bool streams = false;  // whether out passes by the caches
 };
 
 struct Backward {
@@ -40,6 +45,7 @@ struct Backward {
   int grad_dtype, weight_dtype;
   const uint8_t *union_mask;
   void *dweight, *dscores;
+  bool streams = false;  // whether both pass by the caches
 };
 
 // The gradients of an optimizer step: formed from a.grad, or given where there is a score_grad.

@@ -5,7 +5,7 @@
 // compiler to vectorise: one block at a time, without branches, through buffers that stay in the first-level cache.
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -260,6 +260,40 @@ void score_gradient(const void *grad, const void *weight, const void *scores, in
   }
 }
 
+// A block of an output that may pass by the caches: what is written to data() reaches its place with send().
+class Outgoing {
+ public:
+  Outgoing(char *to, bool streams)
+      : to_(to), streams_(streams && kCanStream && reinterpret_cast<uintptr_t>(to) % 32 == 0) {}
+  char *data() { return streams_ ? local_ : to_; }
+  void send(int64_t bytes) const {
+    if (!streams_) return;
+    int64_t i = 0;
+#if defined(__AVX2__)
+    for (; i + 32 <= bytes; i += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i *>(to_ + i),
+                          _mm256_load_si256(reinterpret_cast<const __m256i *>(local_ + i)));
+#endif
+    for (; i < bytes; ++i) to_[i] = local_[i];
+  }
+  // After the last block: what other threads read of them next is there.
+  static void finish() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+  }
+
+ private:
+#if defined(__AVX2__)
+  static constexpr bool kCanStream = true;
+#else
+  static constexpr bool kCanStream = false;
+#endif
+  char *const to_;
+  const bool streams_;
+  alignas(64) char local_[8 * kBlock];
+};
+
 void gate(const wsn::Gate &a, int64_t begin, int64_t end) {
   alignas(64) uint8_t local[kBlock];
   alignas(64) char buffer[8 * kBlock];
@@ -274,8 +308,11 @@ void gate(const wsn::Gate &a, int64_t begin, int64_t end) {
     if (!a.out) continue;
     const void *const weight =
         block_as(element(a.weight, a.weight_dtype, i), a.weight_dtype, a.out_dtype, n, buffer);
-    select_block(a.out_dtype, weight, flags, n, element(a.out, a.out_dtype, i));
+    Outgoing out(element(a.out, a.out_dtype, i), a.streams);
+    select_block(a.out_dtype, weight, flags, n, out.data());
+    out.send(n * size_of(a.out_dtype));
   }
+  if (a.streams) Outgoing::finish();
 }
 
 // dW and dS of one block, and the flags of frozen weights (only where there is a union).
@@ -308,9 +345,15 @@ void gradients(const wsn::Backward &a, int64_t i, int64_t n, void *dweight, void
 
 void backward(const wsn::Backward &a, int64_t begin, int64_t end) {
   alignas(64) uint8_t frozen[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock)
-    gradients(a, i, block_length(i, end), a.dweight ? element(a.dweight, a.weight_dtype, i) : nullptr,
-              a.dscores ? element(a.dscores, a.scores_dtype, i) : nullptr, frozen);
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = block_length(i, end);
+    Outgoing dweight(a.dweight ? element(a.dweight, a.weight_dtype, i) : nullptr, a.streams && a.dweight);
+    Outgoing dscores(a.dscores ? element(a.dscores, a.scores_dtype, i) : nullptr, a.streams && a.dscores);
+    gradients(a, i, n, dweight.data(), dscores.data(), frozen);
+    dweight.send(n * size_of(a.weight_dtype));
+    dscores.send(n * size_of(a.scores_dtype));
+  }
+  if (a.streams) Outgoing::finish();
 }
 
 // --- optimizers: each line rounds as the operation of PyTorch's optimizer that it stands for -------------------------

@@ -348,3 +348,27 @@ def test_bad_gradients_are_refused(change: dict[str, Any], error: type[Exception
     with pytest.raises(error, match=message):
         native.gates_backward([GRADIENT._replace(weight_grad=written), GRADIENT._replace(**change)])
     assert written.eq(7).all(), "nothing is written before all is checked"
+
+
+# --- large tensors, whose results pass by the caches
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("first", [0, 1])
+def test_large_tensors_are_gated_as_small_ones_are(first: int) -> None:
+    """From 32 MiB on, results are written in another way, but not those at odd addresses (``first``)."""
+    n = 2**23 + 77
+    tensors = [torch.randn(n + 1)[first:][:n] for _ in range(3)]
+    grad, weight, scores = tensors
+    masked, dweight, dscores = (torch.full((n + 1,), torch.nan)[first:][:n] for _ in range(3))
+    union = torch.randint(256, ((n + 7) // 8,), dtype=torch.uint8)
+    (tau,) = native.gates([GateOrder(weight, scores, n // 3, "magnitude", masked)])
+    native.gates_backward([GradientOrder(grad, weight, scores, tau, union, "magnitude", dweight, dscores)])
+    assert torch.equal(tau, scores.abs().kthvalue(n // 3 + 1).values)
+    kept = ~(scores.abs() < tau)
+    frozen = portable.unpack(union, n)
+    expected = [
+        torch.where(kept, weight, 0.0),
+        torch.where(kept & ~frozen, grad, 0.0),
+        grad * weight * scores.sign(),
+    ]
+    for result, right in zip((masked, dweight, dscores), expected, strict=True):
+        assert torch.equal(result.view(torch.int32), right.view(torch.int32))
