@@ -10,7 +10,7 @@ static void check_version_and_messages(void) {
   CHECK(wsn_abi_version() == WSN_ABI_VERSION);
   CHECK(strcmp(wsn_error_message(WSN_OK), "no error") == 0);
   CHECK(strcmp(wsn_error_message(12345), wsn_error_message(-1)) == 0);
-  for (code = -1; code <= WSN_ERROR_MEMORY; ++code)
+  for (code = -1; code <= WSN_ERROR_STORAGE; ++code)
     for (other = -1; other < code; ++other) CHECK(strcmp(wsn_error_message(code), wsn_error_message(other)) != 0);
 }
 

@@ -12,7 +12,7 @@ has a code of its own is kept exactly by any dither.
 
 **bfloat16.** ``(a + (r >> 16)) >> 16`` and the sign of x. What would round to infinity becomes the largest finite
 number. Infinities stay, a NaN becomes 0x7FC0, and magnitudes below 2**-126 are 0; but a second moment that is not 0 is
-at least 2**-126.
+at least 2**-125. (The next update multiplies it, and arithmetic with denormal numbers is slow.)
 
 **8 bits.** Each block of :data:`BLOCK` elements in row-major order (the last one may be shorter) has a scale ``2**e``,
 which is stored as a float32. ``e + 127`` is ``a >> 23`` of the largest finite magnitude in the block, at least
@@ -48,7 +48,8 @@ BLOCK = 256
 
 ALONG, ONWARD = 0xC13FA9A9, 0x91E10DA5
 NEAREST = 1 << 31
-_INFINITY, _NORMAL = 0x7F800000, 0x00800000
+_INFINITY = 0x7F800000
+_NORMAL, _SECOND = 0x00800000, 0x01000000  # 2**-126 and 2**-125
 _FINE, _COARSE = 20, 21  # the bits of ``a`` below a position of either part
 
 
@@ -59,6 +60,7 @@ class Code(NamedTuple):
         signed: whether it has negative numbers.
         fine, coarse: how many steps its two parts have.
         infinity, nan: the codes of these.
+        least: the least biased exponent of a scale. With it ``p = 1`` is still a normal number.
     """
 
     signed: bool
@@ -66,16 +68,12 @@ class Code(NamedTuple):
     coarse: int
     infinity: int
     nan: int
+    least: int
 
     @property
     def top(self) -> int:
         """The position of the largest finite number."""
         return 1 + self.coarse + self.fine
-
-    @property
-    def least(self) -> int:
-        """The least biased exponent of a scale. With it ``p = 1`` is still a normal number."""
-        return (self.fine << _FINE) + (self.coarse << _COARSE) + 0x7FFFFF >> 23
 
     def starts(self, scales: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """For each of n elements, where the fine and the coarse part start: bits of floats, int32."""
@@ -85,8 +83,8 @@ class Code(NamedTuple):
         return fine, fine - (self.coarse << _COARSE)
 
 
-SIGNED = Code(True, 64, 61, 127, 128)
-UNSIGNED = Code(False, 128, 124, 254, 255)
+SIGNED = Code(True, 64, 61, 127, 128, 24)
+UNSIGNED = Code(False, 128, 124, 254, 255, 48)
 
 
 class Stored(NamedTuple):
@@ -162,7 +160,8 @@ def _bfloat16(flat: Tensor, signed: bool, r: Tensor) -> Tensor:
     bits = flat.view(torch.int32)
     a = bits & 0x7FFFFFFF
     rounded = (a + (r >> 16).int() >> 16).clamp(max=0x7F7F)
-    rounded = rounded.where(a >= _NORMAL, (0 if signed else _NORMAL >> 16) * (a > 0).int())
+    least, below = (_NORMAL, 0) if signed else (_SECOND, _SECOND >> 16)
+    rounded = rounded.where(a >= least, below * (a > 0).int())
     rounded = rounded.where(a < _INFINITY, torch.where(a == _INFINITY, 0x7F80, 0x7FC0))
     return torch.where(bits < 0, rounded - 0x8000, rounded) if signed else rounded
 
