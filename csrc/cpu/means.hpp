@@ -12,21 +12,39 @@ namespace {
 
 constexpr int64_t kScaleBlock = WSN_MEANS_BLOCK;
 constexpr uint32_t kAlong = 0xC13FA9A9, kOnward = 0x91E10DA5;
-constexpr int kFine = 20, kCoarse = 21;  // bits of a float below a position of either part
 constexpr int32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000, kLeastNormal = 0x00800000, kLeastSecond = 0x01000000;
 
 template <bool kSigned>
 struct Code {
-  static constexpr int32_t fine = kSigned ? 64 : 128, coarse = kSigned ? 61 : 124, top = 1 + coarse + fine;
-  static constexpr int32_t infinity = kSigned ? 127 : 254, nan = kSigned ? 128 : 255, least = kSigned ? 24 : 48;
-  int32_t fine_start, coarse_start;
+  static constexpr int parts = 4;  // from the lowest up
+  static constexpr int shift[parts] = {22, 21, 20, 19};
+  static constexpr int32_t steps[parts] = {kSigned ? 17 : 20, kSigned ? 20 : 40, kSigned ? 40 : 64, kSigned ? 48 : 128};
+  static constexpr int32_t first[parts] = {1, 1 + steps[0], 1 + steps[0] + steps[1], 1 + steps[0] + steps[1] + steps[2]};
+  static constexpr int32_t top = first[3] + steps[3];
+  static constexpr int32_t infinity = kSigned ? 127 : 254, nan = kSigned ? 128 : 255, least = kSigned ? 22 : 37;
+  int32_t start[parts];
 
   explicit Code(int32_t exponent) {
-    fine_start = ((exponent + 1) << 23) - (fine << kFine);
-    coarse_start = fine_start - (coarse << kCoarse);
+    int32_t upper = (exponent + 1) << 23;
+    for (int k = parts - 1; k >= 0; --k) start[k] = upper -= steps[k] << shift[k];
   }
 
   static int32_t bounded(int32_t exponent) { return exponent < least ? least : exponent > 253 ? 253 : exponent; }
+
+  int32_t position(int32_t a, uint32_t r) const {
+    int32_t p = !kSigned && a > 0 ? 1 : 0;
+    for (int k = 0; k < parts; ++k) {
+      const int32_t inside = first[k] + ((a - start[k] + int32_t(r >> (32 - shift[k]))) >> shift[k]);
+      p = a >= start[k] ? inside : p;
+    }
+    return p < top ? p : top;
+  }
+
+  int32_t magnitude(int32_t p) const {
+    int32_t a = 0;
+    for (int k = 0; k < parts; ++k) a = p >= first[k] ? start[k] + (p - first[k]) * (1 << shift[k]) : a;
+    return a;
+  }
 };
 
 template <bool kSigned>
@@ -35,12 +53,8 @@ void decode_8bit(const uint8_t *codes, float scale, int64_t n, float *out) {
   const C code(C::bounded(bits_as<int32_t>(scale) >> 23 & 0xff));
   for (int64_t j = 0; j < n; ++j) {
     const int32_t whole = codes[j], p = kSigned ? whole & 0x7f : whole;
-    const int32_t upper = code.fine_start + ((p - C::coarse - 1) << kFine);
-    const int32_t lower = code.coarse_start + ((p - 1) << kCoarse);
-    int32_t bits = p > C::coarse ? upper : lower;
-    bits = p > 0 ? bits : 0;
-    bits = p == C::infinity ? kInfinity : bits;
-    if (kSigned) bits = int32_t(uint32_t(bits) | uint32_t(whole & 0x80) << 24);
+    const int32_t a = p == C::infinity ? kInfinity : code.magnitude(p);
+    const int32_t bits = kSigned ? int32_t(uint32_t(a) | uint32_t(whole & 0x80) << 24) : a;
     put(out, j, whole == C::nan ? int32_t(0x7fc00000) : bits);
   }
 }
@@ -58,12 +72,7 @@ float encode_8bit(const float *values, uint32_t r, int64_t n, uint8_t *codes) {
   const C code(exponent);
   for (int64_t j = 0; j < n; ++j) {
     const int32_t bits = at<int32_t>(values, j), a = bits & kMagnitude;
-    const uint32_t up = r + uint32_t(j) * kAlong;
-    const int32_t upper = C::coarse + 1 + ((a - code.fine_start + int32_t(up >> (32 - kFine))) >> kFine);
-    const int32_t lower = 1 + ((a - code.coarse_start + int32_t(up >> (32 - kCoarse))) >> kCoarse);
-    int32_t p = a >= code.fine_start ? upper : lower;
-    p = p < C::top ? p : C::top;
-    p = a >= code.coarse_start ? p : (!kSigned && a > 0 ? 1 : 0);
+    int32_t p = code.position(a, r + uint32_t(j) * kAlong);
     p = a == kInfinity ? C::infinity : p;
     if (kSigned) p |= (bits < 0) & (p > 0) ? 0x80 : 0;
     codes[j] = uint8_t(a > kInfinity ? C::nan : p);
@@ -99,7 +108,7 @@ void decode_means(const wsn::Means &means, int64_t i, int64_t n, float *out) {
   const uint8_t *const codes = static_cast<const uint8_t *>(means.values) + i;
   for (int64_t j = 0; j < n; j += kScaleBlock) {
     const int64_t length = n - j < kScaleBlock ? n - j : kScaleBlock;
-    decode_8bit<kSigned>(codes + j, means.scales[(i + j) / kScaleBlock], length, out + j);
+    decode_8bit<kSigned>(codes + j, at<float>(means.scales, (i + j) / kScaleBlock), length, out + j);
   }
 }
 
@@ -111,8 +120,8 @@ void encode_means(const float *values, int64_t i, int64_t n, uint32_t update, co
   uint8_t *const codes = static_cast<uint8_t *>(means.values) + i;
   for (int64_t j = 0; j < n; j += kScaleBlock) {
     const int64_t length = n - j < kScaleBlock ? n - j : kScaleBlock;
-    means.scales[(i + j) / kScaleBlock] =
-        encode_8bit<kSigned>(values + j, r + uint32_t(j) * kAlong, length, codes + j);
+    const float scale = encode_8bit<kSigned>(values + j, r + uint32_t(j) * kAlong, length, codes + j);
+    put(means.scales, (i + j) / kScaleBlock, scale);
   }
 }
 

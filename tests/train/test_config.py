@@ -85,6 +85,7 @@ BAD = [
     ("checkpoint_seconds", -1),
     ("reinit_scores", 1),
     ("one_pass", "yes"),
+    ("moments", "4bit"),
     ("out", ""),
     ("data_dir", 3),
 ]

@@ -16,13 +16,14 @@ at least 2**-125. (The next update multiplies it, and arithmetic with denormal n
 
 **8 bits.** Each block of :data:`BLOCK` elements in row-major order (the last one may be shorter) has a scale ``2**e``,
 which is stored as a float32. ``e + 127`` is ``a >> 23`` of the largest finite magnitude in the block, at least
-:attr:`Code.least` and at most 253. Codes below the special ones are positions ``p`` on a scale of floats with few bits:
+:attr:`Code.least` and at most 253. Codes below the special ones are positions ``p`` on a scale of floats that have few
+bits, and fewer the smaller they are:
 
 * ``p = 0`` is zero, and nothing else is;
-* from the top ``2**(e + 1)``, at ``p = Code.top``, down: :attr:`Code.fine` steps of an eighth of their octave (2**20 in
-  ``a``), then :attr:`Code.coarse` steps of a quarter of theirs (2**21 in ``a``), which end at ``p = 1``;
-* to encode, ``p = (a - start >> 20 or 21) + first`` with the start and the first position of the part that ``a`` is in,
-  after the high 20 or 21 bits of ``r`` were added to ``a``. Above the top it is ``Code.top``;
+* from the top ``2**(e + 1)``, at ``p = Code.top``, down, each part ``(bits, steps)`` of :attr:`Code.parts` has so many
+  steps of ``2**(23 - bits)`` in ``a``: there are ``2**bits`` of them in an octave. The last one ends at ``p = 1``;
+* to encode, ``p = first + (a + (r >> 9 + bits) - start >> 23 - bits)`` with the start of the part that ``a`` is in and
+  the position ``first`` of this start. Above the top it is ``Code.top``;
 * below ``p = 1`` a first moment becomes 0, and a second moment that is not 0 becomes ``p = 1``.
 
 A first moment (``SIGNED``) has ``p`` in the lower 7 bits and its sign in bit 7, except that a zero has no sign. Code
@@ -30,11 +31,12 @@ A first moment (``SIGNED``) has ``p`` in the lower 7 bits and its sign in bit 7,
 They have no part in the scale, so they do not change the other elements of their block.
 
 So a second moment that is not 0 is never stored as 0, and an update ``m / (sqrt(v) + eps)`` cannot explode because of
-how its operands are stored: m grows by at most a quarter, and v shrinks by at most a fifth.
+how its operands are stored: m grows by less than a half, and v shrinks by less than a third.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,7 +52,18 @@ ALONG, ONWARD = 0xC13FA9A9, 0x91E10DA5
 NEAREST = 1 << 31
 _INFINITY = 0x7F800000
 _NORMAL, _SECOND = 0x00800000, 0x01000000  # 2**-126 and 2**-125
-_FINE, _COARSE = 20, 21  # the bits of ``a`` below a position of either part
+
+
+class Part(NamedTuple):
+    """A part of the scale of a code.
+
+    Attributes:
+        bits: how many bits follow the first one.
+        steps: how many steps it has.
+    """
+
+    bits: int
+    steps: int
 
 
 class Code(NamedTuple):
@@ -58,14 +71,13 @@ class Code(NamedTuple):
 
     Attributes:
         signed: whether it has negative numbers.
-        fine, coarse: how many steps its two parts have.
+        parts: its scale, from the top down.
         infinity, nan: the codes of these.
         least: the least biased exponent of a scale. With it ``p = 1`` is still a normal number.
     """
 
     signed: bool
-    fine: int
-    coarse: int
+    parts: tuple[Part, ...]
     infinity: int
     nan: int
     least: int
@@ -73,18 +85,21 @@ class Code(NamedTuple):
     @property
     def top(self) -> int:
         """The position of the largest finite number."""
-        return 1 + self.coarse + self.fine
+        return 1 + sum(part.steps for part in self.parts)
 
-    def starts(self, scales: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """For each of n elements, where the fine and the coarse part start: bits of floats, int32."""
+    def starts(self, scales: Tensor, n: int) -> Iterator[tuple[Tensor, int, int]]:
+        """Each part from the lowest up: where it starts for each of n elements (bits of floats, int32), the position
+        there, and the bits of ``a`` below a step."""
         exponent = (scales.view(torch.int32) >> 23 & 0xFF).clamp(self.least, 253)
         top = (exponent + 1 << 23).repeat_interleave(BLOCK)[:n]
-        fine = top - (self.fine << _FINE)
-        return fine, fine - (self.coarse << _COARSE)
+        below, first = sum(steps << 23 - bits for bits, steps in self.parts), 1
+        for bits, steps in reversed(self.parts):
+            yield top - below, first, 23 - bits
+            below, first = below - (steps << 23 - bits), first + steps
 
 
-SIGNED = Code(True, 64, 61, 127, 128, 24)
-UNSIGNED = Code(False, 128, 124, 254, 255, 48)
+SIGNED = Code(True, (Part(4, 48), Part(3, 40), Part(2, 20), Part(1, 17)), 127, 128, 22)
+UNSIGNED = Code(False, (Part(4, 128), Part(3, 64), Part(2, 40), Part(1, 20)), 254, 255, 37)
 
 
 class Stored(NamedTuple):
@@ -174,10 +189,10 @@ def encode_8bit(flat: Tensor, code: Code, r: Tensor) -> tuple[Tensor, Tensor]:
     padded[:n] = a.where(a < _INFINITY, 0)
     most = padded.view(-1, BLOCK).amax(1)
     scales = ((most >> 23).clamp(code.least, 253) << 23).view(torch.float32)
-    fine, coarse = code.starts(scales, n)
-    upper = code.coarse + 1 + (a - fine + (r >> 32 - _FINE).int() >> _FINE)
-    p = upper.where(a >= fine, 1 + (a - coarse + (r >> 32 - _COARSE).int() >> _COARSE)).clamp(max=code.top)
-    p = p.where(a >= coarse, 0 if code.signed else (a > 0).int())
+    p = torch.zeros_like(a) if code.signed else (a > 0).int()
+    for start, first, shift in code.starts(scales, n):
+        p = torch.where(a >= start, first + (a - start + (r >> 32 - shift).int() >> shift), p)
+    p = p.clamp(max=code.top)
     p = p.where(a != _INFINITY, code.infinity)
     if code.signed:
         p = torch.where((bits < 0) & (p > 0), p | 0x80, p)
@@ -188,10 +203,9 @@ def decode_8bit(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
     """The float32 values of a vector of codes."""
     whole = codes.int()
     p = whole & 0x7F if code.signed else whole
-    fine, coarse = code.starts(scales, codes.numel())
-    upper = fine + (p - code.coarse - 1 << _FINE)
-    a = upper.where(p > code.coarse, coarse + (p - 1 << _COARSE))
-    a = a.where(p > 0, 0)
+    a = torch.zeros_like(p)
+    for start, first, shift in code.starts(scales, codes.numel()):
+        a = torch.where(p >= first, start + (p - first << shift), a)
     a = a.where(p != code.infinity, _INFINITY)
     values = a.view(torch.float32)
     if code.signed:

@@ -180,7 +180,7 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
 
         each, new = call.each(settings), {*map(id, self._new)}
         for i, update in enumerate(call.updates) if new else ():
-            pair = zip(each[i], _buffers(update.state), strict=True)
+            pair = zip(each[i], _momenta(update.state), strict=True)
             each[i] = tuple(s._replace(first=s.momentum != 0 and id(buffer) in new) for s, buffer in pair)
         # Only what is stored in fewer bytes needs the numbers of the updates.
         states = (update.state for update in call.updates)
@@ -195,7 +195,7 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
                 torch._foreach_add_(counts, -1)
             raise
         if new:
-            new -= {id(buffer) for update in call.updates for buffer in _buffers(update.state)}
+            new -= {id(buffer) for update in call.updates for buffer in _momenta(update.state)}
             self._new = [buffer for buffer in self._new if id(buffer) in new]
 
     def _states_of(self, call: Call) -> list[State]:
@@ -227,7 +227,7 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
         return mean_in(state, "momentum_buffer")
 
 
-def _buffers(state: object) -> tuple[Tensor | None, Tensor | None]:
+def _momenta(state: object) -> tuple[Tensor | None, Tensor | None]:
     """The momentum buffers of a tensor and of its scores."""
     if isinstance(state, CodedSGDState):
         first, second = (None if buffer is None else buffer.values for buffer in state[:2])
