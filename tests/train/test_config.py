@@ -98,6 +98,11 @@ def test_a_bad_setting_is_named_with_its_value(name: str, value: Any) -> None:
     assert str(error.value).endswith(f"got {value!r}")
 
 
+def test_torchs_optimizers_store_float32_means_only() -> None:
+    with pytest.raises(ValueError, match=r"^moments: expected float32 without one_pass, .*, got '8bit'$"):
+        resolve(moments="8bit", one_pass=False)
+
+
 def test_settings_survive_json() -> None:
     settings = resolve(stream="rotated", density=0.03, lr=3e-4)
     assert config.from_dict(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
