@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backends import choose
 from .nn.gated import SubnetLayer
@@ -20,8 +20,8 @@ class Route(NamedTuple):
 
     Attributes:
         layer: the layer's name in the model.
-        operation: a primitive of :mod:`wsn_fast.backends.torch`, "one-pass step", "product (training)" or "product
-            (finished task)".
+        operation: a primitive of :mod:`wsn_fast.backends.torch`, "one-pass step" (with the storage of the running
+            means where it is not float32), "product (training)" or "product (finished task)".
         backend: "torch", "triton" or "native".
         reason: why this backend runs it.
     """
@@ -71,12 +71,18 @@ def explain(model: nn.Module, *, dtype: torch.dtype | None = None) -> Explanatio
             chosen = choose(operation, weight.device, dtype_of, backend)
             routes.append(Route(name, operation, chosen.name, chosen.reason))
         if layer.one_pass:
-            chosen = choose("adamw_step", weight.device, weight.dtype, backend)
-            routes.append(Route(name, "one-pass step", chosen.name, chosen.reason))
+            routes.append(_step(name, layer, weight))
         for source, when in (("scores", "training"), ("packed", "finished task")):
             fusion = _fusion(layer, dtype or weight.dtype, source)
             routes.append(Route(name, f"product ({when})", *_product(fusion)))
     return routes
+
+
+def _step(name: str, layer: SubnetLayer, weight: Tensor) -> Route:
+    optimizer: Any = layer.gate_state.owner
+    chosen = choose(optimizer.primitive, weight.device, weight.dtype, layer.backend)
+    stored = f", moments {optimizer.storage}" if optimizer.storage.is_coded else ""
+    return Route(name, f"one-pass step{stored}", chosen.name, chosen.reason)
 
 
 def _fusion(layer: SubnetLayer, dtype: torch.dtype, source: str) -> Fusion:

@@ -78,6 +78,7 @@ const char *wsn_error_message(int code) {
     case WSN_ERROR_RULE: return "the rule is unknown";
     case WSN_ERROR_RANK: return "the rank is not in [0, n)";
     case WSN_ERROR_MEMORY: return "no memory for the workspace";
+    case WSN_ERROR_STORAGE: return "the storage of running means is unknown";
     default: return "unknown error code";
   }
 }

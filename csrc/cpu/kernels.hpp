@@ -81,10 +81,22 @@ struct SgdStep {
   bool nesterov, first;
 };
 
+// A running mean as it is stored. scales are NULL unless it is stored in 8 bits.
+struct Means {
+  void *values;
+  float *scales;
+  int storage;
+};
+
+// The means start at element `origin`. Those that are stored in fewer bytes need the number of the update.
 template <class Step>
 struct Update {
-  void *first_state, *second_state;
+  Means first, second;
   Step step;
+  uint32_t count = 0;
+  int64_t origin = 0;
+
+  bool is_plain() const { return first.storage == WSN_MEANS_PLAIN; }
 };
 
 // Each function does the elements [begin, end); begin is a multiple of kBlock.

@@ -11,6 +11,7 @@
 
 #include "bits.hpp"
 #include "kernels.hpp"
+#include "means.hpp"
 #include "numbers.hpp"
 #include "parallel.hpp"
 
@@ -359,11 +360,16 @@ void backward(const wsn::Backward &a, int64_t begin, int64_t end) {
 // --- optimizers: each line rounds as the operation of PyTorch's optimizer that it stands for -------------------------
 
 // A running mean that is fed with zeros (dead inputs, weights that left the mask) shrinks to a denormal number and stays
-// there, where processors are a hundred times slower. So these are 0: nothing that a parameter could feel.
+// there, where processors are a hundred times slower. So these are 0: nothing that a parameter could feel. Where means
+// are stored in fewer bytes, their code sees to this, and `least` is 0.
 template <class T>
-inline T normal_or_zero(T x) {
-  constexpr T least = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+inline T normal_or_zero(T x, T least) {
   return (x < 0 ? -x : x) < least ? T(0) : x;
+}
+
+template <class T>
+constexpr T least_mean(bool is_plain) {
+  return !is_plain ? T(0) : sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
 }
 
 // A choice that is made once for a whole loop: f(std::true_type) or f(std::false_type).
@@ -392,20 +398,20 @@ inline void put_unless_frozen(void *param, int64_t j, T before, T after, const W
 // The coefficients in the dtype of the parameter, and what becomes of one element.
 template <class T>
 struct AdamW {
-  T lerp, beta2, rest2, eps, size, shrink, decay;
+  T lerp, beta2, rest2, eps, size, shrink, decay, least;
   Divisor<T> correction;
   bool near;
 
-  explicit AdamW(const AdamWStep &step)
+  AdamW(const AdamWStep &step, bool is_plain)
       : lerp(T(step.lerp < 0.5 ? step.lerp : step.lerp - 1)), beta2(T(step.beta2)), rest2(T(step.one_minus_beta2)),
         eps(T(step.eps)), size(T(-step.step_size)), shrink(T(step.shrink)), decay(T(step.decay)),
-        correction(T(step.root_correction)), near(step.lerp < 0.5) {}
+        least(least_mean<T>(is_plain)), correction(T(step.root_correction)), near(step.lerp < 0.5) {}
 
   template <bool kCoupled>
   T after(T before, T grad, void *avg, void *avg_sq, int64_t j) const {
     const T m = at<T>(avg, j), g = kCoupled ? multiply_add(before, decay, grad) : grad;
-    const T m_new = normal_or_zero(multiply_add(lerp, g - m, near ? m : g));
-    const T v_new = normal_or_zero(at<T>(avg_sq, j) * beta2 + rest2 * g * g);
+    const T m_new = normal_or_zero(multiply_add(lerp, g - m, near ? m : g), least);
+    const T v_new = normal_or_zero(at<T>(avg_sq, j) * beta2 + rest2 * g * g, least);
     put(avg, j, m_new);
     put(avg_sq, j, v_new);
     return before * shrink + size * m_new / (correction.divide(root(v_new)) + eps);
@@ -414,8 +420,9 @@ struct AdamW {
 
 template <bool kFrozen, bool kCoupled, class T>
 void adamw_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN_RESTRICT avg,
-                 void *WSN_RESTRICT avg_sq, const Word<T> *WSN_RESTRICT frozen, int64_t n, const AdamWStep &step) {
-  const AdamW<T> adamw(step);
+                 void *WSN_RESTRICT avg_sq, const Word<T> *WSN_RESTRICT frozen, int64_t n,
+                 const wsn::Update<AdamWStep> &update) {
+  const AdamW<T> adamw(update.step, update.is_plain());
   WSN_NO_OVERLAP
   for (int64_t j = 0; j < n; ++j) {
     const T before = at<T>(param, j);
@@ -430,10 +437,10 @@ template <bool kFrozen, class K, class T>
 void adamw_pair_block(void *WSN_RESTRICT weight, void *WSN_RESTRICT scores, const void *WSN_RESTRICT grad,
                       void *WSN_RESTRICT weight_avg, void *WSN_RESTRICT weight_avg_sq, void *WSN_RESTRICT scores_avg,
                       void *WSN_RESTRICT scores_avg_sq, const Word<T> *WSN_RESTRICT frozen, typename K::I tau,
-                      typename K::I infinity, T scale, int64_t n, const AdamWStep &for_weight,
-                      const AdamWStep &for_scores) {
+                      typename K::I infinity, T scale, int64_t n, const wsn::Update<AdamWStep> &for_weight,
+                      const wsn::Update<AdamWStep> &for_scores) {
   using W = Word<T>;
-  const AdamW<T> weight_step(for_weight), scores_step(for_scores);
+  const AdamW<T> weight_step(for_weight.step, for_weight.is_plain()), scores_step(for_scores.step, for_scores.is_plain());
   WSN_NO_OVERLAP
   for (int64_t j = 0; j < n; ++j) {
     const T w = at<T>(weight, j), s = at<T>(scores, j), g = at<T>(grad, j);
@@ -449,14 +456,16 @@ void adamw_pair_block(void *WSN_RESTRICT weight, void *WSN_RESTRICT scores, cons
 
 template <bool kFrozen, bool kMomentum, class T>
 void sgd_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN_RESTRICT buffer,
-               const Word<T> *WSN_RESTRICT frozen, int64_t n, const SgdStep &step) {
+               const Word<T> *WSN_RESTRICT frozen, int64_t n, const wsn::Update<SgdStep> &update) {
+  const SgdStep &step = update.step;
+  const T least = least_mean<T>(update.is_plain());
   const T lr = T(-step.lr), momentum = T(step.momentum), rest = T(step.one_minus_dampening), decay = T(step.decay);
   const bool coupled = step.decay != 0, nesterov = step.nesterov, first = step.first;
   for (int64_t j = 0; j < n; ++j) {
     const T before = at<T>(param, j);
     T g = coupled ? multiply_add(before, decay, at<T>(grad, j)) : at<T>(grad, j);
     if (kMomentum) {
-      const T b = first ? g : normal_or_zero(multiply_add(g, rest, at<T>(buffer, j) * momentum));
+      const T b = first ? g : normal_or_zero(multiply_add(g, rest, at<T>(buffer, j) * momentum), least);
       put(buffer, j, b);
       g = nesterov ? multiply_add(b, momentum, g) : b;
     }
@@ -465,13 +474,19 @@ void sgd_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN_R
 }
 
 template <class T>
+T *element_of(const wsn::Means &means, int64_t i) {
+  return static_cast<T *>(means.values) + i;
+}
+
+template <class T>
 void update_block(void *param, const T *grad, const wsn::Update<AdamWStep> &update, const Word<T> *frozen, int64_t i,
                   int64_t n) {
-  void *const avg = static_cast<T *>(update.first_state) + i, *const avg_sq = static_cast<T *>(update.second_state) + i;
+  void *const avg = element_of<T>(update.first, i - update.origin);
+  void *const avg_sq = element_of<T>(update.second, i - update.origin);
   with_constant(frozen != nullptr, [&](auto has_frozen) {
     with_constant(update.step.decay != 0, [&](auto coupled) {
       adamw_block<decltype(has_frozen)::value, decltype(coupled)::value>(param, grad, avg, avg_sq, frozen, n,
-                                                                         update.step);
+                                                                         update);
     });
   });
 }
@@ -479,10 +494,10 @@ void update_block(void *param, const T *grad, const wsn::Update<AdamWStep> &upda
 template <class T>
 void update_block(void *param, const T *grad, const wsn::Update<SgdStep> &update, const Word<T> *frozen, int64_t i,
                   int64_t n) {
-  void *const buffer = update.first_state ? static_cast<T *>(update.first_state) + i : nullptr;
+  void *const buffer = update.first.values ? element_of<T>(update.first, i - update.origin) : nullptr;
   with_constant(frozen != nullptr, [&](auto has_frozen) {
     with_constant(buffer != nullptr, [&](auto momentum) {
-      sgd_block<decltype(has_frozen)::value, decltype(momentum)::value>(param, grad, buffer, frozen, n, update.step);
+      sgd_block<decltype(has_frozen)::value, decltype(momentum)::value>(param, grad, buffer, frozen, n, update);
     });
   });
 }
@@ -574,9 +589,10 @@ bool update_pair(const wsn::Gradients &g, const wsn::Update<AdamWStep> &weight, 
     with_constant(a.rule == WSN_MAGNITUDE, [&](auto magnitude) {
       using K = Kind<std::make_signed_t<Word<T>>, decltype(magnitude)::value ? WSN_MAGNITUDE : WSN_VALUE>;
       adamw_pair_block<decltype(has_frozen)::value, K, T>(
-          block(a.weight), block(a.scores.data), grad, block(weight.first_state), block(weight.second_state),
-          block(scores.first_state), block(scores.second_state), frozen, typename K::I(a.tau),
-          typename K::I(a.scores.infinity), T(g.scale), n, weight.step, scores.step);
+          block(a.weight), block(a.scores.data), grad, element_of<T>(weight.first, i - weight.origin),
+          element_of<T>(weight.second, i - weight.origin), element_of<T>(scores.first, i - scores.origin),
+          element_of<T>(scores.second, i - scores.origin), frozen, typename K::I(a.tau),
+          typename K::I(a.scores.infinity), T(g.scale), n, weight, scores);
     });
   });
   return true;
@@ -595,18 +611,21 @@ void step_typed(const wsn::Gradients &g, const wsn::Update<Step> &weight, const 
   GradientBlock<T> grads;
   alignas(64) Word<T> words[kBlock];
   const Word<T> *const frozen = a.union_mask ? words : nullptr;
+  MeansBlock<Step> weight_means(weight), scores_means(scores);
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = block_length(i, end);
     if (frozen) {
       unpack_block(a.union_mask + i / 8, n, grads.flags);
       for (int64_t j = 0; j < n; ++j) words[j] = Word<T>(0) - grads.flags[j];
     }
-    if (!update_pair<T>(g, weight, scores, frozen, i, n)) {
+    const wsn::Update<Step> &for_weight = weight_means.load(i, n), &for_scores = scores_means.load(i, n);
+    if (!update_pair<T>(g, for_weight, for_scores, frozen, i, n)) {
       grads.form(g, i, n);
-      update_block<T>(const_cast<char *>(element(a.weight, a.weight_dtype, i)), grads.weight, weight, frozen, i, n);
-      update_block<T>(const_cast<char *>(element(a.scores.data, a.scores_dtype, i)), grads.scores, scores, nullptr, i,
-                      n);
+      update_block<T>(const_cast<char *>(element(a.weight, a.weight_dtype, i)), grads.weight, for_weight, frozen, i, n);
+      update_block<T>(const_cast<char *>(element(a.scores.data, a.scores_dtype, i)), grads.scores, for_scores, nullptr,
+                      i, n);
     }
+    weight_means.store(i, n), scores_means.store(i, n);
     if (speculation) speculate_block(*speculation, i, n, counts);
   }
 }

@@ -179,23 +179,62 @@ using AdamWUpdate = wsn::Update<wsn::AdamWStep>;
 using SgdUpdate = wsn::Update<wsn::SgdStep>;
 
 AdamWUpdate weight_update(const wsn_adamw_item &item) {
-  return {item.weight_avg, item.weight_avg_sq, coefficients(item.for_weight)};
+  return {{item.weight_avg, item.weight_avg_scales, item.weight_storage},
+          {item.weight_avg_sq, item.weight_avg_sq_scales, item.weight_storage},
+          coefficients(item.for_weight),
+          uint32_t(item.for_weight.step)};
 }
 AdamWUpdate scores_update(const wsn_adamw_item &item) {
-  return {item.scores_avg, item.scores_avg_sq, coefficients(item.for_scores)};
+  return {{item.scores_avg, item.scores_avg_scales, item.scores_storage},
+          {item.scores_avg_sq, item.scores_avg_sq_scales, item.scores_storage},
+          coefficients(item.for_scores),
+          uint32_t(item.for_scores.step)};
 }
 void *buffer(void *momentum, const wsn_sgd &step) { return step.momentum != 0 ? momentum : nullptr; }
 SgdUpdate weight_update(const wsn_sgd_item &item) {
-  return {buffer(item.weight_momentum, item.for_weight), nullptr, coefficients(item.for_weight)};
+  return {{buffer(item.weight_momentum, item.for_weight), item.weight_momentum_scales, item.weight_storage},
+          {nullptr, nullptr, item.weight_storage},
+          coefficients(item.for_weight),
+          uint32_t(item.for_weight.step)};
 }
 SgdUpdate scores_update(const wsn_sgd_item &item) {
-  return {buffer(item.scores_momentum, item.for_scores), nullptr, coefficients(item.for_scores)};
+  return {{buffer(item.scores_momentum, item.for_scores), item.scores_momentum_scales, item.scores_storage},
+          {nullptr, nullptr, item.scores_storage},
+          coefficients(item.for_scores),
+          uint32_t(item.for_scores.step)};
+}
+
+int check_storage(int dtype, int storage) {
+  if (storage < WSN_MEANS_PLAIN || storage > WSN_MEANS_8BIT) return WSN_ERROR_STORAGE;
+  return storage != WSN_MEANS_PLAIN && dtype != WSN_FLOAT32 ? WSN_ERROR_DTYPE : WSN_OK;
+}
+
+// 8-bit means that are there have scales.
+bool lacks_scales(int64_t n, int storage, const void *values, const float *scales) {
+  return n > 0 && storage == WSN_MEANS_8BIT && values != nullptr && scales == nullptr;
+}
+
+template <class Item>
+int check_storages(const Item &item) {
+  if (const int code = check_storage(item.tensor.dtype, item.weight_storage)) return code;
+  return check_storage(item.tensor.dtype, item.scores_storage);
 }
 
 int check_states(const wsn_adamw_item &item) {
-  return wsn::check(item.tensor.n, 1, item.weight_avg, item.weight_avg_sq, item.scores_avg, item.scores_avg_sq);
+  if (const int code = check_storages(item)) return code;
+  const int64_t n = item.tensor.n;
+  if (lacks_scales(n, item.weight_storage, item.weight_avg, item.weight_avg_scales) ||
+      lacks_scales(n, item.weight_storage, item.weight_avg_sq, item.weight_avg_sq_scales) ||
+      lacks_scales(n, item.scores_storage, item.scores_avg, item.scores_avg_scales) ||
+      lacks_scales(n, item.scores_storage, item.scores_avg_sq, item.scores_avg_sq_scales))
+    return WSN_ERROR_NULL;
+  return wsn::check(n, 1, item.weight_avg, item.weight_avg_sq, item.scores_avg, item.scores_avg_sq);
 }
 int check_states(const wsn_sgd_item &item) {
+  if (const int code = check_storages(item)) return code;
+  if (lacks_scales(item.tensor.n, item.weight_storage, item.weight_momentum, item.weight_momentum_scales) ||
+      lacks_scales(item.tensor.n, item.scores_storage, item.scores_momentum, item.scores_momentum_scales))
+    return WSN_ERROR_NULL;
   const bool lacking = (item.for_weight.momentum != 0 && item.weight_momentum == nullptr) ||
                        (item.for_scores.momentum != 0 && item.scores_momentum == nullptr);
   return item.tensor.n > 0 && lacking ? WSN_ERROR_NULL : WSN_OK;

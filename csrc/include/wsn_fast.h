@@ -36,7 +36,7 @@
 #endif
 
 /* Raised with every incompatible change of this header; a loader refuses a library of another version. */
-#define WSN_ABI_VERSION 5
+#define WSN_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -50,7 +50,8 @@ typedef enum wsn_status {
   WSN_ERROR_DTYPE = 4,   /* not a wsn_dtype, or one that the function does not have */
   WSN_ERROR_RULE = 5,    /* not a wsn_rule */
   WSN_ERROR_RANK = 6,    /* a rank is not in [0, n) */
-  WSN_ERROR_MEMORY = 7   /* no memory for the workspace */
+  WSN_ERROR_MEMORY = 7,  /* no memory for the workspace */
+  WSN_ERROR_STORAGE = 8  /* not a wsn_means */
 } wsn_status;
 
 typedef enum wsn_dtype { WSN_FLOAT32 = 0, WSN_FLOAT64 = 1, WSN_BFLOAT16 = 2, WSN_FLOAT16 = 3 } wsn_dtype;
@@ -179,15 +180,25 @@ typedef struct wsn_sgd {
   double lr, momentum, dampening, weight_decay;
   int32_t nesterov;
   int32_t first;
+  int64_t step; /* that of this update, 1 at first; only read if the momentum buffer is stored in fewer bytes */
 } wsn_sgd;
 
+/* How running means and momentum buffers are stored: in the dtype of the tensor; and, of a float32 tensor, as bfloat16
+ * (uint16_t), or in 8 bits (uint8_t) with (n + WSN_MEANS_BLOCK - 1) / WSN_MEANS_BLOCK scales.
+ * wsn_fast/backends/moments.py specifies the two last ones. */
+typedef enum wsn_means { WSN_MEANS_PLAIN = 0, WSN_MEANS_BFLOAT16 = 1, WSN_MEANS_8BIT = 2 } wsn_means;
+
+enum { WSN_MEANS_BLOCK = 256 };
+
 /* A tensor, its running means, and the settings for its weight and its scores. For a frozen weight the step
- * uses a gradient of 0: its means decay and the weight stays. A mean, or a momentum buffer, that becomes denormal is
- * set to 0. */
+ * uses a gradient of 0: its means decay and the weight stays. A plain mean, or momentum buffer, that becomes denormal is
+ * set to 0. Scales are NULL unless the means are stored in 8 bits. */
 typedef struct wsn_adamw_item {
   wsn_gated tensor;
   void *weight_avg, *weight_avg_sq, *scores_avg, *scores_avg_sq;
   wsn_adamw for_weight, for_scores;
+  float *weight_avg_scales, *weight_avg_sq_scales, *scores_avg_scales, *scores_avg_sq_scales;
+  int32_t weight_storage, scores_storage; /* of both means of each */
 } wsn_adamw_item;
 
 /* A momentum buffer may be NULL where its momentum is 0. */
@@ -195,6 +206,8 @@ typedef struct wsn_sgd_item {
   wsn_gated tensor;
   void *weight_momentum, *scores_momentum;
   wsn_sgd for_weight, for_scores;
+  float *weight_momentum_scales, *scores_momentum_scales;
+  int32_t weight_storage, scores_storage;
 } wsn_sgd_item;
 
 /* One step on the weights and the scores of `count` tensors, which share no memory. */

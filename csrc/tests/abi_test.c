@@ -10,7 +10,7 @@ static void check_version_and_messages(void) {
   CHECK(wsn_abi_version() == WSN_ABI_VERSION);
   CHECK(strcmp(wsn_error_message(WSN_OK), "no error") == 0);
   CHECK(strcmp(wsn_error_message(12345), wsn_error_message(-1)) == 0);
-  for (code = -1; code <= WSN_ERROR_MEMORY; ++code)
+  for (code = -1; code <= WSN_ERROR_STORAGE; ++code)
     for (other = -1; other < code; ++other) CHECK(strcmp(wsn_error_message(code), wsn_error_message(other)) != 0);
 }
 
@@ -134,11 +134,13 @@ static void check_errors_of_steps(void) {
   int64_t window[WSN_WINDOW] = {0};
   double sums[2] = {7, 7};
   const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 0, 1, 1};
-  const wsn_sgd sgd = {0.1, 0.9, 0, 0, 0, 1};
+  const wsn_sgd sgd = {0.1, 0.9, 0, 0, 0, 1, 1};
   const wsn_gated good = {x, NULL, w, w, x, NULL, NULL, 1, 1.0, WSN_FLOAT32, WSN_FLOAT32, WSN_VALUE};
-  wsn_adamw_item a[2] = {{good, state, state, state, state, adamw, adamw}, {good, state, state, state, state, adamw, adamw}};
-  wsn_sgd_item s = {good, state, state, sgd, sgd};
+  const wsn_adamw_item fine = {good, state, state, state, state, adamw, adamw, NULL, NULL, NULL, NULL, 0, 0};
+  wsn_adamw_item a[2];
+  wsn_sgd_item s = {good, state, state, sgd, sgd, NULL, NULL, 0, 0};
   wsn_next next = {masked, x, window, 0, WSN_FLOAT32};
+  a[0] = a[1] = fine;
   CHECK(wsn_adamw_step(NULL, 1, 1) == WSN_ERROR_NULL);
   CHECK(wsn_adamw_step(a, -1, 1) == WSN_ERROR_SIZE);
   CHECK(wsn_adamw_step(a, 2, 0) == WSN_ERROR_THREADS);
@@ -166,6 +168,16 @@ static void check_errors_of_steps(void) {
   next.masked_dtype = WSN_FLOAT32, next.window = NULL;
   CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_NULL);
   CHECK(wsn_gradient_squares(&good, 1, NULL, 1) == WSN_ERROR_NULL);
+  s.tensor = good, s.weight_storage = 3;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_STORAGE);
+  s.weight_storage = WSN_MEANS_PLAIN, s.scores_storage = WSN_MEANS_8BIT; /* without scales */
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_NULL);
+  s.tensor.dtype = s.tensor.grad_dtype = WSN_FLOAT64;
+  CHECK(wsn_sgd_step(&s, 1, 1) == WSN_ERROR_DTYPE);
+  a[1].weight_avg_sq = state, a[1].weight_storage = WSN_MEANS_8BIT;
+  CHECK(wsn_adamw_step(a, 2, 1) == WSN_ERROR_NULL);
+  a[1].weight_storage = -1;
+  CHECK(wsn_adamw_step(a, 2, 1) == WSN_ERROR_STORAGE);
   CHECK(w[0] == 7 && state[0] == 0 && masked[0] == 7 && window[0] == 0 && sums[0] == 7);
 }
 
@@ -193,7 +205,7 @@ static void check_errors_of_restoring(void) {
 static void check_empty(void) {
   const wsn_gated none = {NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 1.0, WSN_FLOAT32, WSN_FLOAT32, WSN_VALUE};
   const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 0, 1, 1};
-  const wsn_adamw_item item = {none, NULL, NULL, NULL, NULL, adamw, adamw};
+  const wsn_adamw_item item = {none, NULL, NULL, NULL, NULL, adamw, adamw, NULL, NULL, NULL, NULL, 0, 0};
   const wsn_restore_item nothing = {NULL, NULL, NULL, 4, 0};
   const wsn_backward_item empty = {NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0};
   double sums[2] = {7, 7};

@@ -298,7 +298,7 @@ static void check_restore(int64_t n, int offset) {
  * forward pass is what wsn_threshold and wsn_gate make of the weight and the scores. */
 static void check_steps(int64_t n, int offset) {
   const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 1e-2, 3, 1};
-  const wsn_sgd sgd = {1e-2, 0.9, 0, 1e-2, 1, 0};
+  const wsn_sgd sgd = {1e-2, 0.9, 0, 1e-2, 1, 0, 3};
   int dtype;
   for (dtype = WSN_FLOAT32; dtype <= WSN_FLOAT64; ++dtype) {
     const int item = kItem[dtype];
@@ -311,8 +311,8 @@ static void check_steps(int64_t n, int offset) {
     int64_t window[WSN_WINDOW] = {0};
     const wsn_next next = {masked.data, &next_tau, window, n / 3, masked_dtype};
     const wsn_gated t = {g.data, NULL, w.data, s.data, &tau, u.data, &next, n, 0.5, dtype, dtype, WSN_MAGNITUDE};
-    wsn_adamw_item a = {t, NULL, NULL, NULL, NULL, adamw, adamw};
-    wsn_sgd_item b = {t, NULL, NULL, sgd, sgd};
+    wsn_adamw_item a = {t, NULL, NULL, NULL, NULL, adamw, adamw, NULL, NULL, NULL, NULL, 0, 0};
+    wsn_sgd_item b = {t, NULL, NULL, sgd, sgd, NULL, NULL, 0, 0};
     int64_t i;
     int k;
     for (k = 0; k < 4; ++k) states[k] = make(n * item, offset), memset(states[k].data, 0, (size_t)(n * item));
@@ -337,6 +337,43 @@ static void check_steps(int64_t n, int offset) {
   }
 }
 
+/* Memory of means that are stored in fewer bytes, and that zeros stay zeros where there is no gradient. */
+static void check_stored_means(int64_t n, int offset) {
+  const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 1e-2, 3, 1};
+  const wsn_sgd sgd = {1e-2, 0.9, 0, 1e-2, 1, 0, 3};
+  int storage, step, k, wrong = 0;
+  for (storage = WSN_MEANS_BFLOAT16; storage <= WSN_MEANS_8BIT; ++storage) {
+    const int item = storage == WSN_MEANS_8BIT ? 1 : 2;
+    const int64_t scale_bytes = (n + WSN_MEANS_BLOCK - 1) / WSN_MEANS_BLOCK * 4;
+    buffer zeros = make(4 * n, offset), w = make_numbers(WSN_FLOAT32, n, offset), states[4], scales[4];
+    const wsn_gated t = {zeros.data, zeros.data, w.data, w.data, NULL, NULL, NULL, n, 1, 0, 0, WSN_VALUE};
+    wsn_adamw_item a = {t, NULL, NULL, NULL, NULL, adamw, adamw, NULL, NULL, NULL, NULL, storage, storage};
+    wsn_sgd_item b = {t, NULL, NULL, sgd, sgd, NULL, NULL, storage, storage};
+    buffer s = make_numbers(WSN_FLOAT32, n, offset);
+    int64_t i;
+    memset(zeros.data, 0, (size_t)(4 * n));
+    for (k = 0; k < 4; ++k) {
+      states[k] = make(n * item, offset), scales[k] = make(scale_bytes, offset);
+      memset(states[k].data, 0, (size_t)(n * item)), memset(scales[k].data, 0, (size_t)scale_bytes);
+    }
+    a.tensor.scores = b.tensor.scores = s.data;
+    a.weight_avg = states[0].data, a.weight_avg_sq = states[1].data;
+    a.scores_avg = states[2].data, a.scores_avg_sq = states[3].data;
+    a.weight_avg_scales = (float *)(void *)scales[0].data, a.weight_avg_sq_scales = (float *)(void *)scales[1].data;
+    a.scores_avg_scales = (float *)(void *)scales[2].data, a.scores_avg_sq_scales = (float *)(void *)scales[3].data;
+    b.weight_momentum = states[0].data, b.scores_momentum = states[2].data;
+    b.weight_momentum_scales = a.weight_avg_scales, b.scores_momentum_scales = a.scores_avg_scales;
+    b.for_weight.weight_decay = b.for_scores.weight_decay = 0;
+    for (step = 0; step < 4; ++step)
+      CHECK((step % 2 ? wsn_sgd_step(&b, 1, 2) : wsn_adamw_step(&a, 1, 2)) == WSN_OK);
+    for (k = 0; k < 4; ++k)
+      for (i = 0; i < n * item; ++i) wrong += states[k].data[i] != 0;
+    CHECK(wrong == 0);
+    for (k = 0; k < 4; ++k) free(states[k].base), free(scales[k].base);
+    free(zeros.base), free(w.base), free(s.base);
+  }
+}
+
 static void check_size(int64_t n, int best) {
   int offset, level;
   for (offset = 0; offset < 4; offset += 3) {
@@ -347,6 +384,7 @@ static void check_size(int64_t n, int best) {
       check_many(n, offset);
       check_union(n, offset);
       check_steps(n, offset);
+      check_stored_means(n, offset);
     }
     check_bits(n, offset);
     check_restore(n, offset);

@@ -84,7 +84,8 @@ std::vector<uint8_t> gate_and_step(int threads) {
   double sums[2];
   const wsn_next next = {out.data(), &next_tau, window, kSize / 2, WSN_FLOAT32};
   const wsn_gated t = {grad.data(), nullptr, weight.data(), scores.data(), &tau, packed.data(), &next, kSize, 1.0, 0, 0, 0};
-  const wsn_adamw_item item = {t, states[0].data(), states[1].data(), states[2].data(), states[3].data(), adamw, adamw};
+  const wsn_adamw_item item = {t, states[0].data(), states[1].data(), states[2].data(), states[3].data(),
+                               adamw, adamw, nullptr, nullptr, nullptr, nullptr, 0, 0};
   CHECK(wsn_gradient_squares(&t, 1, sums, threads) == WSN_OK);
   for (int step = 0; step < 5; ++step) CHECK(wsn_adamw_step(&item, 1, threads) == WSN_OK);
   CHECK(window[WSN_WINDOW - 2] > 0);

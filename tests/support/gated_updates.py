@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from wsn_fast.backends import torch as portable
-from wsn_fast.backends.updates import SGD, AdamW, AdamWState, Batch, Gradient, Plan, SGDState, Update
+from wsn_fast.backends.updates import (
+    SGD,
+    AdamW,
+    AdamWState,
+    Batch,
+    CodedAdamWState,
+    CodedSGDState,
+    Gradient,
+    Plan,
+    SGDState,
+    State,
+    Update,
+)
 
-State = AdamWState | SGDState
 Settings = AdamW | SGD
 Pair = tuple[Any, Any]
 """The settings for a weight, and those for its scores."""
@@ -104,10 +115,12 @@ def batch_of(problems: Sequence[Problem], scale: Tensor | None = None, plan: Pla
 def run_step(backend: Any, batch: Batch, settings: Any, scores: Any = None) -> None:
     """One step of the optimizer that the settings are for."""
     pairs = pairs_of(len(batch.updates), settings, scores)
-    (backend.adamw_step if isinstance(pairs[0][0], AdamW) else backend.sgd_step)(batch, pairs)
+    kind = "adamw" if isinstance(pairs[0][0], AdamW) else "sgd"
+    coded = "coded_" if isinstance(batch.updates[0].state, CodedAdamWState | CodedSGDState) else ""
+    getattr(backend, f"{kind}_{coded}step")(batch, pairs)
 
 
 def operands_of(update: Update) -> list[Tensor]:
     """What a step changes of a tensor: weight, scores, and its states in the shape of the weight."""
     states = update.state[:4] if isinstance(update.state, AdamWState) else update.state or ()
-    return [update.weight, update.scores, *(state for state in states if state is not None)]
+    return [update.weight, update.scores, *(state for state in states if isinstance(state, Tensor))]

@@ -85,6 +85,7 @@ BAD = [
     ("checkpoint_seconds", -1),
     ("reinit_scores", 1),
     ("one_pass", "yes"),
+    ("moments", "4bit"),
     ("out", ""),
     ("data_dir", 3),
 ]
@@ -95,6 +96,11 @@ def test_a_bad_setting_is_named_with_its_value(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got ") as error:
         resolve(**{name: value})
     assert str(error.value).endswith(f"got {value!r}")
+
+
+def test_torchs_optimizers_store_float32_means_only() -> None:
+    with pytest.raises(ValueError, match=r"^moments: expected float32 without one_pass, .*, got '8bit'$"):
+        resolve(moments="8bit", one_pass=False)
 
 
 def test_settings_survive_json() -> None:

@@ -146,7 +146,11 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
         yield settings, folder
 
 
-@pytest.mark.parametrize("one_pass", [False, True], ids=["torch", "one-pass"])
+@pytest.mark.parametrize(
+    "way",
+    [{"one_pass": False}, {"one_pass": True}, {"one_pass": True, "moments": "8bit"}],
+    ids=["torch", "one-pass", "8bit"],
+)
 @pytest.mark.parametrize(
     ("optimizer", "seconds"),  # 0 saves after every epoch, 1e9 after every task
     [
@@ -157,10 +161,10 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
     ],
 )
 def test_stops_at_seeded_steps(
-    stateful: tuple[dict[str, Any], Path], tmp_path: Path, optimizer: str, seconds: float, one_pass: bool
+    stateful: tuple[dict[str, Any], Path], tmp_path: Path, optimizer: str, seconds: float, way: dict[str, Any]
 ) -> None:
     moments = random.Random(f"{optimizer} {seconds}")
-    settings = {**stateful[0], "optimizer": optimizer, "checkpoint_seconds": seconds, "one_pass": one_pass}
+    settings = {**stateful[0], "optimizer": optimizer, "checkpoint_seconds": seconds, **way}
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     Run.start(resolve(**settings, out=str(straight)), Console(quiet=True)).finish()
     with pytest.raises(Stop):

@@ -29,8 +29,9 @@ once, at the first choice."""
 NAMES = ("torch", "triton", "native")
 PRIMITIVES = (
     "threshold", "keep_mask", "gate", "gates", "gate_packed", "gate_backward", "gates_backward", "restore_frozen",
-    "restore_frozen_many", "pack", "unpack", "union", "popcount", "adamw_step", "sgd_step", "gradient_squares",
-    "masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv",
+    "restore_frozen_many", "pack", "unpack", "union", "popcount", "adamw_step", "sgd_step",
+    "adamw_coded_step", "sgd_coded_step", "gradient_squares", "masked_linear", "masked_linear_grad",
+    "masked_linear_tasks", "masked_conv",
 )  # fmt: skip
 """The operations, all of them in :mod:`wsn_fast.backends.torch`."""
 

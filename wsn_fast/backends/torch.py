@@ -20,7 +20,19 @@ from torch.optim.sgd import sgd
 from .conv_geometry import Geometry
 from .exporting import is_exporting
 from .mask import GateOrder, GradientOrder, Mask, RestoreOrder
-from .updates import SGD, AdamW, AdamWState, Batch, Gradient, Plan, SGDState, Update
+from .moments import Stored, decode, encode
+from .updates import (
+    SGD,
+    AdamW,
+    AdamWState,
+    Batch,
+    CodedAdamWState,
+    CodedSGDState,
+    Gradient,
+    Plan,
+    SGDState,
+    Update,
+)
 
 
 def gate_key(scores: Tensor, rule: str) -> Tensor:
@@ -109,45 +121,89 @@ def gates_backward(orders: Sequence[GradientOrder], plan: Plan | None = None) ->
 def adamw_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
     """One update of several weights and their scores, in place. Weights in the packed union keep every bit. The plan
     stays empty."""
-
-    def adamw(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: Tensor, s: AdamW) -> None:
-        adam(
-            [param], [grad], [mean], [square], [], [step - 1],  # adam() adds 1 to the step
-            fused=_flat(param, grad, mean, square), foreach=False, amsgrad=False,
-            beta1=s.beta1, beta2=s.beta2, lr=s.lr, weight_decay=s.weight_decay, eps=s.eps,
-            maximize=False, decoupled_weight_decay=s.decoupled,
-        )  # fmt: skip
-
     for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
         state = update.state
         assert isinstance(state, AdamWState)
         with _Step(update, gradient, batch.scale) as (dw, ds):
-            adamw(update.weight, dw, state.weight_avg, state.weight_avg_sq, state.weight_step, weight)
-            adamw(update.scores, ds, state.scores_avg, state.scores_avg_sq, state.scores_step, scores)
+            _adamw(update.weight, dw, state.weight_avg, state.weight_avg_sq, state.weight_step, weight)
+            _adamw(update.scores, ds, state.scores_avg, state.scores_avg_sq, state.scores_step, scores)
+
+
+def _adamw(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: Tensor, s: AdamW) -> None:
+    adam(
+        [param], [grad], [mean], [square], [], [step - 1],  # adam() adds 1 to the step
+        fused=_flat(param, grad, mean, square), foreach=False, amsgrad=False,
+        beta1=s.beta1, beta2=s.beta2, lr=s.lr, weight_decay=s.weight_decay, eps=s.eps,
+        maximize=False, decoupled_weight_decay=s.decoupled,
+    )  # fmt: skip
 
 
 def sgd_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
     """Do what :func:`adamw_step` does, for SGD."""
-
-    def descend(param: Tensor, grad: Tensor, buffer: Tensor | None, s: SGD) -> None:
-        kept: list[Tensor | None] = [None if s.first else buffer]
-        # On the CPU torch's fused SGD is wrong in half precision, at least up to torch 2.13.
-        wrong = param.is_cpu and param.dtype in (torch.bfloat16, torch.float16)
-        fused = not wrong and _flat(param, grad, *([] if buffer is None else [buffer]))
-        sgd(
-            [param], [grad], kept, fused=fused, foreach=False,
-            weight_decay=s.weight_decay, momentum=s.momentum, lr=float(s.lr),
-            dampening=s.dampening, nesterov=s.nesterov, maximize=False,
-        )  # fmt: skip
-        if s.first and buffer is not None and kept[0] is not None:
-            buffer.copy_(kept[0])
-
     for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
         state = update.state
         assert isinstance(state, SGDState)
         with _Step(update, gradient, batch.scale) as (dw, ds):
-            descend(update.weight, dw, state.weight_momentum, weight)
-            descend(update.scores, ds, state.scores_momentum, scores)
+            _sgd(update.weight, dw, state.weight_momentum, weight)
+            _sgd(update.scores, ds, state.scores_momentum, scores)
+
+
+def _sgd(param: Tensor, grad: Tensor, buffer: Tensor | None, s: SGD) -> None:
+    kept: list[Tensor | None] = [None if s.first else buffer]
+    # On the CPU torch's fused SGD is wrong in half precision, at least up to torch 2.13.
+    wrong = param.is_cpu and param.dtype in (torch.bfloat16, torch.float16)
+    fused = not wrong and _flat(param, grad, *([] if buffer is None else [buffer]))
+    sgd(
+        [param], [grad], kept, fused=fused, foreach=False,
+        weight_decay=s.weight_decay, momentum=s.momentum, lr=float(s.lr),
+        dampening=s.dampening, nesterov=s.nesterov, maximize=False,
+    )  # fmt: skip
+    if s.first and buffer is not None and kept[0] is not None:
+        buffer.copy_(kept[0])
+
+
+def adamw_coded_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
+    """:func:`adamw_step` with running means as :mod:`wsn_fast.backends.moments` stores them: it decodes them, makes the
+    update in float32 (float64 where that is the dtype of the weight), and encodes them again."""
+    for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
+        state = update.state
+        assert isinstance(state, CodedAdamWState)
+        with _Step(update, gradient, batch.scale) as (dw, ds):
+            for param, grad, avg, avg_sq, step, s in (
+                (update.weight, dw, state.weight_avg, state.weight_avg_sq, state.weight_step, weight),
+                (update.scores, ds, state.scores_avg, state.scores_avg_sq, state.scores_step, scores),
+            ):
+                wide, mean, square = _wide(param), decode(avg, param, True), decode(avg_sq, param, False)
+                _adamw(wide, grad.to(wide.dtype), mean, square, step, s)
+                _store(param, wide, step, (mean, avg, True), (square, avg_sq, False))
+
+
+def sgd_coded_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
+    """Do what :func:`adamw_coded_step` does, for SGD."""
+    for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
+        state = update.state
+        assert isinstance(state, CodedSGDState)
+        with _Step(update, gradient, batch.scale) as (dw, ds):
+            for param, grad, momentum, step, s in (
+                (update.weight, dw, state.weight_momentum, state.weight_step, weight),
+                (update.scores, ds, state.scores_momentum, state.scores_step, scores),
+            ):
+                wide, buffer = _wide(param), None if momentum is None else decode(momentum, param, True)
+                _sgd(wide, grad.to(wide.dtype), buffer, s)
+                _store(param, wide, step, *([] if buffer is None or momentum is None else [(buffer, momentum, True)]))
+
+
+def _wide(param: Tensor) -> Tensor:
+    """``param``, or a float32 copy if it has 16 bits."""
+    return param.float() if param.dtype.itemsize == 2 else param
+
+
+def _store(param: Tensor, wide: Tensor, step: Tensor, *means: tuple[Tensor, Stored, bool]) -> None:
+    """Store an updated parameter and its means, each with its place and whether it has a sign."""
+    if wide is not param:
+        param.copy_(wide)
+    for mean, stored, signed in means:
+        encode(mean, stored, signed, step)
 
 
 def gradient_squares(batch: Batch) -> Tensor:

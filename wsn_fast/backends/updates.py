@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .moments import Stored
+
 Plan = dict[Any, Any]
 """What a backend keeps from call to call. It is empty at first. The caller passes the same dict at every call, and
 keeps it as long as a CUDA graph of such a call exists."""
@@ -66,6 +68,31 @@ class SGDState(NamedTuple):
     scores_momentum: Tensor | None
 
 
+class CodedAdamWState(NamedTuple):
+    """An :class:`AdamWState` whose running means are stored in fewer bytes."""
+
+    weight_avg: Stored
+    weight_avg_sq: Stored
+    scores_avg: Stored
+    scores_avg_sq: Stored
+    weight_step: Tensor
+    scores_step: Tensor
+
+
+class CodedSGDState(NamedTuple):
+    """An :class:`SGDState` whose buffers are stored in fewer bytes, and 0-d tensors with the numbers of the updates of
+    the weight and of the scores, this one included."""
+
+    weight_momentum: Stored | None
+    scores_momentum: Stored | None
+    weight_step: Tensor
+    scores_step: Tensor
+
+
+State = AdamWState | SGDState | CodedAdamWState | CodedSGDState
+"""What an optimizer remembers of a gated tensor and its scores."""
+
+
 class Update(NamedTuple):
     """A gated tensor to update: what stays in its place in memory from step to step.
 
@@ -85,7 +112,7 @@ class Update(NamedTuple):
     scores: Tensor
     union: Tensor | None
     rule: str
-    state: AdamWState | SGDState | None = None
+    state: State | None = None
     next: Next | None = None
 
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from ..backends import run
 from ..backends.mask import RestoreOrder
-from ..backends.updates import SGD, AdamW, Batch, Plan
+from ..backends.updates import SGD, AdamW, Batch, CodedAdamWState, CodedSGDState, Plan
 
 
 @torch.no_grad()
@@ -34,14 +34,20 @@ def restore_frozen_many(orders: Sequence[RestoreOrder], backend: str | None = No
 
 def adamw_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]], backend: str | None = None) -> None:
     """Update gated tensors and their scores in place by one AdamW step. See
-    :func:`wsn_fast.backends.torch.adamw_step`."""
-    _of(batch, "adamw_step", backend).adamw_step(batch, settings)
+    :func:`wsn_fast.backends.torch.adamw_step` and :func:`wsn_fast.backends.torch.adamw_coded_step`."""
+    if isinstance(batch.updates[0].state, CodedAdamWState):
+        _of(batch, "adamw_coded_step", backend).adamw_coded_step(batch, settings)
+    else:
+        _of(batch, "adamw_step", backend).adamw_step(batch, settings)
     _changed(batch)
 
 
 def sgd_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]], backend: str | None = None) -> None:
-    """Do what :func:`adamw_step` does, for SGD. See :func:`wsn_fast.backends.torch.sgd_step`."""
-    _of(batch, "sgd_step", backend).sgd_step(batch, settings)
+    """Do what :func:`adamw_step` does, for SGD."""
+    if isinstance(batch.updates[0].state, CodedSGDState):
+        _of(batch, "sgd_coded_step", backend).sgd_coded_step(batch, settings)
+    else:
+        _of(batch, "sgd_step", backend).sgd_step(batch, settings)
     _changed(batch)
 
 

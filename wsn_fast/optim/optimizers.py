@@ -9,36 +9,20 @@ pass.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from operator import is_
+from collections.abc import Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.updates import SGD, AdamW, AdamWState, Batch, CallKey, SGDState
+from ..backends import moments as codes
+from ..backends.moments import Stored
+from ..backends.updates import SGD, AdamW, AdamWState, Batch, CodedAdamWState, CodedSGDState, SGDState, State
 from .gated_params import Group, Model, check_flags, param_groups
-from .step_plan import Call, State
+from .step_plan import Call
+from .stored_means import check_storage, convert, mean_in, put
 from .subnet_optimizer import SubnetOptimizer
-
-
-class _Counts(NamedTuple):
-    """The numbers of updates of all tensors of a call as one tensor, and its elements, which are in the state of the
-    optimizer: so they are all raised by one operation."""
-
-    together: Tensor
-    elements: Sequence[Tensor]
-
-    def as_few(self, steps: list[Tensor]) -> list[Tensor]:
-        """``steps``, as one tensor if they are all of these numbers."""
-        all_of_them = len(self.elements) == len(steps) and all(map(is_, self.elements, steps))
-        return [self.together] if all_of_them else steps
-
-    def has_none_of(self, steps: Sequence[Tensor]) -> bool:
-        """Whether none of ``steps`` is among these numbers."""
-        return {*map(id, self.elements)}.isdisjoint(map(id, steps))
 
 
 class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
@@ -71,6 +55,10 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
         score_weight_decay: the weight decay of the scores. They have a param group of their own if it differs from
             ``weight_decay``.
         one_pass: whether the step computes the gradients of Eq. 4 and 5 itself, in one pass over the parameters.
+        moments: how the running means of gated tensors and their scores are stored: ``"float32"`` (in the dtype of the
+            parameter), ``"bfloat16"``, or ``"8bit"`` with a scale for each block (:mod:`wsn_fast.backends.moments`).
+            What PyTorch's step updates, such as heads and norms, has them in the dtype of the parameter.
+        score_moments: how those of the scores are stored, if in another way.
         amsgrad, maximize: must be False.
 
     Raises:
@@ -79,7 +67,7 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
     """
 
     _torch_step = inspect.unwrap(torch.optim.Adam.step)  # with decoupled weight decay it is torch's AdamW
-    _counts: Mapping[CallKey, _Counts] = MappingProxyType({})
+    MEANS = MappingProxyType({"exp_avg": True, "exp_avg_sq": False})
 
     def __init__(
         self,
@@ -92,18 +80,21 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
         decoupled: bool = True,
         score_weight_decay: float = 0.0,
         one_pass: bool = False,
+        moments: str = "float32",
+        score_moments: str | None = None,
         amsgrad: bool = False,
         maximize: bool = False,
     ) -> None:
         decoupled = ops.check_bool("decoupled", decoupled)
         check_flags(amsgrad=amsgrad, maximize=maximize)
+        self.storage = check_storage(moments, score_moments)
         params = param_groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, decoupled_weight_decay=decoupled)
         self._attach(wsn, one_pass)
 
     def _update(self, call: Call, batch: Batch) -> None:
         steps = [step for update in call.updates for step in update.state[4:]]  # type: ignore[index]
-        counts = self._counts[call.key].as_few(steps)
+        counts = self._counts.few(call.key, steps)
         torch._foreach_add_(counts, 1)
         try:
             ops.adamw_step(batch, call.each(_adamw_settings), call.key.backend)
@@ -113,27 +104,28 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
 
     def _states_of(self, call: Call) -> list[State]:
         params = [param for member in call.members for param in (member.param, member.score)]
-        means = [self._means(param) for param in params]
-        steps: list[Tensor] = [self.state[param]["step"] for param in params]
-        known = self._counts.get(call.key)
-        # Numbers that are together stay where they are, because a CUDA graph may raise them.
-        if known is None or known.has_none_of(steps):
-            together = torch.stack([step.float() for step in steps])
-            steps = list(together.unbind())
-            self._counts = {**self._counts, call.key: _Counts(together, steps)}
-            for param, step in zip(params, steps, strict=True):
-                self.state[param]["step"] = step
+        storages = self.storage * len(call.members)
+        means = [self._means(param, storage) for param, storage in zip(params, storages, strict=True)]
+        steps = self._counts.of(call.key, [self.state[param] for param in params])
         halves = (zip(part[::2], part[1::2], strict=True) for part in (means, steps))
-        return [AdamWState(*weight, *scores, *counts) for (weight, scores), counts in zip(*halves, strict=True)]
+        each = [(*weight, *scores, *counts) for (weight, scores), counts in zip(*halves, strict=True)]
+        if self.storage.is_coded:
+            return [CodedAdamWState(*one) for one in each]
+        return [AdamWState(*(mean.values for mean in one[:4]), *one[4:]) for one in each]
 
-    def _means(self, param: Tensor) -> tuple[Tensor, Tensor]:
-        """The running means of a parameter."""
+    def _means(self, param: Tensor, storage: str) -> tuple[Stored, Stored]:
+        """The running means of a parameter, stored in this way."""
         state = self.state[param]
         if not state:
             step = torch.zeros((), dtype=torch.float32, device=param.device)
-            means = torch.zeros_like(param), torch.zeros_like(param)
-            state.update(step=step, exp_avg=means[0], exp_avg_sq=means[1])  # all or nothing: memory may be short
-        return state["exp_avg"], state["exp_avg_sq"]
+            means = [codes.zeros(param, storage, signed) for signed in self.MEANS.values()]
+            state["step"] = step  # all or nothing: memory may be short
+            for key, mean in zip(self.MEANS, means, strict=True):
+                put(state, key, mean)
+        convert(state, param, self.MEANS, storage)
+        avg, avg_sq = (mean_in(state, key) for key in self.MEANS)
+        assert avg is not None and avg_sq is not None
+        return avg, avg_sq
 
 
 def _adamw_settings(group: Group) -> AdamW:
@@ -147,7 +139,8 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
     Args:
         wsn: the model, with a task in progress.
         lr, momentum, dampening, weight_decay, nesterov: the same as in ``torch.optim.SGD``.
-        score_weight_decay, one_pass, maximize: see :class:`SubnetAdamW`.
+        score_weight_decay, one_pass, moments, score_moments, maximize: see :class:`SubnetAdamW`. The running
+            mean is the momentum buffer.
 
     Raises:
         TypeError: ``wsn`` is not a WSN, or an argument that is True or False is no bool.
@@ -155,6 +148,7 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
     """
 
     _torch_step = inspect.unwrap(torch.optim.SGD.step)
+    MEANS = MappingProxyType({"momentum_buffer": True})
     _new: Sequence[Tensor] = ()  # the momentum buffers that have no value yet
 
     def __init__(
@@ -168,10 +162,13 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
         *,
         score_weight_decay: float = 0.0,
         one_pass: bool = False,
+        moments: str = "float32",
+        score_moments: str | None = None,
         maximize: bool = False,
     ) -> None:
         nesterov = ops.check_bool("nesterov", nesterov)
         check_flags(maximize=maximize)
+        self.storage = check_storage(moments, score_moments)
         params = param_groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
         self._attach(wsn, one_pass)
@@ -183,26 +180,57 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
 
         each, new = call.each(settings), {*map(id, self._new)}
         for i, update in enumerate(call.updates) if new else ():
-            pair = zip(each[i], update.state or (), strict=True)
+            pair = zip(each[i], _momenta(update.state), strict=True)
             each[i] = tuple(s._replace(first=s.momentum != 0 and id(buffer) in new) for s, buffer in pair)
-        ops.sgd_step(batch, each, call.key.backend)
+        # Only what is stored in fewer bytes needs the numbers of the updates.
+        states = (update.state for update in call.updates)
+        steps = [step for state in states if isinstance(state, CodedSGDState) for step in state[2:]]
+        counts = self._counts.few(call.key, steps) if steps else []
+        if counts:
+            torch._foreach_add_(counts, 1)
+        try:
+            ops.sgd_step(batch, each, call.key.backend)
+        except BaseException:
+            if counts:
+                torch._foreach_add_(counts, -1)
+            raise
         if new:
-            new -= {id(buffer) for update in call.updates for buffer in update.state or ()}
+            new -= {id(buffer) for update in call.updates for buffer in _momenta(update.state)}
             self._new = [buffer for buffer in self._new if id(buffer) in new]
 
     def _states_of(self, call: Call) -> list[State]:
-        return [
-            SGDState(self._momentum(one.param, one.group), self._momentum(one.score, one.score_group))
+        pairs = [
+            (
+                self._momentum(one.param, one.group, self.storage.weights),
+                self._momentum(one.score, one.score_group, self.storage.scores),
+            )
             for one in call.members
         ]
+        if not self.storage.is_coded:
+            return [SGDState(*(buffer and buffer.values for buffer in pair)) for pair in pairs]
+        states = [self.state[param] for one in call.members for param in (one.param, one.score)]
+        steps = self._counts.of(call.key, states)
+        return [CodedSGDState(*pair, *counts) for pair, *counts in zip(pairs, steps[::2], steps[1::2], strict=True)]
 
-    def _momentum(self, param: Tensor, group: Group) -> Tensor | None:
-        """The momentum buffer of a parameter; None without momentum."""
+    def _momentum(self, param: Tensor, group: Group, storage: str) -> Stored | None:
+        """The momentum buffer of a parameter, stored in this way; None without momentum."""
+        state = self.state[param] if self.storage.is_coded or group["momentum"] != 0 else {}
+        if self.storage.is_coded:
+            step = state.get("step", torch.zeros((), dtype=torch.float32))
+            state["step"] = step.to(param.device)
         if group["momentum"] == 0:
             return None
-        state = self.state[param]
         if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(param)
+            put(state, "momentum_buffer", codes.zeros(param, storage, True))
             self._new = [*self._new, state["momentum_buffer"]]
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
+        convert(state, param, self.MEANS, storage)
+        return mean_in(state, "momentum_buffer")
+
+
+def _momenta(state: object) -> tuple[Tensor | None, Tensor | None]:
+    """The momentum buffers of a tensor and of its scores."""
+    if isinstance(state, CodedSGDState):
+        first, second = (None if buffer is None else buffer.values for buffer in state[:2])
+        return first, second
+    assert isinstance(state, SGDState)
+    return state

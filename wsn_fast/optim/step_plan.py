@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.updates import WINDOW, AdamWState, CallKey, Gradient, Next, Plan, SGDState, Update
+from ..backends.updates import WINDOW, CallKey, Gradient, Next, Plan, State, Update
 from ..nn.gate_columns import GateColumns
 from ..nn.gated import SubnetLayer
 from .gated_params import GatedParam, Group
 from .members import Members
 
-State = AdamWState | SGDState
 SETTINGS = attrgetter("rule", "_density", "task_density", "_backend")
 
 
@@ -196,7 +195,8 @@ def _make(
 
 def _tensors(update: Update) -> list[Tensor]:
     """The tensors that somebody else may move by replacing their data."""
-    parts = (update.weight, update.scores, update.union, *(update.state or ())[:4])
+    means = (mean if isinstance(mean, tuple) else (mean,) for mean in (update.state or ())[:4])
+    parts = (update.weight, update.scores, update.union, *chain.from_iterable(means))
     return [part for part in parts if part is not None]
 
 

@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import ops
-from ..backends.updates import Batch, Gradient
+from ..backends.updates import Batch, Gradient, State
 from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
 from ..nn.model_gates import ModelGates
 from .gated_params import Model, check_group, gated_params
 from .members import Members
-from .step_plan import Call, Planner, State, StepPlan
+from .step_counts import StepCounts
+from .step_plan import Call, Planner, StepPlan
+from .stored_means import PLAIN, Storage, convert, take_coded
 
 
 class SubnetOptimizer(torch.optim.Optimizer):
@@ -33,7 +35,11 @@ class SubnetOptimizer(torch.optim.Optimizer):
     _torch_step: Callable[..., Any]
     """The unwrapped step of torch's optimizer. Its wrappers would call the hooks of this optimizer a second time."""
 
+    MEANS: Mapping[str, bool]
+    """The names of the running means in the state of a parameter, and whether each has a sign."""
+
     one_pass: bool = False
+    storage: Storage = PLAIN
     # An optimizer that was copied or unpickled knows no model: it has only what PyTorch's optimizer has.
     _known_gates: ModelGates | None = None
     _layers: Sequence[tuple[str, SubnetLayer]] = ()
@@ -41,9 +47,12 @@ class SubnetOptimizer(torch.optim.Optimizer):
     _members_of: Sequence[object] | None = None  # the layers, param groups and parameters that _members were found in
     _planned_for: Sequence[object] | None = None  # the _members_of of the last plan
     _known_planner: Planner | None = None
+    _known_counts: StepCounts | None = None
+    _has_coded = False  # whether some state may have means that are not in the dtype of their parameter
 
     def _attach(self, wsn: Model, one_pass: bool) -> None:
         self.one_pass, self._known_gates = ops.check_bool("one_pass", one_pass), wsn.gates
+        self._has_coded = self.storage.is_coded
         self._step_supports_amp_scaling = False  # GradScaler has to unscale G, as it unscales any gradient
         wsn.guard(self)  # the guard calls claim
 
@@ -76,6 +85,18 @@ class SubnetOptimizer(torch.optim.Optimizer):
         if self._known_planner is None:
             self._known_planner = Planner()
         return self._known_planner
+
+    @property
+    def _counts(self) -> StepCounts:
+        if self._known_counts is None:
+            self._known_counts = StepCounts()
+        return self._known_counts
+
+    @property
+    def primitive(self) -> str:
+        """The primitive of the backends that updates gated tensors."""
+        kind = "adamw" if isinstance(self, torch.optim.Adam) else "sgd"
+        return f"{kind}_coded_step" if self.storage.is_coded else f"{kind}_step"
 
     def protects(self, closure: bool) -> frozenset[int]:
         """The ids of the gated tensors and scores that a step updates without writing to frozen weights.
@@ -147,6 +168,8 @@ class SubnetOptimizer(torch.optim.Optimizer):
             batch = Batch(call.updates, call.of(gradients), scale, backend_plan)
             self._update(call, batch)
         if rest:
+            for param in rest if self._has_coded else ():
+                convert(self.state[param], param, self.MEANS, "float32")  # PyTorch knows no other form
             new = [p for p in rest if not self.state.get(p)]
             try:
                 with self._groups_of_the_rest(plan.ids):
@@ -246,11 +269,45 @@ class SubnetOptimizer(torch.optim.Optimizer):
                 member.param.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do what ``torch.optim.Optimizer`` does. The state may come from torch's optimizer of the same kind.
+        """Do what ``torch.optim.Optimizer`` does, with the running means in any storage. They get that of this
+        optimizer, and keep every bit if they have it already. The state may come from torch's optimizer of the same
+        kind.
 
         Raises:
-            ValueError: a param group of the state asks for ``amsgrad`` or ``maximize``.
+            ValueError: a param group of the state asks for ``amsgrad`` or ``maximize``, or running means do not fit
+                their parameters.
         """
         for group in state_dict["param_groups"]:
             check_group(group)
-        super().load_state_dict(state_dict)
+        own = [*chain.from_iterable(group["params"] for group in self.param_groups)]
+        coded: dict[Tensor, dict[str, Any]] = {}
+
+        def take(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            ids = chain.from_iterable(group["params"] for group in state["param_groups"])
+            params = dict(zip(ids, own, strict=False))
+            rest, taken = take_coded(state["state"], params, self.MEANS)
+            coded.update((params[index], means) for index, means in taken.items())
+            return {**state, "state": rest}
+
+        last = self.register_load_state_dict_pre_hook(take)  # PyTorch would cast codes to the dtype of the parameter
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        for param, means in coded.items():
+            self.state[param].update((key, value.to(param.device)) for key, value in means.items())
+        self._has_coded = self._has_coded or bool(coded)
+        self._convert_own()
+
+    def _convert_own(self) -> None:
+        """Bring the running means of the claimed layers into the storage of this optimizer."""
+        if not self._has_coded:
+            return
+        gates = [gate for _, layer in self._layers for gate in layer.gated()]
+        for gate in gates:
+            for param, storage in zip((gate.param, gate.score), self.storage, strict=True):
+                if param in self.state:
+                    convert(self.state[param], param, self.MEANS, storage)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "storage": self.storage, "_has_coded": self._has_coded}

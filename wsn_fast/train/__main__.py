@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from wsn_fast import ForgottenError, __version__
+from wsn_fast.backends.moments import STORAGES
 from wsn_fast.nn.scores import SCORE_INITS
 from wsn_fast.ops import RULES
 from wsn_fast.train import config, page, records
@@ -266,6 +267,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="update weights and scores in one pass over memory, which is faster (default: yes)",
     )
+    stored = "how running means of weights and scores are stored; the last two need --one-pass (default: float32)"
+    add("--moments", choices=STORAGES, help=stored)
     patience = f"epochs without a better validation loss after which lr is divided {_default('lr_patience')}"
     add("--lr-patience", type=int, metavar="N", help=patience)
     add("--lr-factor", type=float, metavar="X", help=f"number that lr is then divided by {_default('lr_factor')}")

@@ -24,6 +24,7 @@ import zstandard
 from torch import Tensor
 
 from wsn_fast.nn import json_text
+from wsn_fast.optim.stored_means import SCALES
 from wsn_fast.train.safe_files import check_no_link, open_to_read, write_atomic
 
 FORMAT = "wsn-fast checkpoint 1"
@@ -178,8 +179,10 @@ def check_optimizer(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimi
                 raise ValueError(f"the optimizer has {name} {value!r}, its state has {str(found)[:99]}")
     for index, values in state_dict["state"].items():
         for name, tensor in values.items():
-            # A count of steps is one number, everything else has a value for each element of the parameter.
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape != params[index].shape:
+            # A count of steps is one number, everything else has a value for each element of the parameter. The scales
+            # of running means are left to the optimizer.
+            fits = not isinstance(tensor, Tensor) or not tensor.ndim or tensor.shape == params[index].shape
+            if not fits and not (name.endswith(SCALES) and tensor.ndim == 1):
                 raise ValueError(f"{name} of parameter {index} has the shape {tuple(tensor.shape)}")
             if not isinstance(tensor, Tensor | int | float | None):
                 raise ValueError(f"{name} of parameter {index} is a {type(tensor).__name__}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from wsn_fast.backends.moments import STORAGES
 from wsn_fast.nn.scores import SCORE_INITS
 from wsn_fast.ops import RULES
 from wsn_fast.train.data import DATASETS
@@ -53,6 +54,7 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "lr": 1e-3,
         "weight_decay": 0.0,
         "one_pass": True,
+        "moments": "float32",
         "cuda_graph": "auto",
         "lr_patience": 6,
         "lr_factor": 2.0,
@@ -73,6 +75,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "score_init": SCORE_INITS,
         "net": tuple(NETS),
         "optimizer": OPTIMIZERS,
+        "moments": STORAGES,
         "device": DEVICES,
         "cuda_graph": CUDA_GRAPH,
         "preset": tuple(PRESETS),
@@ -129,6 +132,8 @@ class TrainConfig:
         weight_decay: the weight decay of weights and scores, in the sense of the optimizer.
         one_pass: True takes the optimizers of :mod:`wsn_fast.optim` in their one-pass mode. False takes torch's
             optimizers under the guard, which are slower and round differently.
+        moments: how the optimizer stores the running means of weights and scores: ``float32``, ``bfloat16`` or
+            ``8bit``. The last two need ``one_pass``.
         cuda_graph: ``auto`` captures the training step in a CUDA graph where that is possible, ``off`` never does.
         lr_patience: the number of epochs without a better validation loss after which lr is divided.
         lr_factor: the number that lr is divided by.
@@ -160,6 +165,7 @@ class TrainConfig:
     lr: float
     weight_decay: float
     one_pass: bool
+    moments: str
     cuda_graph: str
     lr_patience: int
     lr_factor: float
@@ -187,6 +193,8 @@ class TrainConfig:
         for name in ("reinit_scores", "one_pass"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(name, "True or False")
+        if self.moments != "float32" and not self.one_pass:
+            raise self._error("moments", "float32 without one_pass, because torch's optimizers know nothing else")
         if not isinstance(self.out, str) or not self.out:
             raise self._error("out", "the name of a folder")
         if self.data_dir is not None and not isinstance(self.data_dir, str):
@@ -234,7 +242,8 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     """The inverse of ``dataclasses.asdict``. Raises ``ValueError`` for missing, unknown or wrong settings."""
     if not isinstance(settings, Mapping):
         raise ValueError(f"settings: expected a mapping, got {type(settings).__name__}")
-    settings = {"one_pass": False, "cuda_graph": "off", **settings}  # the first runs did not have these settings
+    # The first runs did not have these settings.
+    settings = {"one_pass": False, "cuda_graph": "off", "moments": "float32", **settings}
     names = {field.name for field in fields(TrainConfig)}
     for problem, wrong in (("missing", names - settings.keys()), ("unknown", settings.keys() - names)):
         if wrong:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,10 @@ def make_optimizer(wsn: WSN, settings: TrainConfig) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in wsn.parameters() if parameter.requires_grad]
     lr, decay = settings.lr, settings.weight_decay
     if settings.one_pass:  # these optimizers guard themselves
+        both: dict[str, Any] = {"weight_decay": decay, "score_weight_decay": decay, "moments": settings.moments}
         if settings.optimizer == "sgd":
-            return SubnetSGD(wsn, lr, SGD_MOMENTUM, weight_decay=decay, score_weight_decay=decay, one_pass=True)
-        decoupled = settings.optimizer == "adamw"
-        return SubnetAdamW(wsn, lr, weight_decay=decay, decoupled=decoupled, score_weight_decay=decay, one_pass=True)
+            return SubnetSGD(wsn, lr, SGD_MOMENTUM, one_pass=True, **both)
+        return SubnetAdamW(wsn, lr, decoupled=settings.optimizer == "adamw", one_pass=True, **both)
     optimizer: torch.optim.Optimizer
     if settings.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr, momentum=SGD_MOMENTUM, weight_decay=decay, fused=True)

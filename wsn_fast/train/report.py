@@ -16,6 +16,7 @@ from wsn_fast import WSN, __version__
 from wsn_fast.continual.statistics import TaskMasks, TaskStats, capacity, overlap, task_stats
 from wsn_fast.explain import explain
 from wsn_fast.optim.capture import obstacle_of
+from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 from wsn_fast.train import figures, metrics
 from wsn_fast.train.config import resolve
 from wsn_fast.train.safe_files import write_atomic
@@ -97,12 +98,18 @@ def begin_entry(
     layers["whole step", backend, reason] = list(wsn.subnet_layers())
     return {
         "train_samples": train_samples,
-        "optimizer": f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}",
+        "optimizer": _name(optimizer),
         "paths": [
             {"operation": operation, "backend": backend, "reason": reason, "layers": names}
             for (operation, backend, reason), names in layers.items()
         ],
     }
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    name = f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
+    coded = isinstance(optimizer, SubnetOptimizer) and optimizer.storage.is_coded
+    return f"{name}, moments {optimizer.storage}" if coded else name  # type: ignore[attr-defined]
 
 
 def masks_of(wsn: WSN) -> TaskMasks:

@@ -24,16 +24,18 @@ from .binding import (
     threshold_pointer,
 )
 from .many import gates, gates_backward, restore_frozen_many
-from .optimizer_steps import adamw_step, gradient_squares, sgd_step
+from .optimizer_steps import adamw_coded_step, adamw_step, gradient_squares, sgd_coded_step, sgd_step
 
 __all__ = [
     "OPERATIONS",
+    "adamw_coded_step",
     "adamw_step",
     "gates",
     "gates_backward",
     "gradient_squares",
     "load",
     "restore_frozen_many",
+    "sgd_coded_step",
     "sgd_step",
     "supports",
 ]
@@ -41,8 +43,8 @@ __all__ = [
 OPERATIONS = frozenset(
     {
         "threshold", "keep_mask", "gate", "gates", "gate_packed", "gate_backward", "gates_backward", "adamw_step",
-        "sgd_step", "gradient_squares", "pack", "unpack", "union", "popcount", "restore_frozen",
-        "restore_frozen_many",
+        "sgd_step", "adamw_coded_step", "sgd_coded_step", "gradient_squares", "pack", "unpack", "union", "popcount",
+        "restore_frozen", "restore_frozen_many",
     }
 )  # fmt: skip
 
@@ -60,6 +62,8 @@ def supports(operation: str, dtype: torch.dtype | None = None) -> str | None:
     if dtype is not None:
         if operation in ("adamw_step", "sgd_step", "gradient_squares"):
             able = dtype in (torch.float32, torch.float64)
+        elif operation in ("adamw_coded_step", "sgd_coded_step"):
+            able = dtype is torch.float32
         elif operation in ("restore_frozen", "restore_frozen_many"):
             able = dtype.itemsize <= 8
         else:

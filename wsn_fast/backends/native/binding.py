@@ -31,7 +31,7 @@ def _instructions(lib: ctypes.CDLL) -> str:
 INTERFACE = Interface(
     name="wsn_cpu",
     prefix="wsn",
-    abi_version=5,  # WSN_ABI_VERSION of csrc/include/wsn_fast.h
+    abi_version=6,  # WSN_ABI_VERSION of csrc/include/wsn_fast.h
     signatures={
         "wsn_threshold": [POINTER, INT, SIZE, SIZE, INT, POINTER, INT],
         "wsn_keep": [POINTER, INT, POINTER, INT, POINTER, POINTER, SIZE, INT],

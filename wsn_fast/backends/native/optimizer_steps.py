@@ -14,7 +14,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..updates import SGD, WINDOW, AdamW, AdamWState, Batch, Gradient, Next, SGDState, Update
+from ..moments import STORAGES, Stored, blocks_of
+from ..updates import (
+    SGD,
+    WINDOW,
+    AdamW,
+    AdamWState,
+    Batch,
+    CodedAdamWState,
+    CodedSGDState,
+    Gradient,
+    Next,
+    SGDState,
+    Update,
+)
 from .binding import DTYPES, call, contiguous, dtype_code, packed_mask, rule_code, threshold_pointer
 from .shared_library import POINTER, SIZE
 
@@ -32,6 +45,7 @@ class _SGD(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
         ("nesterov", ctypes.c_int32),
         ("first", ctypes.c_int32),
+        ("step", SIZE),
     ]
 
 
@@ -59,6 +73,9 @@ class _AdamWItem(ctypes.Structure):
         *((name, POINTER) for name in AdamWState._fields[:4]),
         ("for_weight", _AdamW),
         ("for_scores", _AdamW),
+        *((f"{name}_scales", POINTER) for name in AdamWState._fields[:4]),
+        ("weight_storage", ctypes.c_int32),
+        ("scores_storage", ctypes.c_int32),
     ]
 
 
@@ -68,6 +85,9 @@ class _SGDItem(ctypes.Structure):
         *((name, POINTER) for name in SGDState._fields),
         ("for_weight", _SGD),
         ("for_scores", _SGD),
+        *((f"{name}_scales", POINTER) for name in SGDState._fields),
+        ("weight_storage", ctypes.c_int32),
+        ("scores_storage", ctypes.c_int32),
     ]
 
 
@@ -87,10 +107,12 @@ class _Operands:
             self._kept.append(dense)
         return dense.data_ptr()
 
-    def write(self, name: str, tensor: Tensor, like: Tensor) -> int:
-        """The address of a tensor that is updated in place, in the dtype of ``like``."""
-        if tensor.dtype is not like.dtype:
-            raise TypeError(f"{name} must be a {like.dtype} tensor, got {tensor.dtype}")
+    def write(self, name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> int:
+        """The address of a tensor that is updated in place, in the shape of ``like`` and a dtype, else that of
+        ``like``."""
+        dtype = like.dtype if dtype is None else dtype
+        if tensor.dtype is not dtype:
+            raise TypeError(f"{name} must be a {dtype} tensor, got {tensor.dtype}")
         dense = contiguous(name, tensor, like)
         if dense is not tensor:
             self.has_copies = True
@@ -123,11 +145,16 @@ def adamw_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
     items, operands = _items(batch, _AdamWItem, AdamWState._fields[:4])
     known: dict[tuple[AdamW, int], _AdamW] = {}  # most tensors have the same settings and as many steps
     for item, update, (weight, scores) in zip(items, batch.updates, settings, strict=True):
-        assert isinstance(update.state, AdamWState)
+        assert isinstance(update.state, AdamWState | CodedAdamWState)
         item.for_weight = _settings(known, weight, int(update.state.weight_step))
         item.for_scores = _settings(known, scores, int(update.state.scores_step))
     call("wsn_adamw_step", items, len(items))
     operands.copy_back()
+
+
+def adamw_coded_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
+    """:func:`wsn_fast.backends.torch.adamw_coded_step`, in one pass over each tensor."""
+    adamw_step(batch, settings)
 
 
 def _settings(known: dict[tuple[AdamW, int], _AdamW], of: AdamW, step: int) -> _AdamW:
@@ -140,17 +167,24 @@ def _settings(known: dict[tuple[AdamW, int], _AdamW], of: AdamW, step: int) -> _
 def sgd_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
     """:func:`wsn_fast.backends.torch.sgd_step`, in one pass over each tensor."""
     for update, pair in zip(batch.updates, settings, strict=True):
-        assert isinstance(update.state, SGDState)
-        for name, buffer, s in zip(SGDState._fields, update.state, pair, strict=True):
+        assert isinstance(update.state, SGDState | CodedSGDState)
+        for name, buffer, s in zip(SGDState._fields, update.state[:2], pair, strict=True):
             if buffer is None and s.momentum != 0:
                 raise ValueError(f"{name} must be a tensor for a momentum of {s.momentum}, got None")
     items, operands = _items(batch, _SGDItem, SGDState._fields)
-    for item, pair in zip(items, settings, strict=True):
+    for item, update, pair in zip(items, batch.updates, settings, strict=True):
+        steps = map(int, update.state[2:]) if isinstance(update.state, CodedSGDState) else (0, 0)
         item.for_weight, item.for_scores = (
-            _SGD(float(s.lr), s.momentum, s.dampening, s.weight_decay, s.nesterov, s.first) for s in pair
+            _SGD(float(s.lr), s.momentum, s.dampening, s.weight_decay, s.nesterov, s.first, step)
+            for s, step in zip(pair, steps, strict=True)
         )
     call("wsn_sgd_step", items, len(items))
     operands.copy_back()
+
+
+def sgd_coded_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
+    """:func:`wsn_fast.backends.torch.sgd_coded_step`, in one pass over each tensor."""
+    sgd_step(batch, settings)
 
 
 def _items(batch: Batch, kind: type[Any], states: Sequence[str]) -> tuple[Any, _Operands]:
@@ -171,11 +205,24 @@ def _items(batch: Batch, kind: type[Any], states: Sequence[str]) -> tuple[Any, _
     for item, update, gradient in zip(items, batch.updates, batch.gradients, strict=True):
         item.tensor = _gated(update, gradient, batch.scale, operands)
         for name, state in zip(states, update.state or (), strict=False):
-            pointer = None if state is None else operands.write(name, state, update.weight)
-            setattr(item, name, pointer)
+            _put_mean(item, name, state, update.weight, operands)
     if batch.plan is not None and not operands.has_copies:  # the batch itself keeps its tensors alive
         batch.plan[_Known] = _Known(batch.updates, kinds, items, operands)
     return items, operands
+
+
+def _put_mean(item: Any, name: str, mean: Tensor | Stored | None, weight: Tensor, operands: _Operands) -> None:
+    """Write a running mean, and how it is stored, to an item."""
+    if not isinstance(mean, Stored):
+        setattr(item, name, None if mean is None else operands.write(name, mean, weight))
+        return
+    values, scales = mean
+    dtype = weight.dtype if mean.storage == "float32" else values.dtype
+    setattr(item, name, operands.write(name, values, weight, dtype))
+    setattr(item, f"{name.partition('_')[0]}_storage", STORAGES.index(mean.storage))  # the order of wsn_means
+    if scales is not None:
+        blocks = scales.new_empty(blocks_of(values))
+        setattr(item, f"{name}_scales", operands.write(f"{name}_scales", scales, blocks, torch.float32))
 
 
 def _are_dense(batch: Batch) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels import _layout as layout
 from ...kernels import grad_norm, optimizer_step, step_coefficients, update_table, warm_threshold
 from ...kernels.update_table import CONFIGS, FEW, Gated, UpdateTable, spread
-from ..updates import SGD, AdamW, AdamWState, Batch, Gradient, Plan, SGDState, Update
+from ..updates import SGD, AdamW, AdamWState, Batch, Gradient, Plan, SGDState, State, Update
 from .device import gpu_of
 from .plans import Addresses, Entry, addresses_of, are_aligned, is_capturing, keep
 
@@ -212,13 +212,14 @@ def _member(
 
 
 def _states(
-    state: AdamWState | SGDState | None,
+    state: State | None,
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[Tensor, Tensor] | None]:
     """The states of a weight, those of its scores, and their step counts, which only AdamW needs."""
     if state is None:
         return (), (), None
     if isinstance(state, SGDState):
         return tuple(t for t in state[:1] if t is not None), tuple(t for t in state[1:] if t is not None), None
+    assert isinstance(state, AdamWState)
     return state[:2], state[2:4], state[4:]
 
 
