@@ -23,7 +23,8 @@ bits, and fewer the smaller they are:
 * from the top ``2**(e + 1)``, at ``p = Code.top``, down, each part ``(bits, steps)`` of :attr:`Code.parts` has so many
   steps of ``2**(23 - bits)`` in ``a``: there are ``2**bits`` of them in an octave. The last one ends at ``p = 1``;
 * to encode, ``p = first + (a + (r >> 9 + bits) - start >> 23 - bits)`` with the start of the part that ``a`` is in and
-  the position ``first`` of this start. Above the top it is ``Code.top``;
+  the position ``first`` of this start. Above the top it is ``Code.top`` (a position is also the largest of those that
+  the parts would give, and the ``a`` of a position the smallest, because steps are larger in lower parts);
 * below ``p = 1`` a first moment becomes 0, and a second moment that is not 0 becomes ``p = 1``.
 
 A first moment (``SIGNED``) has ``p`` in the lower 7 bits and its sign in bit 7, except that a zero has no sign. Code
