@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from wsn_fast import WSN, FastSubnetConv2d, FastSubnetLinear, TaskHeads, explain, topc_mask
 from wsn_fast.nn.gated import SubnetLayer
+from wsn_fast.optim import SubnetAdamW, SubnetSGD
 from wsn_fast.reference import specification
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +50,29 @@ def test_a_training_step_does_not_wait_for_the_device() -> None:
     with no_sync():
         for batch in data[1:]:
             step(*batch)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8bit"])
+@pytest.mark.parametrize("kind", [SubnetAdamW, SubnetSGD])
+def test_a_step_with_means_in_fewer_bytes_does_not_wait_for_the_device(kind: Any, storage: str) -> None:
+    wsn = WSN(convnet()).cuda()
+    how = {"momentum": 0.9} if kind is SubnetSGD else {}
+    for task in range(2):
+        wsn.begin_task(task)
+        optimizer = kind(wsn, 0.01, one_pass=True, moments=storage, **how)
+        first, *others = ((x.cuda(), y.cuda()) for x, y in batches(task, 4))
+        train_on(wsn, optimizer, [first])  # it may set things up
+        with no_sync():
+            train_on(wsn, optimizer, others)
+        wsn.end_task()
+    wsn.verify()
+
+
+def train_on(wsn: WSN, optimizer: Any, data: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(wsn(x), y).backward()
+        optimizer.step()
 
 
 def test_the_gate_does_not_wait_for_the_device() -> None:

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kScaleBlock = WSN_MEANS_BLOCK;
 constexpr uint32_t kAlong = 0xC13FA9A9, kOnward = 0x91E10DA5;
-constexpr int32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000, kLeastNormal = 0x00800000, kLeastSecond = 0x01000000;
+constexpr int32_t kMagnitude = 0x7fffffff, kInfinity = 0x7f800000, kNan = 0x7fc00000;
+constexpr int32_t kLeastNormal = 0x00800000, kLeastSecond = 0x01000000;
 
 template <bool kSigned>
 struct Code {
@@ -31,19 +32,25 @@ struct Code {
 
   static int32_t bounded(int32_t exponent) { return exponent < least ? least : exponent > 253 ? 253 : exponent; }
 
+  // The steps of a part are larger, in bits of a float, than those of the part above. So a position is the largest of
+  // those that the parts would give, and a magnitude the smallest.
   int32_t position(int32_t a, uint32_t r) const {
-    int32_t p = !kSigned && a > 0 ? 1 : 0;
+    int32_t p = 0;
     for (int k = 0; k < parts; ++k) {
       const int32_t inside = first[k] + ((a - start[k] + int32_t(r >> (32 - shift[k]))) >> shift[k]);
-      p = a >= start[k] ? inside : p;
+      p = p < inside ? inside : p;
     }
-    return p < top ? p : top;
+    p = p < top ? p : top;
+    return a >= start[0] ? p : !kSigned && a > 0 ? 1 : 0;
   }
 
-  int32_t magnitude(int32_t p) const {
-    int32_t a = 0;
-    for (int k = 0; k < parts; ++k) a = p >= first[k] ? start[k] + (p - first[k]) * (1 << shift[k]) : a;
-    return a;
+  uint32_t magnitude(int32_t p) const {
+    uint32_t a = ~uint32_t(0);
+    for (int k = 0; k < parts; ++k) {
+      const uint32_t inside = uint32_t(start[k]) + (uint32_t(p - first[k]) << shift[k]);
+      a = inside < a ? inside : a;
+    }
+    return p > 0 ? a : 0;
   }
 };
 
@@ -53,9 +60,11 @@ void decode_8bit(const uint8_t *codes, float scale, int64_t n, float *out) {
   const C code(C::bounded(bits_as<int32_t>(scale) >> 23 & 0xff));
   for (int64_t j = 0; j < n; ++j) {
     const int32_t whole = codes[j], p = kSigned ? whole & 0x7f : whole;
-    const int32_t a = p == C::infinity ? kInfinity : code.magnitude(p);
-    const int32_t bits = kSigned ? int32_t(uint32_t(a) | uint32_t(whole & 0x80) << 24) : a;
-    put(out, j, whole == C::nan ? int32_t(0x7fc00000) : bits);
+    uint32_t bits = code.magnitude(p);
+    bits = p == C::infinity ? uint32_t(kInfinity) : bits;
+    if (kSigned) bits |= uint32_t(whole & 0x80) << 24;
+    bits = whole == C::nan ? uint32_t(kNan) : bits;
+    put(out, j, bits);
   }
 }
 

@@ -245,6 +245,14 @@ def test_every_choice_has_the_operation(monkeypatch: pytest.MonkeyPatch) -> None
                     assert hasattr(choose(operation, device, dtype, backend).backend, operation), operation
 
 
+@needs_triton
+@pytest.mark.parametrize("operation", ["adamw_coded_step", "sgd_coded_step"])
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_steps_without_a_kernel_take_torch_on_a_gpu_and_say_why(operation: str, backend: str | None) -> None:
+    chosen = choose(operation, "cuda", torch.float32, backend)
+    assert chosen.name == "torch" and f"the Triton backend has no {operation}" in chosen.reason
+
+
 def test_what_records_pytorchs_operations_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "choose", lambda *_: pytest.fail("another backend would not be seen"))
     weight, packed = torch.randn(4, 6), torch.randint(0, 256, (3,), dtype=torch.uint8)

@@ -195,6 +195,22 @@ def test_a_transposed_tensor_is_stored_in_the_order_of_its_rows() -> None:
     assert torch.equal(places[0].values, places[1].values) and places[0].values.is_contiguous()
 
 
+def test_a_small_second_moment_in_float64_does_not_become_zero() -> None:
+    like = torch.tensor([1e-60, 0.0, 1e60, torch.inf], dtype=torch.float64)
+    place = moments.zeros(like, "8bit", False)
+    moments.encode(like, place, False)
+    found = moments.decode(place, like, False)
+    assert found[0] > 0 and found[1] == 0 and found[2:].tolist() == [2.0**127, torch.inf]
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "8bit"])
+def test_the_host_reads_no_value(storage: str) -> None:
+    """A tensor on the meta device has none."""
+    like = torch.empty(300, device="meta")
+    place = moments.zeros(like, storage, True)
+    moments.encode(moments.decode(place, like, True), place, True, torch.empty((), device="meta"))
+
+
 # --- dither
 @pytest.mark.parametrize("storage", ["bfloat16", "8bit"])
 def test_a_mean_that_decays_slowly_decays(storage: str) -> None:

@@ -134,6 +134,18 @@ def test_a_one_pass_run_learns_the_same_and_forgets_nothing(
     assert found["acc"] == pytest.approx(torchs["acc"], abs=10)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("adam", "SubnetAdamW"), ("sgd", "SubnetSGD")])
+def test_a_run_with_means_in_8_bits_forgets_nothing_and_says_what_it_stores(
+    settings: Callable[..., TrainConfig], name: str, kind: str
+) -> None:
+    s = settings(tasks=2, optimizer=name, weight_decay=0.01, moments="8bit")
+    assert start(s).finish()["bwt"] == 0.0
+    entries = [json.loads(line) for line in (Path(s.out) / "metrics.jsonl").read_text().splitlines()]
+    begun = [entry for entry in entries if entry["kind"] == "begin"]
+    assert {entry["optimizer"] for entry in begun} == {f"wsn_fast {kind}, moments 8bit"}
+    assert "one-pass step, moments 8bit" in {path["operation"] for path in begun[0]["paths"]}
+
+
 def test_lr_is_halved_after_the_patience_and_ends_the_task(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

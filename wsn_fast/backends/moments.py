@@ -23,7 +23,8 @@ bits, and fewer the smaller they are:
 * from the top ``2**(e + 1)``, at ``p = Code.top``, down, each part ``(bits, steps)`` of :attr:`Code.parts` has so many
   steps of ``2**(23 - bits)`` in ``a``: there are ``2**bits`` of them in an octave. The last one ends at ``p = 1``;
 * to encode, ``p = first + (a + (r >> 9 + bits) - start >> 23 - bits)`` with the start of the part that ``a`` is in and
-  the position ``first`` of this start. Above the top it is ``Code.top``;
+  the position ``first`` of this start. Above the top it is ``Code.top`` (a position is also the largest of those that
+  the parts would give, and the ``a`` of a position the smallest, because steps are larger in lower parts);
 * below ``p = 1`` a first moment becomes 0, and a second moment that is not 0 becomes ``p = 1``.
 
 A first moment (``SIGNED``) has ``p`` in the lower 7 bits and its sign in bit 7, except that a zero has no sign. Code
@@ -148,11 +149,11 @@ def decode(stored: Stored, like: Tensor, signed: bool) -> Tensor:
 
 def encode(values: Tensor, stored: Stored, signed: bool, update: Tensor | None = None) -> None:
     """Write ``values`` to ``stored``, with the dither of the given number (0-d) of an update; without it, rounded to
-    nearest. Float64 is rounded to float32 first."""
+    nearest. Float64 is rounded to float32 first, where no number becomes infinite or 0."""
     if stored.storage == "float32":
         stored.values.copy_(values)
         return
-    flat = values.float().reshape(-1)
+    flat = _as_float32(values).reshape(-1)
     r = _dither(flat, update)
     if stored.scales is None:
         bits = _bfloat16(flat, signed, r)
@@ -161,6 +162,16 @@ def encode(values: Tensor, stored: Stored, signed: bool, update: Tensor | None =
         codes, scales = encode_8bit(flat, SIGNED if signed else UNSIGNED, r)
         stored.values.copy_(codes.view(values.shape))
         stored.scales.copy_(scales)
+
+
+def _as_float32(values: Tensor) -> Tensor:
+    """Rounded to float32, but no number becomes infinite or 0."""
+    if values.dtype is torch.float32:
+        return values
+    largest = torch.finfo(torch.float32).max
+    narrow = values.float()
+    narrow = narrow.where(values.isfinite().logical_not(), narrow.clamp(-largest, largest))
+    return narrow.where((values == 0) | (narrow != 0), 2.0**-149)
 
 
 def _dither(flat: Tensor, update: Tensor | None) -> Tensor:

@@ -97,6 +97,18 @@ def test_numbers_that_are_not_finite_and_those_too_small(storage: str) -> None:
         assert_same_bits(a, b, "mean")
 
 
+@pytest.mark.parametrize("storage", ["bfloat16", "8bit"])
+def test_tensors_that_are_not_contiguous(storage: str) -> None:
+    rows, columns = 30, 41
+    problem = make_problem(rows * columns, given=True)
+    weight, scores = (tensor.view(columns, rows).t() for tensor in problem.update[:2])
+    update = problem.update._replace(weight=weight, scores=scores)
+    problem = Problem(update._replace(state=new_state(update, (storage, storage), True)), problem.gradient)
+    assert not weight.is_contiguous()
+    gradients = [few_bits(rows * columns).view(columns, rows).t() for _ in range(4)]
+    assert_same(problem, [Gradient(grad, grad, None) for grad in gradients], ADAMW)
+
+
 def test_ordinary_steps_are_close() -> None:
     """Their sums are rounded, so that a code may differ here and there."""
     torch.manual_seed(0)
