@@ -440,7 +440,8 @@ void adamw_pair_block(void *WSN_RESTRICT weight, void *WSN_RESTRICT scores, cons
                       typename K::I infinity, T scale, int64_t n, const wsn::Update<AdamWStep> &for_weight,
                       const wsn::Update<AdamWStep> &for_scores) {
   using W = Word<T>;
-  const AdamW<T> weight_step(for_weight.step, for_weight.is_plain()), scores_step(for_scores.step, for_scores.is_plain());
+  const AdamW<T> weight_step(for_weight.step, for_weight.is_plain());
+  const AdamW<T> scores_step(for_scores.step, for_scores.is_plain());
   WSN_NO_OVERLAP
   for (int64_t j = 0; j < n; ++j) {
     const T w = at<T>(weight, j), s = at<T>(scores, j), g = at<T>(grad, j);

@@ -20,7 +20,8 @@ struct Code {
   static constexpr int parts = 4;  // from the lowest up
   static constexpr int shift[parts] = {22, 21, 20, 19};
   static constexpr int32_t steps[parts] = {kSigned ? 17 : 20, kSigned ? 20 : 40, kSigned ? 40 : 64, kSigned ? 48 : 128};
-  static constexpr int32_t first[parts] = {1, 1 + steps[0], 1 + steps[0] + steps[1], 1 + steps[0] + steps[1] + steps[2]};
+  static constexpr int32_t first[parts] = {1, 1 + steps[0], 1 + steps[0] + steps[1],
+                                           1 + steps[0] + steps[1] + steps[2]};
   static constexpr int32_t top = first[3] + steps[3];
   static constexpr int32_t infinity = kSigned ? 127 : 254, nan = kSigned ? 128 : 255, least = kSigned ? 22 : 37;
   int32_t start[parts];

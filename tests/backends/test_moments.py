@@ -203,6 +203,15 @@ def test_a_small_second_moment_in_float64_does_not_become_zero() -> None:
     assert found[0] > 0 and found[1] == 0 and found[2:].tolist() == [2.0**127, torch.inf]
 
 
+def test_the_default_dtype_of_torch_has_no_effect_on_scales() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        scales = moments.zeros(torch.ones(3), "8bit", True).scales
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scales is not None and scales.dtype is torch.float32
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "8bit"])
 def test_the_host_reads_no_value(storage: str) -> None:
     """A tensor on the meta device has none."""

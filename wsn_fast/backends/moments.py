@@ -129,8 +129,8 @@ def zeros(like: Tensor, storage: str, signed: bool) -> Stored:
     if storage == "bfloat16":
         return Stored(torch.zeros_like(like, dtype=torch.bfloat16), None)
     codes = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
-    exponent = (SIGNED if signed else UNSIGNED).least
-    return Stored(codes, torch.full((blocks_of(like),), 2.0 ** (exponent - 127), device=like.device))
+    scale = 2.0 ** ((SIGNED if signed else UNSIGNED).least - 127)
+    return Stored(codes, torch.full((blocks_of(like),), scale, dtype=torch.float32, device=like.device))
 
 
 def blocks_of(tensor: Tensor) -> int:

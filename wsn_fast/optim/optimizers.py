@@ -119,7 +119,7 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
         if not state:
             step = torch.zeros((), dtype=torch.float32, device=param.device)
             means = [codes.zeros(param, storage, signed) for signed in self.MEANS.values()]
-            state["step"] = step  # all or nothing: memory may be short
+            state["step"] = step  # not before all of them are there: memory may be short
             for key, mean in zip(self.MEANS, means, strict=True):
                 put(state, key, mean)
         convert(state, param, self.MEANS, storage)
@@ -183,9 +183,9 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
             pair = zip(each[i], _momenta(update.state), strict=True)
             each[i] = tuple(s._replace(first=s.momentum != 0 and id(buffer) in new) for s, buffer in pair)
         # Only what is stored in fewer bytes needs the numbers of the updates.
-        states = (update.state for update in call.updates)
+        states = [update.state for update in call.updates] if self.storage.is_coded else []
         steps = [step for state in states if isinstance(state, CodedSGDState) for step in state[2:]]
-        counts = self._counts.few(call.key, steps) if steps else []
+        counts = self._counts.few(call.key, steps) if self.storage.is_coded else []
         if counts:
             torch._foreach_add_(counts, 1)
         try:
