@@ -361,15 +361,11 @@ void backward(const wsn::Backward &a, int64_t begin, int64_t end) {
 
 // A running mean that is fed with zeros (dead inputs, weights that left the mask) shrinks to a denormal number and stays
 // there, where processors are a hundred times slower. So these are 0: nothing that a parameter could feel. Where means
-// are stored in fewer bytes, their code sees to this, and `least` is 0.
-template <class T>
-inline T normal_or_zero(T x, T least) {
-  return (x < 0 ? -x : x) < least ? T(0) : x;
-}
-
-template <class T>
-constexpr T least_mean(bool is_plain) {
-  return !is_plain ? T(0) : sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+// are stored in fewer bytes (not kPlain), their code sees to this. GCC vectorises a loop with a constant bound only.
+template <bool kPlain, class T>
+inline T normal_or_zero(T x) {
+  constexpr T least = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+  return kPlain && (x < 0 ? -x : x) < least ? T(0) : x;
 }
 
 // A choice that is made once for a whole loop: f(std::true_type) or f(std::false_type).
@@ -396,33 +392,33 @@ inline void put_unless_frozen(void *param, int64_t j, T before, T after, const W
 }
 
 // The coefficients in the dtype of the parameter, and what becomes of one element.
-template <class T>
+template <class T, bool kPlain>
 struct AdamW {
-  T lerp, beta2, rest2, eps, size, shrink, decay, least;
+  T lerp, beta2, rest2, eps, size, shrink, decay;
   Divisor<T> correction;
   bool near;
 
-  AdamW(const AdamWStep &step, bool is_plain)
+  explicit AdamW(const AdamWStep &step)
       : lerp(T(step.lerp < 0.5 ? step.lerp : step.lerp - 1)), beta2(T(step.beta2)), rest2(T(step.one_minus_beta2)),
         eps(T(step.eps)), size(T(-step.step_size)), shrink(T(step.shrink)), decay(T(step.decay)),
-        least(least_mean<T>(is_plain)), correction(T(step.root_correction)), near(step.lerp < 0.5) {}
+        correction(T(step.root_correction)), near(step.lerp < 0.5) {}
 
   template <bool kCoupled>
   T after(T before, T grad, void *avg, void *avg_sq, int64_t j) const {
     const T m = at<T>(avg, j), g = kCoupled ? multiply_add(before, decay, grad) : grad;
-    const T m_new = normal_or_zero(multiply_add(lerp, g - m, near ? m : g), least);
-    const T v_new = normal_or_zero(at<T>(avg_sq, j) * beta2 + rest2 * g * g, least);
+    const T m_new = normal_or_zero<kPlain>(multiply_add(lerp, g - m, near ? m : g));
+    const T v_new = normal_or_zero<kPlain>(at<T>(avg_sq, j) * beta2 + rest2 * g * g);
     put(avg, j, m_new);
     put(avg_sq, j, v_new);
     return before * shrink + size * m_new / (correction.divide(root(v_new)) + eps);
   }
 };
 
-template <bool kFrozen, bool kCoupled, class T>
+template <bool kFrozen, bool kCoupled, bool kPlain, class T>
 void adamw_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN_RESTRICT avg,
                  void *WSN_RESTRICT avg_sq, const Word<T> *WSN_RESTRICT frozen, int64_t n,
-                 const wsn::Update<AdamWStep> &update) {
-  const AdamW<T> adamw(update.step, update.is_plain());
+                 const AdamWStep &step) {
+  const AdamW<T, kPlain> adamw(step);
   WSN_NO_OVERLAP
   for (int64_t j = 0; j < n; ++j) {
     const T before = at<T>(param, j);
@@ -433,15 +429,15 @@ void adamw_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN
 
 // A weight, its scores, and both gradients formed from the masked weight's, in one loop: the memory is read in as many
 // streams at once as the hardware can follow.
-template <bool kFrozen, class K, class T>
+template <bool kFrozen, bool kPlainWeight, bool kPlainScores, class K, class T>
 void adamw_pair_block(void *WSN_RESTRICT weight, void *WSN_RESTRICT scores, const void *WSN_RESTRICT grad,
                       void *WSN_RESTRICT weight_avg, void *WSN_RESTRICT weight_avg_sq, void *WSN_RESTRICT scores_avg,
                       void *WSN_RESTRICT scores_avg_sq, const Word<T> *WSN_RESTRICT frozen, typename K::I tau,
-                      typename K::I infinity, T scale, int64_t n, const wsn::Update<AdamWStep> &for_weight,
-                      const wsn::Update<AdamWStep> &for_scores) {
+                      typename K::I infinity, T scale, int64_t n, const AdamWStep &for_weight,
+                      const AdamWStep &for_scores) {
   using W = Word<T>;
-  const AdamW<T> weight_step(for_weight.step, for_weight.is_plain());
-  const AdamW<T> scores_step(for_scores.step, for_scores.is_plain());
+  const AdamW<T, kPlainWeight> weight_step(for_weight);
+  const AdamW<T, kPlainScores> scores_step(for_scores);
   WSN_NO_OVERLAP
   for (int64_t j = 0; j < n; ++j) {
     const T w = at<T>(weight, j), s = at<T>(scores, j), g = at<T>(grad, j);
@@ -455,18 +451,16 @@ void adamw_pair_block(void *WSN_RESTRICT weight, void *WSN_RESTRICT scores, cons
   }
 }
 
-template <bool kFrozen, bool kMomentum, class T>
+template <bool kFrozen, bool kMomentum, bool kPlain, class T>
 void sgd_block(void *WSN_RESTRICT param, const T *WSN_RESTRICT grad, void *WSN_RESTRICT buffer,
-               const Word<T> *WSN_RESTRICT frozen, int64_t n, const wsn::Update<SgdStep> &update) {
-  const SgdStep &step = update.step;
-  const T least = least_mean<T>(update.is_plain());
+               const Word<T> *WSN_RESTRICT frozen, int64_t n, const SgdStep &step) {
   const T lr = T(-step.lr), momentum = T(step.momentum), rest = T(step.one_minus_dampening), decay = T(step.decay);
   const bool coupled = step.decay != 0, nesterov = step.nesterov, first = step.first;
   for (int64_t j = 0; j < n; ++j) {
     const T before = at<T>(param, j);
     T g = coupled ? multiply_add(before, decay, at<T>(grad, j)) : at<T>(grad, j);
     if (kMomentum) {
-      const T b = first ? g : normal_or_zero(multiply_add(g, rest, at<T>(buffer, j) * momentum), least);
+      const T b = first ? g : normal_or_zero<kPlain>(multiply_add(g, rest, at<T>(buffer, j) * momentum));
       put(buffer, j, b);
       g = nesterov ? multiply_add(b, momentum, g) : b;
     }
@@ -486,8 +480,10 @@ void update_block(void *param, const T *grad, const wsn::Update<AdamWStep> &upda
   void *const avg_sq = element_of<T>(update.second, i - update.origin);
   with_constant(frozen != nullptr, [&](auto has_frozen) {
     with_constant(update.step.decay != 0, [&](auto coupled) {
-      adamw_block<decltype(has_frozen)::value, decltype(coupled)::value>(param, grad, avg, avg_sq, frozen, n,
-                                                                         update);
+      with_constant(update.is_plain(), [&](auto plain) {
+        adamw_block<decltype(has_frozen)::value, decltype(coupled)::value, decltype(plain)::value>(
+            param, grad, avg, avg_sq, frozen, n, update.step);
+      });
     });
   });
 }
@@ -498,7 +494,10 @@ void update_block(void *param, const T *grad, const wsn::Update<SgdStep> &update
   void *const buffer = update.first.values ? element_of<T>(update.first, i - update.origin) : nullptr;
   with_constant(frozen != nullptr, [&](auto has_frozen) {
     with_constant(buffer != nullptr, [&](auto momentum) {
-      sgd_block<decltype(has_frozen)::value, decltype(momentum)::value>(param, grad, buffer, frozen, n, update);
+      with_constant(update.is_plain(), [&](auto plain) {
+        sgd_block<decltype(has_frozen)::value, decltype(momentum)::value, decltype(plain)::value>(
+            param, grad, buffer, frozen, n, update.step);
+      });
     });
   });
 }
@@ -589,11 +588,17 @@ bool update_pair(const wsn::Gradients &g, const wsn::Update<AdamWStep> &weight, 
   with_constant(frozen != nullptr, [&](auto has_frozen) {
     with_constant(a.rule == WSN_MAGNITUDE, [&](auto magnitude) {
       using K = Kind<std::make_signed_t<Word<T>>, decltype(magnitude)::value ? WSN_MAGNITUDE : WSN_VALUE>;
-      adamw_pair_block<decltype(has_frozen)::value, K, T>(
-          block(a.weight), block(a.scores.data), grad, element_of<T>(weight.first, i - weight.origin),
-          element_of<T>(weight.second, i - weight.origin), element_of<T>(scores.first, i - scores.origin),
-          element_of<T>(scores.second, i - scores.origin), frozen, typename K::I(a.tau),
-          typename K::I(a.scores.infinity), T(g.scale), n, weight, scores);
+      with_constant(weight.is_plain(), [&](auto plain_weight) {
+        with_constant(scores.is_plain(), [&](auto plain_scores) {
+          adamw_pair_block<decltype(has_frozen)::value, decltype(plain_weight)::value, decltype(plain_scores)::value, K,
+                           T>(block(a.weight), block(a.scores.data), grad,
+                              element_of<T>(weight.first, i - weight.origin),
+                              element_of<T>(weight.second, i - weight.origin),
+                              element_of<T>(scores.first, i - scores.origin),
+                              element_of<T>(scores.second, i - scores.origin), frozen, typename K::I(a.tau),
+                              typename K::I(a.scores.infinity), T(g.scale), n, weight.step, scores.step);
+        });
+      });
     });
   });
   return true;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, distribution
@@ -152,3 +154,14 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     child.join(60)
     child.kill()
     assert receive.poll() and receive.recv() == expected
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump shows the instructions, and is not here")
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="these are instructions of x86-64")
+@pytest.mark.parametrize("register", ["ymm", "zmm"])
+def test_the_loops_of_adamw_are_vectorised(register: str, library_file: Path) -> None:
+    """A compiler that gives up on one of them leaves results as they are, and makes steps five times slower. Each loop
+    has one root of each mean; there are loops for two kinds of gradients, with a union and without, and more."""
+    disassemble = ["objdump", "-d", "--no-show-raw-insn", str(library_file)]
+    code = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(rf"vsqrtps\s.*%{register}", code)) >= 12
