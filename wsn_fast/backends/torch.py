@@ -124,8 +124,8 @@ def adamw_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
     for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
         state = update.state
         assert isinstance(state, AdamWState)
-        with _Step(update, gradient, batch.scale) as (dw, ds):
-            _adamw(update.weight, dw, state.weight_avg, state.weight_avg_sq, state.weight_step, weight)
+        with _Step(update, gradient, batch.scale) as (weight_new, dw, ds):
+            _adamw(weight_new, dw, state.weight_avg, state.weight_avg_sq, state.weight_step, weight)
             _adamw(update.scores, ds, state.scores_avg, state.scores_avg_sq, state.scores_step, scores)
 
 
@@ -143,8 +143,8 @@ def sgd_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
     for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
         state = update.state
         assert isinstance(state, SGDState)
-        with _Step(update, gradient, batch.scale) as (dw, ds):
-            _sgd(update.weight, dw, state.weight_momentum, weight)
+        with _Step(update, gradient, batch.scale) as (weight_new, dw, ds):
+            _sgd(weight_new, dw, state.weight_momentum, weight)
             _sgd(update.scores, ds, state.scores_momentum, scores)
 
 
@@ -168,9 +168,9 @@ def adamw_coded_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> N
     for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
         state = update.state
         assert isinstance(state, CodedAdamWState)
-        with _Step(update, gradient, batch.scale) as (dw, ds):
+        with _Step(update, gradient, batch.scale) as (weight_new, dw, ds):
             for param, grad, avg, avg_sq, step, s in (
-                (update.weight, dw, state.weight_avg, state.weight_avg_sq, state.weight_step, weight),
+                (weight_new, dw, state.weight_avg, state.weight_avg_sq, state.weight_step, weight),
                 (update.scores, ds, state.scores_avg, state.scores_avg_sq, state.scores_step, scores),
             ):
                 wide, mean, square = _wide(param), decode(avg, param, True), decode(avg_sq, param, False)
@@ -183,9 +183,9 @@ def sgd_coded_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
     for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
         state = update.state
         assert isinstance(state, CodedSGDState)
-        with _Step(update, gradient, batch.scale) as (dw, ds):
+        with _Step(update, gradient, batch.scale) as (weight_new, dw, ds):
             for param, grad, momentum, step, s in (
-                (update.weight, dw, state.weight_momentum, state.weight_step, weight),
+                (weight_new, dw, state.weight_momentum, state.weight_step, weight),
                 (update.scores, ds, state.scores_momentum, state.scores_step, scores),
             ):
                 wide, buffer = _wide(param), None if momentum is None else decode(momentum, param, True)
@@ -238,23 +238,26 @@ def _gradients(update: Update, gradient: Gradient, scale: Tensor | None) -> tupl
 
 
 class _Step:
-    """A context manager for one update. It gives dW and dS on entry. On exit it restores the frozen weights and
-    computes the next masked weight."""
+    """A context manager for one update. On entry it gives the weight to update, dW and dS. On exit it computes the next
+    masked weight.
+
+    With a union it gives a copy, of which the trained elements become the weight in one operation at the end. So frozen
+    weights are right at every moment, wherever an operation fails."""
 
     def __init__(self, update: Update, gradient: Gradient, scale: Tensor | None) -> None:
         self._update, self._gradient, self._scale = update, gradient, scale
-        self._saved = self._frozen = None
-        if update.union is not None:  # __exit__ needs no other memory than this
-            self._saved = update.weight.clone()
+        self._frozen, self._weight = None, update.weight
+        if update.union is not None:
+            self._weight = update.weight.clone()
             self._frozen = unpack(update.union, update.weight.numel()).view(update.weight.shape)
 
-    def __enter__(self) -> tuple[Tensor, Tensor]:
-        return _gradients(self._update, self._gradient, self._scale)
+    def __enter__(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._weight, *_gradients(self._update, self._gradient, self._scale)
 
     def __exit__(self, *error: object) -> None:
         u = self._update
-        if self._saved is not None and self._frozen is not None:
-            u.weight.copy_(torch.where(self._frozen, self._saved, u.weight, out=self._saved))
+        if self._frozen is not None and error[0] is None:
+            u.weight.copy_(torch.where(self._frozen, u.weight, self._weight, out=self._weight))
         if u.next is not None and error[0] is None:
             u.next.tau.copy_(threshold(u.scores, u.next.rank, u.rule))
             u.next.masked.copy_(gate(u.weight, u.scores, u.next.tau, u.rule, u.next.masked.dtype))
