@@ -80,8 +80,8 @@ def spread(config: Config, elements: int, processors: int) -> Config:
     """``config`` with as many items per program as suit a launch over that many elements on a GPU with that many
     multiprocessors.
 
-    All programs run at the same time, or in as few rounds as it takes. On an H200, 16.8 million elements took as long in
-    seven rounds as in one; 1 million took 23 microseconds in two rounds and 18.5 in one.
+    All programs run at the same time, or in as few rounds as it takes. On an H200, 16.8 million elements took as long
+    in seven rounds as in one; 1 million took 23 microseconds in two rounds and 18.5 in one.
     """
     blocks = elements / config.block / (RESIDENT * processors)
     rounds = math.ceil(blocks * config.block / config.items)
