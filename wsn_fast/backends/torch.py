@@ -1,4 +1,5 @@
-"""The portable backend: the primitives in plain PyTorch, on any device. Its aim is to be exact, not to be fast.
+"""The portable backend: the primitives in plain PyTorch, on any device. Its aim is to be exact, not to be fast: it
+makes temporary tensors of n elements, in the dtypes of the tensors that it is given.
 
 Conventions of every backend: arguments are checked by the caller; ``tau`` is a 0-d tensor on the scores' device and no
 primitive reads it on the host; a packed mask is a 1-d ``uint8`` tensor of ``ceil(n / 8)`` bytes in which element ``i``
@@ -34,7 +35,7 @@ from .updates import (
     Update,
 )
 
-PART = 2**18
+PART = 2**17
 """How many elements are converted to a wider dtype at once, where the result is a sum."""
 
 

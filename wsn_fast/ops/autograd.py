@@ -366,8 +366,8 @@ def _handed_over(
     # GradScaler refuses to unscale float16. Hooks, those of DDP too, expect the dtype of the weight.
     watched = is_watched(weight) or (torch.distributed.is_available() and torch.distributed.is_initialized())
     narrow, waiting = raw.dtype is torch.bfloat16 and not watched, weight.grad
-    if narrow and about is not None and about.adds_in_bfloat16 and (waiting is None or waiting.dtype is raw.dtype):
-        return raw
+    if narrow and about is not None and about.adds_in_bfloat16:
+        return raw  # autograd adds it to whatever is waiting, in the dtype of that
     if waiting is not None and waiting.dtype is not weight.dtype:
         weight.grad = waiting.to(weight.dtype)
     return raw if narrow and waiting is None and not again else raw.to(weight.dtype)

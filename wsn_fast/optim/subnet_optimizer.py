@@ -28,7 +28,7 @@ from .step_counts import StepCounts
 from .step_plan import Call, Planner, StepPlan
 from .stored_means import PLAIN, Storage, convert, take_coded
 
-_PART = 2**18
+_PART = 2**17
 """How many elements of a gradient in 16 bits are converted to float32 at once."""
 
 
