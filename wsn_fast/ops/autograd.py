@@ -365,12 +365,12 @@ def _handed_over(
         return raw.to(weight.dtype)
     # GradScaler refuses to unscale float16. Hooks, those of DDP too, expect the dtype of the weight.
     watched = is_watched(weight) or (torch.distributed.is_available() and torch.distributed.is_initialized())
-    narrow, waiting = raw.dtype is torch.bfloat16 and not watched, weight.grad
+    narrow = raw.dtype is torch.bfloat16 and not watched
     if narrow and about is not None and about.adds_in_bfloat16:
         return raw  # autograd adds it to whatever is waiting, in the dtype of that
-    if waiting is not None and waiting.dtype is not weight.dtype:
-        weight.grad = waiting.to(weight.dtype)
-    return raw if narrow and waiting is None and not again else raw.to(weight.dtype)
+    if weight.grad is not None and weight.grad.dtype is not weight.dtype:
+        weight.grad = weight.grad.to(weight.dtype)
+    return raw if narrow and weight.grad is None and not again else raw.to(weight.dtype)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
