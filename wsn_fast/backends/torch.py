@@ -1,4 +1,5 @@
-"""The portable backend: the primitives in plain PyTorch, on any device. Its aim is to be exact, not to be fast.
+"""The portable backend: the primitives in plain PyTorch, on any device. Its aim is to be exact, not to be fast: it
+makes temporary tensors of n elements, in the dtypes of the tensors that it is given.
 
 Conventions of every backend: arguments are checked by the caller; ``tau`` is a 0-d tensor on the scores' device and no
 primitive reads it on the host; a packed mask is a 1-d ``uint8`` tensor of ``ceil(n / 8)`` bytes in which element ``i``
@@ -34,6 +35,9 @@ from .updates import (
     Update,
 )
 
+PART = 2**17
+"""How many elements are converted to a wider dtype at once, where the result is a sum."""
+
 
 def gate_key(scores: Tensor, rule: str) -> Tensor:
     """``|S|`` or ``S``."""
@@ -47,9 +51,24 @@ def threshold(scores: Tensor, rank: int, rule: str) -> Tensor:
         # torch.kthvalue runs in a single block on a GPU, so it is expected to be slower than a sort.
         return keys.sort().values[rank]
     # torch.kthvalue takes quadratic time on keys that fall and rise again. NumPy's partition has no such case, and was
-    # faster on other keys too (docs/log.md). It has no bfloat16, so such keys become float32, which is exact.
-    array = (keys.float() if keys.dtype is torch.bfloat16 else keys).numpy()
-    return torch.tensor(np.partition(array, rank)[rank], dtype=keys.dtype, device="cpu")
+    # faster on other keys too (docs/log.md). It has no bfloat16.
+    if keys.itemsize == 2:
+        return _threshold_of_16_bits(keys, rank)
+    return torch.tensor(np.partition(keys.numpy(), rank)[rank], dtype=keys.dtype, device="cpu")
+
+
+def _threshold_of_16_bits(keys: Tensor, rank: int) -> Tensor:
+    """:func:`threshold` on the CPU, of the integers that order as the keys do."""
+    bits = keys.view(torch.int16)
+    if bool((bits < 0).any()):
+        bits = _reordered(bits).masked_fill_(keys.isnan(), 0x7FFF)
+    found = np.partition(bits.numpy(), rank)[rank]
+    return _reordered(torch.tensor(found, dtype=torch.int16, device="cpu")).view(keys.dtype)
+
+
+def _reordered(bits: Tensor) -> Tensor:
+    """The bits of floats as integers in the same order, and back."""
+    return bits ^ (bits >> 15 & 0x7FFF)
 
 
 def keep_mask(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
@@ -92,30 +111,28 @@ def gate_backward(
     """``dW``: G inside the mask and outside the packed union, else +0.0 (Eq. 4). ``dS``: ``G * W``, times ``sign(S)``
     for "magnitude" (Eq. 5). The mask is computed again from the scores and tau, so that it need not be stored
     after the forward pass."""
-    grad = grad.to(weight.dtype)
-    dw = ds = None
-    if need_weight:
-        drop = gate_key(scores, rule) < tau
-        if union is not None:
-            drop |= unpack(union, weight.numel()).view(weight.shape)
-        dw = grad.clone().masked_fill_(drop, 0.0)
-    if need_scores:
-        ds = torch.mul(grad, weight, out=torch.empty_like(grad))
-        if rule == "magnitude":
-            ds *= scores.sign()
-        ds = ds.to(scores.dtype)
+    dw = torch.empty_like(grad, dtype=weight.dtype) if need_weight else None
+    ds = torch.empty_like(grad, dtype=scores.dtype) if need_scores else None
+    gates_backward([GradientOrder(grad, weight, scores, tau, union, rule, dw, ds)])
     return dw, ds
 
 
 def gates_backward(orders: Sequence[GradientOrder], plan: Plan | None = None) -> None:
     """:func:`gate_backward` for many tensors: writes ``weight_grad`` and ``score_grad`` of each. A ``plan`` stays
     empty."""
-    for grad, weight, scores, tau, union, rule, *results in orders:
-        needed = [result is not None for result in results]
-        gradients = gate_backward(grad, weight, scores, tau, union, rule, *needed)
-        for result, gradient in zip(results, gradients, strict=True):
-            if result is not None and gradient is not None:
-                result.copy_(gradient)
+    for grad, weight, scores, tau, union, rule, dw, ds in orders:
+        if dw is not None:
+            drop = gate_key(scores, rule) < tau
+            if union is not None:
+                drop |= unpack(union, weight.numel()).view(weight.shape)
+            dw.copy_(grad).masked_fill_(drop, 0.0)
+        if ds is not None:
+            product = ds if ds.dtype is weight.dtype else torch.empty_like(ds, dtype=weight.dtype)
+            product.copy_(grad).mul_(weight)
+            if rule == "magnitude":
+                product *= scores.sign()
+            if product is not ds:
+                ds.copy_(product)
 
 
 def adamw_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
@@ -164,7 +181,8 @@ def _sgd(param: Tensor, grad: Tensor, buffer: Tensor | None, s: SGD) -> None:
 
 def adamw_coded_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
     """:func:`adamw_step` with running means as :mod:`wsn_fast.backends.moments` stores them: it decodes them, makes the
-    update in float32 (float64 where that is the dtype of the weight), and encodes them again."""
+    update in float32 (float64 where that is the dtype of the weight), and encodes them again. For this it makes
+    tensors of n elements of 32 and 64 bits, also of weights in 16 bits."""
     for update, gradient, (weight, scores) in zip(batch.updates, batch.gradients, settings, strict=True):
         state = update.state
         assert isinstance(state, CodedAdamWState)
@@ -210,7 +228,7 @@ def gradient_squares(batch: Batch) -> Tensor:
     """The sums of the squares of dW and dS of each tensor in turn, [2 * len(updates)]: float64 on the CPU, else
     float32."""
     sums = [
-        grad.double().square().sum()
+        torch.stack([part.double().square().sum() for part in grad.reshape(-1).split(PART)]).sum()
         for update, gradient in zip(batch.updates, batch.gradients, strict=True)
         for grad in _gradients(update, gradient, batch.scale)
     ]

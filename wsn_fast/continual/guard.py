@@ -66,6 +66,9 @@ class KnowsMasks(Protocol):
     one_pass: bool
     """Whether it takes raw gradients."""
 
+    accumulate_in: str
+    """The dtype in which raw gradients in bfloat16 are added up: "float32" or "bfloat16"."""
+
     def claim(self, layers: Mapping[str, SubnetLayer]) -> Sequence[SubnetLayer]:
         """Return those of the named ``layers`` that the optimizer will update itself from now on."""
 
@@ -114,12 +117,14 @@ class OptimizerGuard:
             return
         own, layers = _params_of(optimizer), self._wsn.subnet_layers()
         taken: set[int] = set()
+        in_bfloat16 = False
         if self._knows_masks:
             claimed = optimizer.claim(layers)  # type: ignore[attr-defined]
             taken = {id(layer) for layer in claimed if optimizer.one_pass}  # type: ignore[attr-defined]
+            in_bfloat16 = optimizer.accumulate_in == "bfloat16"  # type: ignore[attr-defined]
         for layer in layers.values():
             if not own.isdisjoint(id(gate.param) for gate in layer.gated()):
-                layer.gate_state.belongs_to(optimizer if id(layer) in taken else None, layer.gated())
+                layer.gate_state.belongs_to(optimizer if id(layer) in taken else None, layer.gated(), in_bfloat16)
 
     def holds(self, params: Iterable[Tensor]) -> bool:
         """Whether the optimizer is alive and has one of ``params``."""

@@ -206,8 +206,9 @@ class GateState:
             for about in self._about.values():
                 about.watch(None)
 
-    def belongs_to(self, owner: object | None, gates: Iterator[Gated]) -> None:
-        """From now on ``owner`` takes the raw gradients of ``gates``. None: backward computes those of Eq. 4 and 5."""
+    def belongs_to(self, owner: object | None, gates: Iterator[Gated], adds_in_bfloat16: bool = False) -> None:
+        """From now on ``owner`` takes the raw gradients of ``gates``, which are added up as :class:`RawGradient` says.
+        None: backward computes those of Eq. 4 and 5."""
         if owner is not self.owner or (owner is None and self._owner is not None):
             self._owned = set()
             for gate in gates:  # the old and the new owner need different kinds of gradients: drop both
@@ -215,7 +216,8 @@ class GateState:
                 if gate.param.is_leaf:  # raw gradients may stay in the compute dtype
                     gate.param.grad_dtype = gate.param.dtype if owner is None else None
                 self._owned |= {id(gate.param), id(gate.score)}
-                self.about_raw(gate.name).watch(gate.param if owner is not None and gate.param.is_leaf else None)
+                watched = gate.param if owner is not None and gate.param.is_leaf else None
+                self.about_raw(gate.name).watch(watched, adds_in_bfloat16)
             self.passes.clear()
             self.ready.clear()
         self._owner = None if owner is None else weakref.ref(owner, self._lose_owner)
@@ -228,10 +230,9 @@ class GateState:
 
     def about_raw(self, name: str) -> RawGradient:
         """What is known about the gradient of the tensor ``name`` that the owner takes."""
-        about = self._about.get(name)
-        if about is None:
-            about = self._about[name] = RawGradient()
-        return about
+        if name not in self._about:
+            self._about[name] = RawGradient()
+        return self._about[name]
 
     # --- transitions
     def drop(self) -> None:

@@ -23,7 +23,7 @@ from ..backends.updates import CallKey, Plan
 from . import products
 from .fusion import fused_rows
 from .gate import gate, gate_backward, gates_backward
-from .raw_gradients import RawGradient, hand_over
+from .raw_gradients import RawGradient, hand_over, is_watched
 from .selection import threshold
 
 VERSION = attrgetter("_version")
@@ -193,7 +193,10 @@ def _raw_gradients(
     found = [(one, grad, one.raw) for one, grad in zip(gates, grads, strict=True) if one.raw]
     if not found:
         return {}
-    raws = [None if grad is None else _handed_over(grad, one.weight, again.get(id(one))) for one, grad, _ in found]
+    raws = [
+        None if grad is None else _handed_over(grad, one.weight, again.get(id(one)), about)
+        for one, grad, about in found
+    ]
     raws = hand_over([about for *_, about in found], [one.weight for one, *_ in found], raws)
     return dict(zip([id(one) for one, *_ in found], raws, strict=True))
 
@@ -326,8 +329,9 @@ class RawGate(torch.autograd.Function):
     while ``torch.compile`` traces.
 
     A G that was computed in bfloat16 stays in bfloat16 if the weight allows this (``grad_dtype`` is None). If the
-    weight is used ``again`` in this step, the gradients are added in the dtype of the weight. ``again`` is then True,
-    or what backward calls if it finds that no gradient of the earlier use is waiting any more.
+    weight is used ``again`` in this step, the gradients are added in the dtype of the weight, unless ``about`` says
+    that they are added in bfloat16. ``again`` is then True, or what backward calls if it finds that no gradient of the
+    earlier use is waiting any more.
     """
 
     @staticmethod
@@ -343,27 +347,30 @@ class RawGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
-        raw: Tensor | None = _handed_over(grads[0], ctx.weight, ctx.again)
+        raw: Tensor | None = _handed_over(grads[0], ctx.weight, ctx.again, ctx.about)
         if ctx.about is not None:
             (raw,) = hand_over([ctx.about], [ctx.weight], [raw])
         (first_order,) = _first_order((raw,), *grads[:1], *grads[:1])
         return first_order, None, None, None
 
 
-def _handed_over(raw: Tensor, weight: Tensor, again: bool | Callable[[], None] | None) -> Tensor:
+def _handed_over(
+    raw: Tensor, weight: Tensor, again: bool | Callable[[], None] | None, about: RawGradient | None
+) -> Tensor:
     if again and again is not True and weight.grad is None:
         again()
     if raw.dtype is weight.dtype and (weight.grad is None or weight.grad.dtype is raw.dtype):
         return raw
     if torch.compiler.is_compiling() or weight.grad_dtype is not None:
         return raw.to(weight.dtype)
+    # GradScaler refuses to unscale float16. Hooks, those of DDP too, expect the dtype of the weight.
+    watched = is_watched(weight) or (torch.distributed.is_available() and torch.distributed.is_initialized())
+    narrow = raw.dtype is torch.bfloat16 and not watched
+    if narrow and about is not None and about.adds_in_bfloat16:
+        return raw  # autograd adds it to whatever is waiting, in the dtype of that
     if weight.grad is not None and weight.grad.dtype is not weight.dtype:
         weight.grad = weight.grad.to(weight.dtype)
-        again = True
-    # GradScaler refuses to unscale float16. Hooks, those of DDP too, expect the dtype of the weight.
-    watched = bool(weight._backward_hooks) or (torch.distributed.is_available() and torch.distributed.is_initialized())
-    stays = raw.dtype is torch.bfloat16 and weight.grad is None and not again and not watched
-    return raw if stays else raw.to(weight.dtype)
+    return raw if narrow and weight.grad is None and not again else raw.to(weight.dtype)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):

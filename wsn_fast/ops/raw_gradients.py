@@ -39,10 +39,12 @@ class RawGradient:
         is_sum_right: whether autograd has added this gradient, and nothing else, to an earlier one; None if there was
             no earlier one.
         untouched: if the layer had no gradient to hand over, the gradient of the weight at that moment and its version.
+        adds_in_bfloat16: whether gradients in bfloat16 are added up in bfloat16, and not in the dtype of the weight.
     """
 
     __slots__ = (
-        "_handle", "address", "arrived", "is_foreign", "is_sum_right", "open", "storage", "unsure", "untouched",
+        "_handle", "address", "adds_in_bfloat16", "arrived", "is_foreign", "is_sum_right", "open", "storage", "unsure",
+        "untouched",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -53,13 +55,15 @@ class RawGradient:
         self.storage: Any = None
         self.is_sum_right: bool | None = None
         self.untouched: tuple[Tensor | None, int] | None = None
+        self.adds_in_bfloat16 = False
         self._handle: Any = None
 
     def __reduce__(self) -> tuple[type[RawGradient], tuple[()]]:
         return RawGradient, ()  # a copy of a weight has no hooks
 
-    def watch(self, weight: Tensor | None) -> None:
+    def watch(self, weight: Tensor | None, adds_in_bfloat16: bool = False) -> None:
         """From now on look at the gradients of ``weight``, or at none (None)."""
+        self.adds_in_bfloat16 = adds_in_bfloat16
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
@@ -85,6 +89,12 @@ class RawGradient:
             self.is_foreign = True
             self.arrived.clear()
         return self.is_foreign
+
+
+def is_watched(weight: Tensor) -> bool:
+    """Whether the weight has hooks of somebody else."""
+    hooks = weight._backward_hooks
+    return hooks is not None and bool(hooks.keys() - {_KEY})
 
 
 def hand_over(
@@ -121,7 +131,7 @@ def _version(gradient: Tensor | None) -> int:
 
 def _hand_over(one: RawGradient, weight: Tensor, raw: Tensor) -> Tensor:
     before, hooks = weight.grad, weight._backward_hooks
-    if hooks and hooks.keys() - {_KEY}:
+    if is_watched(weight):
         one.unsure = True  # they may return another gradient
         return raw
     if not (raw.is_contiguous() and weight.is_contiguous()) and raw.stride() != weight.stride():

@@ -173,6 +173,20 @@ def check_flags(**flags: object) -> None:
     check_group({name: ops.check_bool(name, value) for name, value in flags.items()})
 
 
+def check_accumulation(accumulate_in: object, one_pass: bool) -> str:
+    """Return the dtype in which raw gradients in bfloat16 are added up.
+
+    Raises:
+        ValueError: it is unknown, or it is bfloat16 outside the one-pass mode, where gradients have the dtype of their
+            parameter.
+    """
+    if accumulate_in not in ("float32", "bfloat16"):
+        raise ValueError(f"accumulate_in must be 'float32' or 'bfloat16', got {accumulate_in!r}")
+    if accumulate_in != "float32" and not one_pass:
+        raise ValueError(f"accumulate_in must be 'float32' without one_pass=True, got {accumulate_in!r}")
+    return str(accumulate_in)
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if a param group asks for something that the subnet optimizers do not have."""
     for name in ("amsgrad", "maximize"):

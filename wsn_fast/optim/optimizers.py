@@ -34,12 +34,14 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
     under the guard.
 
     With ``one_pass=True``, and until it is deleted or another optimizer is guarded, the gradients of gated tensors are
-    those of the *masked* tensors: ``weight.grad`` is G (in bfloat16 under bfloat16 autocast, in float32 once gradients
-    accumulate), and scores have no gradient. Use :meth:`clip_grad_norm_`, because ``torch.nn.utils.clip_grad_norm_``
-    would use the norm of G. The step also computes the gate of the next forward pass. That gate is used if weight,
-    scores, density and dtype have not changed until then. Changes through ``.data`` or NumPy cannot be seen: after such
-    a change the next training step, and only that one, may still use the old mask. A copy of the optimizer is in the
-    standard mode.
+    those of the *masked* tensors: ``weight.grad`` is G, and scores have no gradient. Under bfloat16 autocast G is in
+    bfloat16, as the product leaves it, and once gradients accumulate in the dtype of ``accumulate_in``. It is in the
+    dtype of the weight where the weight has hooks, where several processes train, for tensors of modules that are no
+    products, and for a layer whose gate ``torch.compile`` has compiled. Use :meth:`clip_grad_norm_`, because
+    ``torch.nn.utils.clip_grad_norm_`` would use the norm of G. The step also computes the gate of the next forward
+    pass. That gate is used if weight, scores, density and dtype have not changed until then. Changes through ``.data``
+    or NumPy cannot be seen: after such a change the next training step, and only that one, may still use the old mask.
+    A copy of the optimizer is in the standard mode.
 
     Warning: with ``one_pass=True`` a loss must not read gated tensors or scores outside their layers, as a penalty on
     weights does; it may read ``layer.masked(name, dtype)``. The step refuses a gradient of the scores, and one of the
@@ -55,6 +57,10 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
         score_weight_decay: the weight decay of the scores. They have a param group of their own if it differs from
             ``weight_decay``.
         one_pass: whether the step computes the gradients of Eq. 4 and 5 itself, in one pass over the parameters.
+        accumulate_in: with ``one_pass=True``, the dtype in which G is added up where it comes in bfloat16 more than
+            once before a step, from several backward passes or from several uses of a layer in one: ``"float32"`` (the
+            dtype of the parameter), or ``"bfloat16"``, which takes half of the memory, and loses any term below 1/512
+            of the sum so far.
         moments: how the running means of gated tensors and their scores are stored: ``"float32"`` (in the dtype of the
             parameter), ``"bfloat16"``, or ``"8bit"`` with a scale for each block (:mod:`wsn_fast.backends.moments`).
             What PyTorch's step updates, such as heads and norms, has them in the dtype of the parameter.
@@ -80,6 +86,7 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
         decoupled: bool = True,
         score_weight_decay: float = 0.0,
         one_pass: bool = False,
+        accumulate_in: str = "float32",
         moments: str = "float32",
         score_moments: str | None = None,
         amsgrad: bool = False,
@@ -90,7 +97,7 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
         self.storage = check_storage(moments, score_moments)
         params = param_groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, decoupled_weight_decay=decoupled)
-        self._attach(wsn, one_pass)
+        self._attach(wsn, one_pass, accumulate_in)
 
     def _update(self, call: Call, batch: Batch) -> None:
         steps = [step for update in call.updates for step in update.state[4:]]  # type: ignore[index]
@@ -139,8 +146,8 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
     Args:
         wsn: the model, with a task in progress.
         lr, momentum, dampening, weight_decay, nesterov: the same as in ``torch.optim.SGD``.
-        score_weight_decay, one_pass, moments, score_moments, maximize: see :class:`SubnetAdamW`. The running
-            mean is the momentum buffer.
+        score_weight_decay, one_pass, accumulate_in, moments, score_moments, maximize: see :class:`SubnetAdamW`. The
+            running mean is the momentum buffer.
 
     Raises:
         TypeError: ``wsn`` is not a WSN, or an argument that is True or False is no bool.
@@ -162,6 +169,7 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
         *,
         score_weight_decay: float = 0.0,
         one_pass: bool = False,
+        accumulate_in: str = "float32",
         moments: str = "float32",
         score_moments: str | None = None,
         maximize: bool = False,
@@ -171,7 +179,7 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
         self.storage = check_storage(moments, score_moments)
         params = param_groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
-        self._attach(wsn, one_pass)
+        self._attach(wsn, one_pass, accumulate_in)
 
     def _update(self, call: Call, batch: Batch) -> None:
         def settings(group: Group, first: bool = False) -> SGD:

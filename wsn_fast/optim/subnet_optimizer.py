@@ -22,11 +22,14 @@ from ..backends.updates import Batch, Gradient, State
 from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
 from ..nn.model_gates import ModelGates
-from .gated_params import Model, check_group, gated_params
+from .gated_params import Model, check_accumulation, check_group, gated_params
 from .members import Members
 from .step_counts import StepCounts
 from .step_plan import Call, Planner, StepPlan
 from .stored_means import PLAIN, Storage, convert, take_coded
+
+_PART = 2**17
+"""How many elements of a gradient in 16 bits are converted to float32 at once."""
 
 
 class SubnetOptimizer(torch.optim.Optimizer):
@@ -39,6 +42,7 @@ class SubnetOptimizer(torch.optim.Optimizer):
     """The names of the running means in the state of a parameter, and whether each has a sign."""
 
     one_pass: bool = False
+    accumulate_in: str = "float32"
     storage: Storage = PLAIN
     # An optimizer that was copied or unpickled knows no model: it has only what PyTorch's optimizer has.
     _known_gates: ModelGates | None = None
@@ -50,8 +54,9 @@ class SubnetOptimizer(torch.optim.Optimizer):
     _known_counts: StepCounts | None = None
     _has_coded = False  # whether some state may have means that are not in the dtype of their parameter
 
-    def _attach(self, wsn: Model, one_pass: bool) -> None:
+    def _attach(self, wsn: Model, one_pass: bool, accumulate_in: str) -> None:
         self.one_pass, self._known_gates = ops.check_bool("one_pass", one_pass), wsn.gates
+        self.accumulate_in = check_accumulation(accumulate_in, one_pass)
         self._has_coded = self.storage.is_coded
         self._step_supports_amp_scaling = False  # GradScaler has to unscale G, as it unscales any gradient
         wsn.guard(self)  # the guard calls claim
@@ -236,7 +241,7 @@ class SubnetOptimizer(torch.optim.Optimizer):
         plan = None if members is None else self._plan_of(members, dtypes)
         others = chain.from_iterable(group["params"] for group in self.param_groups) if plan is None else plan.others
         rest = [p.grad for p in others if p.grad is not None]
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in rest]
+        norms = [*map(_norm, rest)]
         for call in () if plan is None else plan.calls:
             batch = Batch(call.updates, call.of(gradients), before, {})
             norms += ops.gradient_squares(batch, call.key.backend).sqrt().unbind()
@@ -311,3 +316,13 @@ class SubnetOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "storage": self.storage, "_has_coded": self._has_coded}
+
+
+def _norm(grad: Tensor) -> Tensor:
+    """The 2-norm of a gradient, 0-d, in float32 or in its dtype if that is wider."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    if not grad.is_cpu or grad.dtype is dtype:
+        return torch.linalg.vector_norm(grad, dtype=dtype)
+    # On the CPU PyTorch would copy the whole gradient in float32.
+    parts = [torch.linalg.vector_norm(part, dtype=dtype) for part in grad.reshape(-1).split(_PART)]
+    return torch.linalg.vector_norm(torch.stack(parts))
