@@ -30,8 +30,8 @@ from ._window import nan_key, settle
 @triton.jit
 def domain(row_ptr, state_ptr, alone, DTYPE: tl.constexpr, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
     """Which keys have to be searched for the threshold of a tensor. If it is an end of the window, there is nothing to
-    search. If it is inside the window and the list did not run over, it is in the list, else among all scores. One program
-    searches up to ``alone`` keys.
+    search. If it is inside the window and the list did not run over, it is in the list, else among all scores. Up to
+    ``alone`` keys are searched by one program.
 
     Returns:
         in_list: whether the keys are those of the list.
@@ -74,8 +74,8 @@ def domain(row_ptr, state_ptr, alone, DTYPE: tl.constexpr, MAGNITUDE: tl.constex
 def _count(
     x_ptr, keys_ptr, in_list, items, base, prefix, shift, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """[DIGIT_BINS] int32: how often each digit is at ``shift`` in those of the first ``items`` keys that have the digits
-    of ``prefix`` before it, all above ``base``."""
+    """[DIGIT_BINS] int32: how often each digit is at ``shift`` in those of ``items`` keys that have the digits of
+    ``prefix`` before it, all above ``base``."""
     counts = tl.zeros([layout.DIGIT_BINS], tl.int32)
     for offset in range(0, items, BLOCK):
         place = offset + tl.arange(0, BLOCK)
@@ -163,9 +163,7 @@ def _find(
         while part < parts:
             begin = part * each
             left = tl.minimum(items - begin, each).to(tl.int32)
-            counts += _count(
-                x_ptr + begin, keys_ptr + begin, in_list, left, base, prefix, shift, MAGNITUDE, BLOCK
-            )
+            counts += _count(x_ptr + begin, keys_ptr + begin, in_list, left, base, prefix, shift, MAGNITUDE, BLOCK)
             taken += 1
             part += 1
             if together:

@@ -39,6 +39,7 @@ from ._window import clear_state
 from .threshold_table import (
     CONFIGS,
     DTYPES,
+    SEARCH_REGISTERS,
     Config,
     Table,
     describe,
@@ -244,4 +245,6 @@ def select(*, table: Table, tau: Tensor, workspace: Tensor, rule: str) -> None:
     every_program = (len(programs),)
     window_kernel[every_program](**form, BLOCK=config.window_block, LANES=32 * config.num_warps, **FP_FUSION)
     del form["items_each"]
-    search_kernel[every_program](**form, alone=config.alone, BLOCK=config.digit_block, **FP_FUSION)
+    search_kernel[every_program](
+        **form, alone=config.alone, BLOCK=config.digit_block, maxnreg=SEARCH_REGISTERS, **FP_FUSION
+    )

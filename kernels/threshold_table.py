@@ -17,6 +17,9 @@ from . import _layout as layout
 
 LIST_SHARE = 8  # a list has room for 1/8 of its tensor's keys
 SIGMAS = 4.5
+SEARCH_REGISTERS = 128
+"""The most that a thread of a search may use. Without a limit, ptxas takes fewer and spills some."""
+
 MOST_BLOCKS = 256  # that one program takes; more scores take more programs
 OWNERS_BLOCK = tl.constexpr(512)  # how many rows of ``Table.programs`` are written at a time
 

@@ -21,12 +21,12 @@ from .threshold_table import DTYPES
 from .update_table import Config, UpdateTable, Workspace
 from .warm_threshold import add_counts, list_has_room, load_window, note
 
-CONFIG = Config(1024, 31 * 1024, 4, 2048, 32)
-"""The tile sizes: 8 elements for each thread, because a thread has no more than a weight and a score to wait for."""
+CONFIG = Config(512, 63 * 512, 4, 2048, 32)
+"""The tile sizes."""
 
-RESIDENT = 8
-"""How many programs a multiprocessor has at a time: with 64 bytes for each thread on their way, enough for the
-bandwidth."""
+RESIDENT = 12
+"""How many programs a multiprocessor has at a time. A thread waits for 32 bytes, so that 48 KB are on their way, which
+is enough for the bandwidth."""
 
 
 @triton.jit(do_not_specialize=["tensors_ptr", "state_ptr"])

@@ -3,9 +3,7 @@
 Scores move slowly, and so does tau. An update of :mod:`.optimizer_step` writes the masked weight by a guess: the last
 tau, and on from there as tau moved of late. While it does so it notes where the new tau may be: it counts the keys
 below a window around the guess and those equal to the window's ends, and it lists the keys strictly inside, with their
-places. After the update
-
-one launch of ``settle_kernel``
+places. After the update, one launch of ``settle_kernel``
 
 1. finds the key of the wanted rank. There are three cases. If the key is an end of the window, there is nothing to
    search. If it is inside the window and the list did not run over, the search is in the list. Otherwise the search is
@@ -14,10 +12,11 @@ one launch of ``settle_kernel``
    these elements are not in the list. That is the case after a search through all scores, and if the guess or tau is
    the low end of the window, or NaN.
 
-Nothing is decided on the host, and the number of launches does not depend on the tensors. The result is exact for every
-window; only the time depends on it. The window follows tau: it reaches four times as far as tau was from the guess of
-late, as long as the list has room. A key that many scores share becomes an end of the window, where it is counted and
-not listed, so that it cannot fill the list again and again.
+How the programs share this work is told in :mod:`._search`. Nothing is decided on the host, and the number of launches
+does not depend on the tensors. The result is exact for every window; only the time depends on it. The window follows
+tau: it reaches four times as far as tau was from the guess of late, as long as the list has room. A key that many
+scores share becomes an end of the window, where it is counted and not listed, so that it cannot fill the list again and
+again.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ._elementwise import FP_FUSION, below, convert, is_magnitude, table_pointer
 from ._search import domain, find, wait_for
 from ._window import nan_key
 from .threshold import membership, stretch
-from .threshold_table import DTYPES
+from .threshold_table import DTYPES, SEARCH_REGISTERS
 from .update_table import UpdateTable, Workspace
 
 
@@ -235,5 +234,6 @@ def settle(table: UpdateTable, workspace: Workspace, *, rule: str) -> None:
         FIX=config.fix_block,
         ALIGNED=table.aligned,
         num_warps=config.num_warps,
+        maxnreg=SEARCH_REGISTERS,
         **FP_FUSION,
     )

@@ -7,7 +7,7 @@ import itertools
 from compiling import CompileCase
 
 from wsn_fast.kernels.threshold import sample_kernel, search_kernel, window_kernel
-from wsn_fast.kernels.threshold_table import CONFIGS, DTYPES
+from wsn_fast.kernels.threshold_table import CONFIGS, DTYPES, SEARCH_REGISTERS
 
 
 def compile_cases() -> list[CompileCase]:
@@ -27,5 +27,5 @@ def compile_cases() -> list[CompileCase]:
         cases.append(CompileCase(label, window_kernel, tiles, window, num_warps=warps))
         search = {**form, "BLOCK": config.digit_block}
         label = f"search {name} {config.digit_block}"
-        cases.append(CompileCase(label, search_kernel, tiles, search, num_warps=warps))
+        cases.append(CompileCase(label, search_kernel, tiles, search, num_warps=warps, maxnreg=SEARCH_REGISTERS))
     return list({case.name: case for case in cases}.values())

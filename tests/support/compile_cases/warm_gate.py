@@ -22,7 +22,7 @@ def compile_cases() -> list[CompileCase]:
         form = {"DTYPE": DTYPES[dtype], "MAGNITUDE": rule == 0}
         name = f"{DTYPES[dtype]} {('|S|', 'S')[rule]}"
         cases.append(CompileCase(f"open {name}", open_windows_kernel, opened, form, num_warps=1))
-        form = {**form, "MASKED": DTYPES[masked], "BLOCK": CONFIG.block, "LANES": 32 * CONFIG.num_warps, "ALIGNED": True}
+        form = form | {"MASKED": DTYPES[masked], "BLOCK": CONFIG.block, "LANES": 32 * CONFIG.num_warps, "ALIGNED": True}
         label = f"gate {name} {DTYPES[masked]}"
         cases.append(CompileCase(label, gate_by_guess_kernel, signature, form, num_warps=CONFIG.num_warps))
     return list({case.name: case for case in cases}.values())
