@@ -18,7 +18,7 @@ sys.path.append(str(ROOT / "tests" / "support"))
 compiling, machine_code = importlib.import_module("compiling"), importlib.import_module("machine_code")
 machine_paths = importlib.import_module("machine_paths")
 
-LISTED = frozenset(("digit_kernel", "fix_kernel"))
+LISTED = frozenset(("search_kernel", "settle_kernel"))
 """The kernels that usually go through the listed keys only; all others go through the tensor."""
 SAMPLING = frozenset(("sample_kernel",))
 """The kernels that make a window from a sample. Without one before it in the step, a window is a warm one."""
@@ -174,14 +174,14 @@ class _Tiles(NamedTuple):
 def _tiles(launch: Launch, elements: int, share: float, tile: Any) -> _Tiles:
     """The tiles of a launch for so many elements, of which ``share`` are listed."""
     threads = 32 * launch.kernel.metadata.num_warps
-    per_thread, programs = launch.values.get("BLOCK", 0) // threads, launch.programs
+    per_thread, programs = launch.values.get("FIX", launch.values.get("BLOCK", 0)) // threads, launch.programs
     if per_thread == 0:
         return _Tiles(0, programs, 1)
     if launch.name not in LISTED:
         return _Tiles(per_thread, programs, math.ceil(elements / programs / (per_thread * threads)))
     loads = sum(count for opcode, count in tile.widths.items() if opcode.startswith("LDG"))
     per_thread, keys = min(per_thread, loads), math.ceil(share * elements)
-    each = 1 << launch.values["list_bits"] if "list_bits" in launch.values else math.ceil(keys / programs)
+    each = max(math.ceil(keys / programs), per_thread * threads)
     return _Tiles(per_thread, min(programs, math.ceil(keys / each)), math.ceil(each / (per_thread * threads)))
 
 

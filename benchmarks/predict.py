@@ -242,7 +242,7 @@ def markdown(told: dict[str, Any]) -> list[str]:
         "## Sums, us of the model", "",
         *table(("sum", *SIZES.values()), [(name, *map(digits, us.values())) for name, us in told["sums us"].items()]),
         "", "## Steps, us of the model", "",
-        "Products are arithmetic at 790 TFLOP/s; operators of torch on tensors of the weight's size run at 88 % of the "
+        "Products are arithmetic at 790 TFLOP/s; operators of torch on tensors of the weight's size run at 91 % of the "
         "bandwidth; smaller ones are left out of every step. The second task is trained, so that there is a union, "
         "unless it says first task.", "",
         *table(("shape", "step", "products", "torch", "Triton", "step us", "x dense"), steps_told), "",

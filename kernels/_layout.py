@@ -69,11 +69,14 @@ STATE_GUESS = tl.constexpr(6)  # the expected threshold, as a key, with which th
 STATE_ACTION = tl.constexpr(7)  # what is left to put right: one of the ACTION_ numbers
 STATE_PREFIX = tl.constexpr(8)  # the digits of the threshold's key that are known, in their places; the others are 0
 STATE_PASSED = tl.constexpr(9)  # how many of the keys that are searched lie below this prefix
-STATE_ARRIVED = tl.constexpr(10)  # how many programs have counted the present digit
-STATE_COUNTS = tl.constexpr(16)
-DIGIT_BITS = tl.constexpr(8)
+STATE_STAGE = tl.constexpr(10)  # how many digits are known, or STAGE_FOUND
+STATE_TAKEN = tl.constexpr(16)  # for each digit: how many of its parts were taken, or asked for in vain
+STATE_COUNTED = tl.constexpr(20)  # for each digit: how many of its parts are counted
+STATE_COUNTS = tl.constexpr(32)
 DIGIT_BINS = tl.constexpr(1 << 8)
-STATE_SIZE = tl.constexpr(16 + (1 << 8))
+STATE_SIZE = tl.constexpr(32 + (1 << 8))
+
+STAGE_FOUND = tl.constexpr(8)  # more than a key has digits
 
 ACTION_NONE = tl.constexpr(0)
 ACTION_LIST = tl.constexpr(1)  # the listed elements

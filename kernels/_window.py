@@ -48,7 +48,7 @@ def open_window(window_ptr, state_ptr, DTYPE: tl.constexpr, MAGNITUDE: tl.conste
 
 @triton.jit
 def settle(window_ptr, state_ptr, room, found, equal, hit, DTYPE: tl.constexpr, MAGNITUDE: tl.constexpr):
-    """Write what ``fix_kernel`` has to do, and the next window.
+    """Write what ``settle_kernel`` has to do, and the next window.
 
     Args:
         window_ptr: int64 [WINDOW_SIZE].

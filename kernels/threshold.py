@@ -8,8 +8,7 @@ tau:
    almost surely holds tau. A tensor no larger than the sample is done.
 2. ``window_kernel`` reads every score: it counts the keys below the window and those equal to its ends, and
    lists the keys strictly inside it, a few per cent.
-3. ``digit_kernel``, one launch per digit, most significant first, counts the digits of the listed keys that
-   agree with tau so far. The last program of a tensor finds tau's digit from the counts, and tau from the last digit.
+3. ``search_kernel`` finds tau in the list, digit by digit: see :mod:`._search`.
 
 Nothing is decided on the host, and the number of launches does not depend on the tensors. The sample decides only the
 time: where its window misses tau or holds too much, the digits are counted over all scores. The window reaches
@@ -20,7 +19,7 @@ many equal keys take no longer than random ones. A program counts in registers a
 per tile reserves its place in the list. The order of the list depends on timing, the result does not.
 
 What changes from launch to launch is an argument at run time, so that each kernel is compiled once for a dtype and a
-rule. ``digit_kernel`` also serves :mod:`.warm_threshold`.
+rule.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _layout as layout
-from ._bits import from_order_key, order_key
+from ._bits import order_key
 from ._elementwise import FP_FUSION
-from ._window import clear_state, settle
+from ._search import domain, find
+from ._window import clear_state
 from .threshold_table import (
     CONFIGS,
     DTYPES,
+    SEARCH_REGISTERS,
     Config,
     Table,
     describe,
-    digit_shifts,
-    list_bits,
     make_table,
     programs_of,
     spread,
@@ -124,6 +123,14 @@ def _sample(row_ptr, state_ptr, magnitude, DTYPE: tl.constexpr, SAMPLE: tl.const
 
 
 @triton.jit
+def membership(tensors_ptr, programs_ptr):
+    """The tensor that this program works on, and its number among the programs of this tensor."""
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(programs_ptr + layout.PROGRAM_COLUMNS * program + layout.PROGRAM_TENSOR)
+    return tensor, program - tl.load(tensors_ptr + layout.TENSOR_COLUMNS * tensor + layout.TENSOR_FIRST_PROGRAM)
+
+
+@triton.jit
 def stretch(tensors_ptr, programs_ptr, items_each, DTYPE: tl.constexpr):
     """The part of a tensor that this program works on: (tensor, pointer to its row of Table.tensors, first element,
     number of elements, pointer to the first score)."""
@@ -135,17 +142,6 @@ def stretch(tensors_ptr, programs_ptr, items_each, DTYPE: tl.constexpr):
     items = tl.minimum(tl.load(row_ptr + layout.TENSOR_NUMEL) - start, items_each).to(tl.int32)
     x_ptr = tl.load(row_ptr + layout.TENSOR_SCORES).to(tl.pointer_type(DTYPE))
     return tensor, row_ptr, start, items, x_ptr + start
-
-
-@triton.jit
-def list_part(row_ptr, state_ptr, list_bits):
-    """The part of the list that belongs to this program, of at most ``2**list_bits`` keys: (where it begins among the
-    lists of all tensors, how many keys it has, how many parts there are)."""
-    first = (tl.program_id(0) - tl.load(row_ptr + layout.TENSOR_FIRST_PROGRAM)) << list_bits
-    listed = tl.load(state_ptr + layout.STATE_LISTED)
-    each = tl.full((), 1, tl.int64) << list_bits
-    items = tl.minimum(listed - first, each).to(tl.int32)
-    return tl.load(row_ptr + layout.TENSOR_LIST) + first, items, (listed + each - 1) >> list_bits
 
 
 @triton.jit(
@@ -200,148 +196,28 @@ def window_kernel(
     tl.atomic_add(state_ptr + layout.STATE_AT_HIGH, tl.sum(at_high, 0).to(tl.int64), sem="relaxed")
 
 
-@triton.jit
-def _locate(row_ptr, state_ptr):
-    """Where tau is.
-
-    Returns:
-        is_low: whether tau is the low end of the window.
-        is_high: whether it is the high end.
-        in_list: whether it is in the list.
-        rank: its rank in the list if it is there, else its rank among all keys.
-    """
-    rank = tl.load(row_ptr + layout.TENSOR_RANK)
-    at_low = tl.load(state_ptr + layout.STATE_AT_LOW)
-    listed = tl.load(state_ptr + layout.STATE_LISTED)
-    beyond_below = rank - tl.load(state_ptr + layout.STATE_BELOW)
-    beyond_low = beyond_below - at_low
-    beyond_list = beyond_low - listed
-    is_low = (beyond_below >= 0) & (beyond_low < 0)
-    is_high = (beyond_list >= 0) & (beyond_list < tl.load(state_ptr + layout.STATE_AT_HIGH))
-    fits = listed <= tl.load(row_ptr + layout.TENSOR_ROOM)
-    in_list = (beyond_low >= 0) & (beyond_list < 0) & fits
-    return is_low, is_high, in_list, tl.where(in_list, beyond_low, rank)
-
-
-@triton.jit
-def _count(
-    x_ptr, keys_ptr, in_list, offset, items, prefix, shift,
-    MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """How often each digit is at ``shift`` in the keys of the tile at ``offset`` that have the digits of ``prefix``
-    above it. The keys are in the list, or those of scores; a TAIL ends at ``items``."""
-    place = offset + tl.arange(0, BLOCK)
-    inside = place < items if TAIL else None
-    if in_list:
-        key = tl.load(keys_ptr + place, mask=inside)
-    else:
-        key = order_key(tl.load(x_ptr + place, mask=inside), MAGNITUDE)
-    digit = (key ^ prefix) >> shift
-    agrees = digit < layout.DIGIT_BINS
-    if TAIL:
-        agrees &= inside
-    return tl.histogram(digit.to(tl.int32), layout.DIGIT_BINS, mask=agrees)
-
-
-@triton.jit
-def _is_last(state_ptr, parts):
-    """Whether this program is the last of ``parts`` programs to come here, all of which count digits of one tensor.
-
-    What the last one then reads are the counts of all of them. Each program adds its counts, by atomics of all its
-    threads. The barrier puts them before the atomic of one thread on STATE_ARRIVED, whose release makes them visible
-    to the GPU before its own addition is. These additions form a chain of atomics, so the acquire of the last one
-    synchronises with every one before it, and the second barrier puts all reads of this program after it. Nobody waits:
-    a program that is not the last ends. So it does not matter how many programs run at a time, or in which order.
-    """
-    tl.debug_barrier()
-    arrived = tl.atomic_add(state_ptr + layout.STATE_ARRIVED, tl.full((), 1, tl.int64), sem="acq_rel")
-    tl.debug_barrier()
-    return arrived == parts - 1
-
-
-@triton.jit
-def _take_digit(state_ptr, rank, prefix, shift):
-    """Find the digit of the key of ``rank`` from the counts, note it, and clear the counts for the next one.
-
-    Returns:
-        prefix: with the digit.
-        equal: how many keys agree with it.
-    """
-    bins = tl.arange(0, layout.DIGIT_BINS)
-    counts_ptr = state_ptr + layout.STATE_COUNTS + bins
-    counts = tl.load(counts_ptr)
-    passed = tl.load(state_ptr + layout.STATE_PASSED)
-    digit = tl.sum((tl.cumsum(counts, 0) <= rank - passed).to(tl.int32), 0)
-    passed += tl.sum(tl.where(bins < digit, counts, 0), 0)
-    equal = tl.sum(tl.where(bins == digit, counts, 0), 0)
-    prefix = prefix | (digit.to(tl.uint32) << shift)
-    tl.debug_barrier()  # every thread has read
-    tl.store(counts_ptr, tl.zeros([layout.DIGIT_BINS], tl.int64))
-    tl.store(state_ptr + layout.STATE_PREFIX, prefix.to(tl.int64))
-    tl.store(state_ptr + layout.STATE_PASSED, passed)
-    tl.store(state_ptr + layout.STATE_ARRIVED, tl.zeros((), tl.int64))
-    return prefix, equal
-
-
-@triton.jit
-def _finish(row_ptr, state_ptr, key, equal, hit, DTYPE: tl.constexpr, MAGNITUDE: tl.constexpr):
-    """Write the threshold, whose key is known, and what follows from it for a tensor that keeps a window."""
-    tau_ptr = tl.load(row_ptr + layout.TENSOR_TAU).to(tl.pointer_type(DTYPE))
-    tl.store(tau_ptr, from_order_key(key, DTYPE, MAGNITUDE))
-    window = tl.load(row_ptr + layout.TENSOR_WINDOW)
-    if window != 0:
-        room = tl.load(row_ptr + layout.TENSOR_ROOM)
-        settle(window.to(tl.pointer_type(tl.int64)), state_ptr, room, key, equal, hit, DTYPE, MAGNITUDE)
-
-
-@triton.jit(
-    do_not_specialize=["tensors_ptr", "programs_ptr", "state_ptr", "lists_ptr", "items_each", "list_bits", "shift"],
-)
-def digit_kernel(
+@triton.jit(do_not_specialize=["tensors_ptr", "programs_ptr", "state_ptr", "lists_ptr", "alone"])
+def search_kernel(
     tensors_ptr,  # [T, TENSOR_COLUMNS] int64, Table.tensors
     programs_ptr,  # [P, PROGRAM_COLUMNS] int64, Table.programs
     state_ptr,  # [T, STATE_SIZE] int64
     lists_ptr,  # [Table.listed] uint32
-    items_each,  # scores per program
-    list_bits,  # listed keys per program: 2**list_bits
-    shift,  # how many bits of a key lie below this launch's digit; 0 in the last launch
+    alone,  # so many keys are searched by one program
     DTYPE: tl.constexpr,
     MAGNITUDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count a digit of the keys that agree with the threshold in every digit before it. The last program of a tensor
-    finds the threshold's digit, and after the last digit it writes the threshold."""
-    tensor, row_ptr, start, items, x_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
-    state_ptr = layout.state_of(state_ptr, tensor)
-    is_low, is_high, in_list, rank = _locate(row_ptr, state_ptr)
-    parts = tl.load(row_ptr + layout.TENSOR_PROGRAMS)
-    if is_low | is_high:  # nothing is to be counted
-        items = 0
-        if (shift == 0) & (start == 0):
-            key = tl.load(state_ptr + tl.where(is_low, layout.STATE_LOW, layout.STATE_HIGH)).to(tl.uint32)
-            equal = tl.load(state_ptr + tl.where(is_low, layout.STATE_AT_LOW, layout.STATE_AT_HIGH))
-            _finish(row_ptr, state_ptr, key, equal, True, DTYPE, MAGNITUDE)
-    if in_list:
-        first, items, parts = list_part(row_ptr, state_ptr, list_bits)
-        lists_ptr += first
-    if items > 0:
-        prefix = tl.load(state_ptr + layout.STATE_PREFIX).to(tl.uint32)
-        counts = tl.zeros([layout.DIGIT_BINS], tl.int32)
-        whole = items // BLOCK * BLOCK
-        for offset in range(0, whole, BLOCK):
-            counts += _count(x_ptr, lists_ptr, in_list, offset, items, prefix, shift, MAGNITUDE, BLOCK, TAIL=False)
-        for offset in range(whole, items, BLOCK // 4):
-            counts += _count(x_ptr, lists_ptr, in_list, offset, items, prefix, shift, MAGNITUDE, BLOCK // 4, TAIL=True)
-        counts_ptr = state_ptr + layout.STATE_COUNTS + tl.arange(0, layout.DIGIT_BINS)
-        tl.atomic_add(counts_ptr, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
-        if _is_last(state_ptr, parts):
-            key, equal = _take_digit(state_ptr, rank, prefix, shift)
-            if shift == 0:
-                _finish(row_ptr, state_ptr, key, equal, in_list, DTYPE, MAGNITUDE)
+    """Find the threshold in the list, or among all scores, and write it."""
+    tensor, member = membership(tensors_ptr, programs_ptr)
+    row_ptr, state_ptr = tensors_ptr + layout.TENSOR_COLUMNS * tensor, layout.state_of(state_ptr, tensor)
+    searched = domain(row_ptr, state_ptr, alone, DTYPE, MAGNITUDE, BLOCK)
+    workers = searched[8]
+    if member < workers:
+        find(row_ptr, state_ptr, lists_ptr, searched, workers, DTYPE, MAGNITUDE, BLOCK)
 
 
 def select(*, table: Table, tau: Tensor, workspace: Tensor, rule: str) -> None:
-    """Write the threshold of every tensor: 6 launches for float32, 4 for 16-bit scores, and no host sync.
+    """Write the threshold of every tensor: 3 launches and no host sync.
 
     Args:
         table: of :func:`make_table` or :func:`describe`, on the current device.
@@ -368,6 +244,7 @@ def select(*, table: Table, tau: Tensor, workspace: Tensor, rule: str) -> None:
     form |= {"num_warps": config.num_warps}
     every_program = (len(programs),)
     window_kernel[every_program](**form, BLOCK=config.window_block, LANES=32 * config.num_warps, **FP_FUSION)
-    bits = list_bits(config)
-    for shift in digit_shifts(dtype):
-        digit_kernel[every_program](**form, list_bits=bits, shift=shift, BLOCK=config.digit_block, **FP_FUSION)
+    del form["items_each"]
+    search_kernel[every_program](
+        **form, alone=config.alone, BLOCK=config.digit_block, maxnreg=SEARCH_REGISTERS, **FP_FUSION
+    )

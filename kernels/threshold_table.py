@@ -17,6 +17,9 @@ from . import _layout as layout
 
 LIST_SHARE = 8  # a list has room for 1/8 of its tensor's keys
 SIGMAS = 4.5
+SEARCH_REGISTERS = 128
+"""The most that a thread of a search may use. Without a limit, ptxas takes fewer and spills some."""
+
 MOST_BLOCKS = 256  # that one program takes; more scores take more programs
 OWNERS_BLOCK = tl.constexpr(512)  # how many rows of ``Table.programs`` are written at a time
 
@@ -29,24 +32,26 @@ class Config:
 
     Attributes:
         window_block: scores that a program of ``window_kernel`` reads at a time: 1 to 64 per thread.
-        digit_block: scores or keys that a program of ``digit_kernel`` reads at a time.
+        digit_block: scores or keys that a program of ``search_kernel`` reads at a time.
         items: scores per program, a multiple of both blocks; see :func:`spread`.
         sample: scores in a sample, at most 16384.
         num_warps: of these two kernels.
+        alone: up to so many keys are searched by one program; any number.
     """
 
     window_block: int = 2048
-    digit_block: int = 4096
+    digit_block: int = 2048
     items: int = 32768
     sample: int = 4096
     num_warps: int = 4
+    alone: int = 8192
 
 
 CONFIGS = (
     Config(),
     Config(items=16384),
     Config(items=131072),
-    Config(window_block=4096, digit_block=4096, items=65536, num_warps=8),
+    Config(window_block=4096, items=65536, num_warps=8),
 )
 
 
@@ -224,16 +229,6 @@ def _row(tensor: Tensor, rank: int, config: Config) -> Row:
 def _list_size(n: int) -> int:
     """Elements of the list of a tensor, rounded up so that lists begin at multiples of 16 bytes."""
     return -(-(n // LIST_SHARE) // 4) * 4
-
-
-def list_bits(config: Config) -> int:
-    """A program's part of a list has 2 to the power of this many keys."""
-    return (config.items // LIST_SHARE).bit_length() - 1
-
-
-def digit_shifts(dtype: torch.dtype) -> range:
-    """How many bits of a key lie below each digit, the most significant digit first."""
-    return range(8 * dtype.itemsize - layout.DIGIT_BITS.value, -1, -layout.DIGIT_BITS.value)
 
 
 def workspace_size(table: Table) -> int:

@@ -45,8 +45,9 @@ class Config:
         items: elements per program, a multiple of ``block``; at most 255 per thread, and 65535 in all. In ``CONFIGS``
             it is the most that :func:`spread` may choose.
         num_warps: of the kernels that update and gate.
-        digit_block: scores or keys that a program of the search reads at a time. It is that of the search for a first
-            threshold, so that both use the same compiled kernel.
+        digit_block: scores or keys that a program of the search reads at a time.
+        alone: up to so many keys are searched by one program.
+        fix_block: listed elements of the masked weight that a program corrects at a time.
         share: the list of a tensor has room for 1/share of its keys; an entry takes 12 bytes.
         registers: the most per thread of the kernel that updates, and the most of AdamW with a next masked weight. Then
             6 and 5 programs of 128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and
@@ -59,14 +60,11 @@ class Config:
     digit_block: int
     share: int
     registers: tuple[int, int] = (80, 96)
-
-    @property
-    def list_bits(self) -> int:
-        """A program's part of a list has 2 to the power of this many keys."""
-        return ((self.items - 1) // self.share).bit_length()
+    alone: int = 8192
+    fix_block: int = 1024
 
 
-CONFIGS = (Config(512, 63 * 512, 4, 4096, 32), Config(512, 63 * 512, 4, 4096, 4))
+CONFIGS = (Config(512, 63 * 512, 4, 2048, 32), Config(512, 63 * 512, 4, 2048, 4))
 """Every choice there is. The second one is for few elements: its longer lists take little memory then."""
 
 FEW = 2**20
@@ -76,14 +74,14 @@ RESIDENT = 5
 """How many programs a multiprocessor has at a time: as many as its registers hold."""
 
 
-def spread(config: Config, elements: int, processors: int) -> Config:
+def spread(config: Config, elements: int, processors: int, resident: int = RESIDENT) -> Config:
     """``config`` with as many items per program as suit a launch over that many elements on a GPU with that many
-    multiprocessors.
+    multiprocessors, of which each has ``resident`` programs at a time.
 
     All programs run at the same time, or in as few rounds as it takes. On an H200, 16.8 million elements took as long
     in seven rounds as in one; 1 million took 23 microseconds in two rounds and 18.5 in one.
     """
-    blocks = elements / config.block / (RESIDENT * processors)
+    blocks = elements / config.block / (resident * processors)
     rounds = math.ceil(blocks * config.block / config.items)
     return replace(config, items=config.block * max(math.ceil(blocks / max(rounds, 1)), 1))
 

@@ -3,25 +3,23 @@
 Scores move slowly, and so does tau. An update of :mod:`.optimizer_step` writes the masked weight by a guess: the last
 tau, and on from there as tau moved of late. While it does so it notes where the new tau may be: it counts the keys
 below a window around the guess and those equal to the window's ends, and it lists the keys strictly inside, with their
-places. After the update
+places. After the update, one launch of ``settle_kernel``
 
-1. ``threshold.digit_kernel`` finds the key of the wanted rank. There are three cases. If the key is an end
-   of the window, there is nothing to search. If it is inside the window and the list did not run over, the search is in
-   the list. Otherwise the search is among all scores. The program that finds tau writes it, and the window for the next
-   time.
-2. ``fix_kernel`` corrects the masked weight: for the listed elements between the guess and tau, or for the whole tensor
-   if some of these elements are not in the list. That is the case after a search through all scores, and if the guess
-   or tau is the low end of the window, or NaN.
+1. finds the key of the wanted rank. There are three cases. If the key is an end of the window, there is nothing to
+   search. If it is inside the window and the list did not run over, the search is in the list. Otherwise the search is
+   among all scores. The program that finds tau writes it, and the window for the next time;
+2. corrects the masked weight: for the listed elements between the guess and tau, or for the whole tensor if some of
+   these elements are not in the list. That is the case after a search through all scores, and if the guess or tau is
+   the low end of the window, or NaN.
 
-Nothing is decided on the host, and the number of launches does not depend on the tensors. The result is exact for every
-window; only the time depends on it. The window follows tau: it reaches four times as far as tau was from the guess of
-late, as long as the list has room. A key that many scores share becomes an end of the window, where it is counted and
-not listed, so that it cannot fill the list again and again.
+How the programs share this work is told in :mod:`._search`. Nothing is decided on the host, and the number of launches
+does not depend on the tensors. The result is exact for every window; only the time depends on it. The window follows
+tau: it reaches four times as far as tau was from the guess of late, as long as the list has room. A key that many
+scores share becomes an end of the window, where it is counted and not listed, so that it cannot fill the list again and
+again.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -29,9 +27,10 @@ import triton.language as tl
 from . import _layout as layout
 from ._bits import order_key
 from ._elementwise import FP_FUSION, below, convert, is_magnitude, table_pointer
+from ._search import domain, find, wait_for
 from ._window import nan_key
-from .threshold import digit_kernel, list_part, stretch
-from .threshold_table import DTYPES, digit_shifts
+from .threshold import membership, stretch
+from .threshold_table import DTYPES, SEARCH_REGISTERS
 from .update_table import UpdateTable, Workspace
 
 
@@ -106,13 +105,28 @@ def add_counts(state_ptr, counts):
     tl.atomic_add(state_ptr + layout.STATE_LISTED, pair >> 16, mask=pair >> 16 > 0, sem="relaxed")
 
 
+@triton.jit
+def _workers(searched, row_ptr, state_ptr, DTYPE: tl.constexpr, MAGNITUDE: tl.constexpr, FIX: tl.constexpr):
+    """How many programs have work for a tensor: to search, and then to correct the list, or the whole tensor. The
+    latter is known before the search, as :func:`._window.settle` decides it."""
+    in_list, hit, _, base, _, _, _, _, parts = searched
+    low, guess = tl.load(state_ptr + layout.STATE_LOW), tl.load(state_ptr + layout.STATE_GUESS)
+    listed, room = tl.load(state_ptr + layout.STATE_LISTED), tl.load(row_ptr + layout.TENSOR_ROOM)
+    largest = nan_key(DTYPE, MAGNITUDE).to(tl.int64)
+    key = tl.where(in_list, guess, base.to(tl.int64))  # a key in the list is neither the low end nor NaN
+    told = hit & (listed <= room) & (tl.minimum(key, guess) > low) & (tl.maximum(key, guess) < largest)
+    programs = tl.load(row_ptr + layout.TENSOR_PROGRAMS)
+    corrected = tl.where(told, tl.cdiv(listed, FIX), programs)
+    return tl.minimum(tl.maximum(tl.maximum(parts, corrected), 1), programs)
+
+
 @triton.jit(
     do_not_specialize=[
         "fields_ptr", "tensors_ptr", "programs_ptr", "state_ptr", "keys_ptr", "places_ptr", "tensors", "items_each",
-        "list_bits",
+        "alone",
     ]
 )  # fmt: skip
-def fix_kernel(
+def settle_kernel(
     fields_ptr,  # [FIELDS, tensors] int64, UpdateTable.fields
     tensors_ptr,  # [tensors, TENSOR_COLUMNS] int64, UpdateTable.tensors
     programs_ptr,  # [P, PROGRAM_COLUMNS] int64, UpdateTable.programs
@@ -121,43 +135,67 @@ def fix_kernel(
     places_ptr,  # [UpdateTable.listed] int64
     tensors,
     items_each,  # elements per program
-    list_bits,  # listed keys per program: 2**list_bits
+    alone,  # so many keys are searched by one program
     DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
     MAGNITUDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # of the masked weight, if all of it is corrected
+    DIGIT: tl.constexpr,  # keys that are counted at a time
+    FIX: tl.constexpr,  # listed elements that are corrected at a time
     ALIGNED: tl.constexpr,
 ):
-    """Correct the masked weight where the guess was wrong."""
-    tensor, row_ptr, start, items, s_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
-    state_ptr = layout.state_of(state_ptr, tensor)
-    action = tl.load(state_ptr + layout.STATE_ACTION)
-    if action > layout.ACTION_NONE:
+    """Find the threshold, and correct the masked weight where the guess was wrong."""
+    tensor, member = membership(tensors_ptr, programs_ptr)
+    row_ptr, state_ptr = tensors_ptr + layout.TENSOR_COLUMNS * tensor, layout.state_of(state_ptr, tensor)
+    searched = domain(row_ptr, state_ptr, alone, DTYPE, MAGNITUDE, DIGIT)
+    workers = _workers(searched, row_ptr, state_ptr, DTYPE, MAGNITUDE, FIX)
+    if member < workers:
+        find(row_ptr, state_ptr, keys_ptr, searched, workers, DTYPE, MAGNITUDE, DIGIT)
+        if workers > 1:
+            wait_for(state_ptr, layout.STAGE_FOUND)
+        else:
+            tl.debug_barrier()
+        action = tl.load(state_ptr + layout.STATE_ACTION, cache_modifier=".cg")
+        tau = tl.load(tl.load(row_ptr + layout.TENSOR_TAU).to(tl.pointer_type(DTYPE)), cache_modifier=".cg")
         w_ptr = table_pointer(fields_ptr, layout.FIELD_WEIGHT, tensor, tensors, DTYPE, ALIGNED)
         masked_ptr = table_pointer(fields_ptr, layout.FIELD_MASKED, tensor, tensors, MASKED, ALIGNED)
-        tau = tl.load(tl.load(row_ptr + layout.TENSOR_TAU).to(tl.pointer_type(DTYPE)))
-        lane = tl.arange(0, BLOCK)
         if action == layout.ACTION_LIST:
-            first, left, _ = list_part(row_ptr, state_ptr, list_bits)
-            least, guess = order_key(tau, MAGNITUDE), tl.load(state_ptr + layout.STATE_GUESS).to(tl.uint32)
-            for offset in range(0, left, BLOCK):
-                inside = offset + lane < left
-                key = tl.load(keys_ptr + first + offset + lane, mask=inside, other=0)
-                wrong = inside & ((key < least) != (key < guess))
-                place = tl.load(places_ptr + first + offset + lane, mask=wrong, other=0)
-                w = convert(tl.load(w_ptr + place, mask=wrong), MASKED)
-                tl.store(masked_ptr + place, tl.where(key < least, tl.zeros_like(w), w), mask=wrong)
-        else:
+            first = tl.load(row_ptr + layout.TENSOR_LIST)
+            _fix_list(
+                w_ptr, masked_ptr, state_ptr, keys_ptr + first, places_ptr + first, tau, member, workers, MAGNITUDE, FIX
+            )
+        if action == layout.ACTION_ALL:
+            _, _, start, items, s_ptr = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
             start = start // BLOCK * BLOCK  # the same number, but now the compiler sees that BLOCK divides it
-            whole = items // BLOCK * BLOCK
-            for offset in range(0, whole, BLOCK):
-                _gate_tile(
-                    w_ptr + start + offset, s_ptr + offset, masked_ptr + start + offset, tau, None, MAGNITUDE, BLOCK
-                )
-            if whole < items:
-                at = start + whole
-                inside = lane < items - whole
-                _gate_tile(w_ptr + at, s_ptr + whole, masked_ptr + at, tau, inside, MAGNITUDE, BLOCK)
+            _gate(w_ptr + start, s_ptr, masked_ptr + start, items, tau, MAGNITUDE, BLOCK)
+
+
+@triton.jit
+def _fix_list(
+    w_ptr, masked_ptr, state_ptr, keys_ptr, places_ptr, tau, member, workers, MAGNITUDE: tl.constexpr, FIX: tl.constexpr
+):  # fmt: skip
+    """Write the masked weight of this program's share of the listed elements between the guess and ``tau``."""
+    listed, guess = tl.load(state_ptr + layout.STATE_LISTED), tl.load(state_ptr + layout.STATE_GUESS).to(tl.uint32)
+    least = order_key(tau, MAGNITUDE)
+    for offset in range(member * FIX, listed, workers * FIX):
+        lane = offset + tl.arange(0, FIX)
+        inside = lane < listed
+        key = tl.load(keys_ptr + lane, mask=inside, other=0)
+        wrong = inside & ((key < least) != (key < guess))
+        place = tl.load(places_ptr + lane, mask=wrong, other=0)
+        w = convert(tl.load(w_ptr + place, mask=wrong), masked_ptr.dtype.element_ty)
+        tl.store(masked_ptr + place, tl.where(key < least, tl.zeros_like(w), w), mask=wrong)
+
+
+@triton.jit
+def _gate(w_ptr, s_ptr, masked_ptr, items, tau, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the masked weight of ``items`` elements."""
+    whole = items // BLOCK * BLOCK
+    for offset in range(0, whole, BLOCK):
+        _gate_tile(w_ptr + offset, s_ptr + offset, masked_ptr + offset, tau, None, MAGNITUDE, BLOCK)
+    if whole < items:
+        inside = tl.arange(0, BLOCK) < items - whole
+        _gate_tile(w_ptr + whole, s_ptr + whole, masked_ptr + whole, tau, inside, MAGNITUDE, BLOCK)
 
 
 @triton.jit
@@ -169,30 +207,33 @@ def _gate_tile(w_ptr, s_ptr, masked_ptr, tau, inside, MAGNITUDE: tl.constexpr, B
 
 
 def settle(table: UpdateTable, workspace: Workspace, *, rule: str) -> None:
-    """Complete the update of ``table``: write the thresholds, correct the masked weights and move the windows of all
-    its tensors, in 5 launches for float32 scores and 3 for 16-bit ones.
+    """Complete the update of ``table`` in one launch: write the thresholds, correct the masked weights and move the
+    windows of all its tensors.
 
     Args:
         table: with ``next``.
         workspace: as the update left it.
         rule: "magnitude" or "value".
     """
-    config, every_program = table.config, (len(table.programs),)
-    form: dict[str, Any] = {"tensors_ptr": table.tensors, "programs_ptr": table.programs, "state_ptr": workspace.state}
-    form |= {"items_each": config.items, "list_bits": config.list_bits, "DTYPE": DTYPES[table.dtype]}
-    form |= {"MAGNITUDE": is_magnitude(rule), "num_warps": config.num_warps}
-    for shift in digit_shifts(table.dtype):
-        digit_kernel[every_program](
-            **form, lists_ptr=workspace.keys, shift=shift, BLOCK=config.digit_block, **FP_FUSION
-        )
-    fix_kernel[every_program](
-        **form,
+    config = table.config
+    settle_kernel[(len(table.programs),)](
         fields_ptr=table.fields,
+        tensors_ptr=table.tensors,
+        programs_ptr=table.programs,
+        state_ptr=workspace.state,
         keys_ptr=workspace.keys,
         places_ptr=workspace.places,
         tensors=len(table.tensors),
+        items_each=config.items,
+        alone=config.alone,
+        DTYPE=DTYPES[table.dtype],
         MASKED=DTYPES[table.masked],
+        MAGNITUDE=is_magnitude(rule),
         BLOCK=config.block,
+        DIGIT=config.digit_block,
+        FIX=config.fix_block,
         ALIGNED=table.aligned,
+        num_warps=config.num_warps,
+        maxnreg=SEARCH_REGISTERS,
         **FP_FUSION,
     )

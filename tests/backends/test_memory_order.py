@@ -17,28 +17,55 @@ pytestmark = pytest.mark.skipif(
 )
 
 WORDS = {
-    "add": r"(?:red|atom)\.global\.gpu\.relaxed\.add",  # to what all programs of a tensor share
+    "add": r"red\.global\.gpu\.relaxed\.add",  # to the counts that all programs of a tensor share
     "arrive": r"atom\.global\.gpu\.acq_rel\.add",
+    "release": r"atom\.global\.gpu\.release\.exch",
+    "look": r"ld\.volatile\.global",
+    "acquire": r"ld\.global\.gpu\.acquire|atom\.global\.gpu\.acquire\.add",
     "wait": r"(?:bar|barrier)\.(?:cta\.)?sync",  # for all threads of the program
-    "load": r"ld\.global",
+    "load": r"ld\.global\.cg",
     "store": r"st\.global",
 }
 WORD = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in WORDS.items()))
+TOGETHER = [
+    "add",
+    "wait",
+    "arrive",
+    "wait",
+    "load",
+    "wait",
+    "store",
+    "wait",
+    "release",
+    "look",
+    "wait",
+    "acquire",
+    "wait",
+]
+"""Counts are added before a program arrives, and read after the last one has arrived. They are cleared after all
+threads have read them. What is written then comes before the release, and what others read after their acquire."""
 
 
 def sentence(ptx: str) -> list[str]:
-    """What happens to memory, in the order of the code, from the last sum on; repetitions once."""
+    """What happens to memory, in the order of the code, from the sum on; repetitions once."""
     words = [str(found.lastgroup) for found in WORD.finditer(ptx)]
-    last = len(words) - 1 - words[::-1].index("add")
-    return [word for word, before in zip(words[last:], [None, *words[last:]], strict=False) if word != before]
+    words = words[words.index("add") :]
+    return [word for word, before in zip(words, [None, *words], strict=False) if word != before]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_last_program_reads_after_all_have_added(dtype: str, arch: int) -> None:
+def test_programs_that_search_together_see_what_they_need(dtype: str, arch: int) -> None:
     compiling, all_cases = (importlib.import_module(name) for name in ("compiling", "compile_cases"))
-    case = next(case for case in all_cases.all_cases()["threshold"] if case.name == f"digit {dtype} |S| 4096")
+    case = next(case for case in all_cases.all_cases()["threshold"] if case.name == f"search {dtype} |S| 2048")
     found = sentence(compiling.compile_kernel(case, arch).asm["ptx"])
-    assert found[:5] == ["add", "wait", "arrive", "wait", "load"], found
-    # It clears what it has read after all its threads have read it.
-    assert found[5:7] == ["wait", "store"], found
+    assert found[: len(TOGETHER)] == TOGETHER, found
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_threshold_is_written_before_others_read_it(arch: int) -> None:
+    compiling, all_cases = (importlib.import_module(name) for name in ("compiling", "compile_cases"))
+    case = next(case for case in all_cases.all_cases()["warm_threshold"] if case.name == "settle fp32 |S| bf16 512")
+    found = " ".join(sentence(compiling.compile_kernel(case, arch).asm["ptx"]))
+    for what in ("store wait release", "look wait acquire wait load"):
+        assert what in found, found

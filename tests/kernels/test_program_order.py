@@ -1,9 +1,10 @@
-"""The last program of a tensor finds a digit of the threshold. Which one is the last depends on the GPU. So here the
-programs of a launch run at the same time, in an order that is random; and the machine code is looked at."""
+"""The programs of a tensor search its threshold together, and wait for each other. Their order depends on the GPU. So
+here the programs of a launch run at the same time, in an order that is random."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,9 +26,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
 ]
 
-# Several programs for a tensor of a few hundred scores, and a list of as many parts.
-SEARCH = Config(window_block=128, digit_block=128, items=128, sample=64)
-UPDATE = update_table.Config(block=128, items=128, num_warps=1, digit_block=128, share=4)
+# Several programs for a tensor of a few hundred scores, and a list of several parts, or of one that others wait for.
+ALONE = (16, 8192)
+SEARCH = Config(window_block=128, digit_block=32, items=128, sample=64)
+UPDATE = update_table.Config(block=128, items=128, num_warps=1, digit_block=32, share=4, fix_block=16)
 STILL = SGD(0.0, 0.0, 0.0, 0.0, False, False)
 CHANGES = (lambda s: s, lambda s: s * 1.01)
 
@@ -40,11 +42,12 @@ def expected(scores: Tensor, rank: int, rule: str) -> Tensor:
 @pytest.mark.sample(13)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rule", RULES)
-def test_the_search_for_a_first_threshold(rule: str, seed: int) -> None:
+@pytest.mark.parametrize("alone", ALONE)
+def test_the_search_for_a_first_threshold(alone: int, rule: str, seed: int) -> None:
     names = list(DISTRIBUTIONS)[seed::3]
     scores = [DISTRIBUTIONS[name](500 - 3 * i, torch.float32) for i, name in enumerate(names)]
     ranks = [(i * len(s)) // len(names) for i, s in enumerate(scores)]
-    table = make_table(scores, ranks, SEARCH)
+    table = make_table(scores, ranks, replace(SEARCH, alone=alone))
     table.tensors[::2, 5:7] = torch.tensor([-1, 64])  # a window that is too wide, so that all scores are searched
     tau, workspace = torch.empty(len(names)), torch.full((workspace_size(table),), -1)
     with interleaved(seed):
@@ -56,8 +59,9 @@ def test_the_search_for_a_first_threshold(rule: str, seed: int) -> None:
 @pytest.mark.sample(13)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rule", RULES)
-def test_the_search_after_an_update(rule: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_steps, "CONFIGS", (UPDATE, UPDATE))
+@pytest.mark.parametrize("alone", ALONE)
+def test_the_search_after_an_update(alone: int, rule: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_steps, "CONFIGS", (replace(UPDATE, alone=alone),) * 2)
     settle = optimizer_steps.warm_threshold.settle
 
     def settle_in_any_order(*args: Any, **kwargs: Any) -> None:

@@ -138,17 +138,32 @@ def test_config(config: Config, device: torch.device) -> None:
     assert_same(run(table_of(scores, 0.5, "magnitude", config), "magnitude"), scores, 0.5, "magnitude")
 
 
-def test_beyond_32_bits(device: torch.device) -> None:
-    """Only the programs of the last scores run, on every one of them, and tau is of these. No other page is
-    touched."""
-    n, last = 2**31 + 4096, 6000
+class LastParts:
+    """In place of ``search_kernel``: all parts but the last ones of every digit are taken and counted already."""
+
+    def __init__(self, kernel: Any, parts: int) -> None:
+        self.kernel, self.parts = kernel, parts
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(state_ptr: Tensor, **arguments: Any) -> None:
+            for field in (layout.STATE_TAKEN, layout.STATE_COUNTED):
+                state_ptr[field.value : field.value + 4] = self.parts - 2
+            self.kernel[grid](state_ptr=state_ptr, **arguments)
+
+        return launch
+
+
+def test_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last scores are read, and tau is of these. No other page is touched."""
+    n, last = 2**31 + 4096, 8192
     scores = torch.empty(n, dtype=torch.bfloat16, device=device)
     tail = scores[n - last :].copy_(torch.randn(last))
     config = Config(window_block=512, digit_block=512, items=4096, sample=64)
     table = make_table([scores], [last // 3], config)
     table.tensors[:, RANKS] = config.sample  # a window above all scores
-    table.tensors[:, layout.TENSOR_PROGRAMS.value] = 2
+    table.tensors[:, layout.TENSOR_PROGRAMS.value] = n // 4096
     programs = torch.tensor([[0, n - last], [0, n - last + 4096]], device=device)
+    monkeypatch.setattr(threshold, "search_kernel", LastParts(threshold.search_kernel, n // 4096))
     expected = tail.float().sort().values[last // 3].bfloat16()
     assert torch.equal(run(table._replace(programs=programs), "value")[0], expected.cpu())
 
@@ -159,7 +174,7 @@ def test_beyond_32_bits(device: torch.device) -> None:
 def test_no_distribution_is_read_again(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = [DISTRIBUTIONS[name](9001, torch.float32).to(device)]
     table, before = table_of(scores, 0.5, "value"), [scores[0].clone()]
-    monkeypatch.setattr(threshold, "digit_kernel", Spoiling(threshold.digit_kernel, scores[0]))
+    monkeypatch.setattr(threshold, "search_kernel", Spoiling(threshold.search_kernel, scores[0]))
     assert_same(run(table, "value"), before, 0.5, "value")
 
 

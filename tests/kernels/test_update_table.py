@@ -29,11 +29,3 @@ def test_programs_follow_the_elements_and_the_multiprocessors(config: Config, pr
 
 def test_an_h200_gets_all_its_multiprocessors_busy() -> None:
     assert [-(-n // spread(CONFIGS[0], n, H200).items) for n in (2**18, 2**20, 2**24, 2**26)] == [512, 512, 656, 2622]
-
-
-def test_the_parts_of_a_list_have_room_for_all_of_it() -> None:
-    for config in CONFIGS:
-        for blocks in (*range(1, 20), 63):
-            cut = replace(config, items=blocks * config.block)
-            for n in (1, cut.items - 1, cut.items, cut.items + 1, 7 * cut.items + 5, 2**20):
-                assert (-(-n // cut.items) << cut.list_bits) >= n // cut.share

@@ -8,7 +8,10 @@ from typing import Any
 
 from compiling import CompileCase
 
-TILE = {"BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_O", "BLOCK_R", "COLUMNS", "GROUP", "LANES", "SAMPLE", "SLOTS"}
+TILE = {
+    "BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_O", "BLOCK_R", "COLUMNS", "DIGIT", "FIX", "GROUP", "LANES",
+    "SAMPLE", "SLOTS",
+}  # fmt: skip
 WINDOW = {"KH", "KW"}
 """Any numbers, not choices."""
 Traits = dict[str, str]

@@ -6,14 +6,14 @@ import itertools
 
 from compiling import CompileCase
 
-from wsn_fast.kernels.threshold import digit_kernel, sample_kernel, window_kernel
-from wsn_fast.kernels.threshold_table import CONFIGS, DTYPES
+from wsn_fast.kernels.threshold import sample_kernel, search_kernel, window_kernel
+from wsn_fast.kernels.threshold_table import CONFIGS, DTYPES, SEARCH_REGISTERS
 
 
 def compile_cases() -> list[CompileCase]:
     """Every kernel in every form that :func:`select` can launch with ``CONFIGS``."""
     tables = {"tensors_ptr": "*i64", "programs_ptr": "*i64", "state_ptr": "*i64", "items_each": "i32"}
-    tiles = {**tables, "lists_ptr": "*u32", "list_bits": "i32", "shift": "i32"}
+    tiles = {**tables, "lists_ptr": "*u32", "alone": "i32"}
     one = dict.fromkeys(("tau", "scores", "n", "rank", "low_rank", "high_rank", "room", "programs"), "i64")
     one |= dict.fromkeys(("magnitude", "writes_programs", "samples"), "i32")
     cases = []
@@ -25,7 +25,7 @@ def compile_cases() -> list[CompileCase]:
         window = {**form, "BLOCK": config.window_block, "LANES": 32 * warps}
         label = f"window {name} {config.window_block}"
         cases.append(CompileCase(label, window_kernel, tiles, window, num_warps=warps))
-        digit = {**form, "BLOCK": config.digit_block}
-        label = f"digit {name} {config.digit_block}"
-        cases.append(CompileCase(label, digit_kernel, tiles, digit, num_warps=warps))
+        search = {**form, "BLOCK": config.digit_block}
+        label = f"search {name} {config.digit_block}"
+        cases.append(CompileCase(label, search_kernel, tiles, search, num_warps=warps, maxnreg=SEARCH_REGISTERS))
     return list({case.name: case for case in cases}.values())

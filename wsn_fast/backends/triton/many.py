@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ...kernels import gate as gate_kernels
-from ...kernels import gate_gradients
+from ...kernels import gate_gradients, update_table, warm_gate, warm_threshold
 from ...kernels import threshold as select
 from ...kernels._elementwise import TensorTable
+from ...kernels.threshold_table import DTYPES
+from ...kernels.update_table import UpdateTable
 from ..mask import GateOrder, GradientOrder
-from ..updates import Plan
+from ..updates import WINDOW, Plan
 from .device import gpu_of, on_device_of, table_of
 from .plans import Addresses, Entry, addresses_of, are_aligned, is_capturing, keep
 
@@ -27,9 +29,9 @@ TABLES = 8
 
 # --- gates
 @dataclass
-class _Made:
-    """What a plan keeps of gates that share launches: the tables of their tensors, and where the thresholds go, [T] and
-    each by itself."""
+class _Cold:
+    """The tables of gates that share launches, and where the thresholds go, [T] and each by itself: a select, which
+    knows nothing of the thresholds of before, and a gate."""
 
     selection: select.Table
     gate: TensorTable
@@ -37,29 +39,58 @@ class _Made:
     tau_of_each: Sequence[Tensor]
     captured: bool = False
 
+    def launch(self, rule: str) -> None:
+        """Make the gates."""
+        size = select.workspace_size(self.selection)
+        workspace = torch.empty(size, dtype=torch.int64, device=self.taus.device)
+        select.select(table=self.selection, tau=self.taus, workspace=workspace, rule=rule)
+        gate_kernels.gate_multi(self.gate, rule=rule)
+
+
+@dataclass
+class _Warm:
+    """The same for gates that are made again and again: in one pass by a guess, which is corrected then. The windows
+    say where the thresholds are expected, [T, WINDOW]."""
+
+    table: UpdateTable
+    windows: Tensor
+    taus: Tensor
+    tau_of_each: Sequence[Tensor]
+    captured: bool = False
+
+    def launch(self, rule: str) -> None:
+        """Make the gates."""
+        size = update_table.workspace_size(self.table)
+        buffer = torch.empty(size, dtype=torch.int64, device=self.taus.device)
+        workspace = update_table.workspace(self.table, buffer)
+        warm_gate.gate_by_guess(self.table, workspace, rule=rule)
+        warm_threshold.settle(self.table, workspace, rule=rule)
+
+
+_Made = _Cold | _Warm
+
 
 def gates(orders: Sequence[GateOrder], plan: Plan | None = None) -> list[Tensor]:
-    """Do what :func:`wsn_fast.backends.torch.gates` does, with 7 launches for any number of tensors of one kind.
+    """Do what :func:`wsn_fast.backends.torch.gates` does, with 4 launches for any number of tensors of one kind, and
+    with 3 if there is a plan and each weight has the dtype of its scores.
 
     Args:
         orders: the gates to make, with contiguous tensors.
-        plan: what the caller keeps for the next call, or None. The tables of tensors that are new to it are copied from
-            the host, which a CUDA graph cannot capture. The thresholds that are returned are written again by the next
-            call for the same tensors.
+        plan: what the caller keeps for the next call, or None. It also keeps where the thresholds were, so that the
+            next call for the same tensors finds them faster; the results do not depend on it. The tables of tensors
+            that are new to it may be copied from the host, which a CUDA graph cannot capture. The thresholds that are
+            returned are written again by the next call for the same tensors.
     """
     known: _KnownGates | None = None if plan is None else plan.get(_KnownGates)
     taus: list[Tensor] = [orders[0].scores] * len(orders)
     with on_device_of(orders[0].scores), torch.no_grad():
         if known is None or known.orders is not orders:
-            known = _KnownGates(orders, _calls(orders, {} if plan is None else plan))
+            known = _KnownGates(orders, _calls(orders, plan))
             if plan is not None:
                 plan[_KnownGates] = known
         for rule, members, made in known.calls:
             made.captured |= is_capturing(made.taus.device)
-            size = select.workspace_size(made.selection)
-            workspace = torch.empty(size, dtype=torch.int64, device=made.taus.device)
-            select.select(table=made.selection, tau=made.taus, workspace=workspace, rule=rule)
-            gate_kernels.gate_multi(made.gate, rule=rule)
+            made.launch(rule)
             for i, tau in zip(members, made.tau_of_each, strict=True):
                 taus[i] = tau
     return taus
@@ -75,7 +106,7 @@ class _KnownGates:
     captured: bool = True  # there is one in a plan, and it is never dropped
 
 
-def _calls(orders: Sequence[GateOrder], plan: Plan) -> list[tuple[str, list[int], _Made]]:
+def _calls(orders: Sequence[GateOrder], plan: Plan | None) -> list[tuple[str, list[int], _Made]]:
     """The launches for these orders: the rule, the places of those that share them, and their tables."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for i, (weight, scores, _, rule, masked) in enumerate(orders):
@@ -83,9 +114,10 @@ def _calls(orders: Sequence[GateOrder], plan: Plan) -> list[tuple[str, list[int]
     return [(kind[0], members, _made([orders[i] for i in members], plan)) for kind, members in kinds.items()]
 
 
-def _made(orders: Sequence[GateOrder], plan: Plan) -> _Made:
+def _made(orders: Sequence[GateOrder], plan: Plan | None) -> _Made:
     """The tables of these tensors, from the plan if it has them."""
-    device = orders[0].scores.device
+    if plan is None:
+        return _cold(orders)
     # Sizes and dtypes too: other tensors may come to lie where these were.
     key = tuple(
         (
@@ -97,17 +129,41 @@ def _made(orders: Sequence[GateOrder], plan: Plan) -> _Made:
     )
     made: _Made | None = plan.get(key)
     if made is None:
-        taus = torch.empty(len(orders), dtype=orders[0].scores.dtype, device=device)
-        tau_of_each = taus.unbind()
-        scores, config = [o.scores.detach() for o in orders], table_of(device)
-        gate = gate_kernels.gate_table(
-            [o.weight.detach() for o in orders], scores, tau_of_each, [o.masked for o in orders], None, config.gate
-        )
-        search = config.search(sum(score.numel() for score in scores), gpu_of(device))
-        selection = select.make_table(scores, [o.rank for o in orders], search)
-        made = _Made(selection, gate.to(device), taus, tau_of_each)
+        head = orders[0]
+        dtypes = {head.weight.dtype, head.scores.dtype, head.masked.dtype}
+        made = _warm(orders) if dtypes <= {*DTYPES} and head.weight.dtype is head.scores.dtype else _cold(orders)
         keep(plan, key, made, TABLES)
     return made
+
+
+def _thresholds(orders: Sequence[GateOrder]) -> Tensor:
+    return torch.empty(len(orders), dtype=orders[0].scores.dtype, device=orders[0].scores.device)
+
+
+def _cold(orders: Sequence[GateOrder]) -> _Cold:
+    taus = _thresholds(orders)
+    tau_of_each, device = taus.unbind(), taus.device
+    scores, config = [o.scores.detach() for o in orders], table_of(device)
+    gate = gate_kernels.gate_table(
+        [o.weight.detach() for o in orders], scores, tau_of_each, [o.masked for o in orders], None, config.gate
+    )
+    search = config.search(sum(score.numel() for score in scores), gpu_of(device))
+    selection = select.make_table(scores, [o.rank for o in orders], search)
+    return _Cold(selection, gate.to(device), taus, tau_of_each)
+
+
+def _warm(orders: Sequence[GateOrder]) -> _Warm:
+    taus = _thresholds(orders)
+    tau_of_each, device = taus.unbind(), taus.device
+    windows = torch.zeros(len(orders), WINDOW, dtype=torch.int64, device=device)
+    gated = [
+        update_table.Gated(o.weight.detach(), o.scores.detach(), next=update_table.Next(o.masked, tau, o.rank, window))
+        for o, tau, window in zip(orders, tau_of_each, windows, strict=True)
+    ]
+    sizes = [o.weight.numel() for o in orders]
+    config = update_table.spread(warm_gate.CONFIG, sum(sizes), gpu_of(device).processors, warm_gate.RESIDENT)
+    buffer = torch.empty(update_table.table_size(sizes, config), dtype=torch.int64, device=device)
+    return _Warm(update_table.make_table(gated, buffer, config), windows, taus, tau_of_each)
 
 
 # --- gradients
