@@ -60,7 +60,7 @@ def _update_tile(
 ):  # fmt: skip
     """Update the block at ``at`` of the part that begins at ``start``; ``left`` elements remain in the tensor. Returns
     what :func:`note` returns."""
-    for_weight, for_scores, scale = settings
+    settings_ptr, scale = settings
     g_ptr, ds_ptr, w_ptr, s_ptr, w1_ptr, w2_ptr, s1_ptr, s2_ptr, union_ptr, masked_ptr = operands
     lane = tl.arange(0, BLOCK)
     inside = lane < left if TAIL else None
@@ -78,6 +78,8 @@ def _update_tile(
         frozen = load_frozen(union_ptr, at, left, BLOCK, TAIL)
 
     dw, ds = gradients(g, ds, w, s, tau, frozen, scale, MAGNITUDE=MAGNITUDE, HAS_UNION=HAS_UNION, GIVEN=GIVEN)
+    # Each tile loads the coefficients, from the L1 cache, where it needs them. To keep them would take 16 registers.
+    for_weight = load_settings(settings_ptr + layout.SETTINGS_WEIGHT, ADAM)
     if ADAM:
         w1, w2 = running_means(widen(w), dw, widen(w1), widen(w2), for_weight)
         tl.store(w1_ptr + at + lane, convert(w1, w.dtype), mask=inside)
@@ -88,6 +90,7 @@ def _update_tile(
         if WEIGHT_STATES > 0:
             tl.store(w1_ptr + at + lane, convert(w1, w.dtype), mask=inside)
     w_new = _store_weight(w_ptr + at, w, convert(w_new, w.dtype), frozen, inside, BLOCK, HAS_UNION, TAIL)
+    for_scores = load_settings(settings_ptr + layout.SETTINGS_SCORES, ADAM)
     if ADAM:
         s1, s2 = running_means(widen(s), ds, widen(s1), widen(s2), for_scores)
         tl.store(s1_ptr + at + lane, convert(s1, s.dtype), mask=inside)
@@ -161,13 +164,7 @@ def update_kernel(
         table_pointer(fields_ptr, layout.FIELD_UNION, tensor, tensors, tl.uint8, ALIGNED=False) + start // 8,
         table_pointer(fields_ptr, layout.FIELD_MASKED, tensor, tensors, MASKED, ALIGNED) + start,
     )
-    settings_ptr += tensor * layout.SETTINGS
-    scale = load_scale(gradients_ptr, tensor, tensors, SCALE)
-    settings = (
-        load_settings(settings_ptr + layout.SETTINGS_WEIGHT, ADAM),
-        load_settings(settings_ptr + layout.SETTINGS_SCORES, ADAM),
-        scale,
-    )
+    settings = (settings_ptr + tensor * layout.SETTINGS, load_scale(gradients_ptr, tensor, tensors, SCALE))
     tau = load_threshold(gradients_ptr, tensor, tensors, DTYPE, GIVEN)
     window = (0, 0, 0, 0)
     counts = tl.zeros([LANES], tl.int32)
@@ -251,6 +248,6 @@ def update(
         NEXT=table.masked is not None,
         ALIGNED=aligned and table.aligned,
         num_warps=config.num_warps,
-        maxnreg=config.registers[table.steps is not None and table.masked is not None],
+        maxnreg=config.registers[table.dtype is not torch.float32],
         **FP_FUSION,
     )

@@ -49,9 +49,9 @@ class Config:
         alone: up to so many keys are searched by one program.
         fix_block: listed elements of the masked weight that a program corrects at a time.
         share: the list of a tensor has room for 1/share of its keys; an entry takes 12 bytes.
-        registers: the most per thread of the kernel that updates, and the most of AdamW with a next masked weight. Then
-            6 and 5 programs of 128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and
-            elsewhere so few that it spills some.
+        registers: the most per thread of the kernel that updates, for float32 and for 16 bits. Then 6 and 5 programs of
+            128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and elsewhere so few that
+            it spills some.
     """
 
     block: int
@@ -70,7 +70,7 @@ CONFIGS = (Config(512, 63 * 512, 4, 2048, 32), Config(512, 63 * 512, 4, 2048, 4)
 FEW = 2**20
 """If all tensors of a launch together have fewer elements than this, the second of ``CONFIGS`` is used."""
 
-RESIDENT = 5
+RESIDENT = 6
 """How many programs a multiprocessor has at a time: as many as its registers hold."""
 
 

@@ -268,12 +268,12 @@ def test_a_table_written_on_the_device_is_that_of_the_host(n: int, device: torch
 @pytest.mark.parametrize(
     ("scores", "processors", "items", "programs"),
     [
-        (1, 132, 4096, 1),
-        (1 << 20, 132, 4096, 256),
+        (1, 132, 2048, 1),
+        (1 << 20, 132, 2048, 512),
         (1 << 24, 132, 32768, 512),
         (1 << 26, 132, 131072, 512),
-        (1 << 26, 16, 1 << 20, 64),
-        (1 << 40, 132, 1 << 20, 1 << 20),
+        (1 << 26, 16, 1 << 19, 128),
+        (1 << 40, 132, 1 << 19, 1 << 21),
     ],
 )
 def test_programs_follow_from_the_scores_and_the_gpu(scores: int, processors: int, items: int, programs: int) -> None:

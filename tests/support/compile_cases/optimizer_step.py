@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 from compiling import CompileCase
 
 from wsn_fast.kernels.optimizer_step import update_kernel
@@ -29,6 +30,6 @@ def compile_cases() -> list[CompileCase]:
         name += f" {config.block}x{config.num_warps}"
         for kind, states in (("adamw", 2), ("sgd", 1)):
             optimizer = {"ADAM": kind == "adamw", "WEIGHT_STATES": states, "SCORE_STATES": states}
-            limits = {"num_warps": config.num_warps, "maxnreg": config.registers[kind == "adamw" and ready]}
+            limits = {"num_warps": config.num_warps, "maxnreg": config.registers[dtype is not torch.float32]}
             cases.append(CompileCase(f"{kind} {name}", update_kernel, tables, form | optimizer, **limits))
     return list({case.name: case for case in cases}.values())
