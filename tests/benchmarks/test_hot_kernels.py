@@ -49,10 +49,8 @@ class Hot(NamedTuple):
 # processor needs 24 KiB. 64 leave room for 8 programs, 40 for 12, 32 for all threads of a processor.
 ONE_PASS, FIRST_TASK = Hot("one-pass", True, "adamw_kernel", 80), Hot("one-pass", False, "adamw_kernel", 80)
 GIVEN = Hot("standard", True, "adamw_kernel", 80)
-GATE, GRADIENTS = (
-    Hot("guarded", True, "gate_by_guess_kernel", 40),
-    Hot("standard", True, "gate_backward_multi_kernel", 32),
-)
+GATE = Hot("guarded", True, "gate_by_guess_kernel", 40)
+GRADIENTS = Hot("standard", True, "gate_backward_multi_kernel", 32)
 WINDOW = Hot("cold select", False, "window_kernel", 64)
 HOT = (ONE_PASS, FIRST_TASK, GIVEN, GATE, GRADIENTS, WINDOW)
 TESTED = (ONE_PASS, WINDOW)

@@ -118,7 +118,8 @@ def test_the_bytes_of_an_update_are_read_from_its_machine_code(
     work = importlib.import_module("benchmarks.kernel_work")
     update = max(work.rows(launches, 1024**2), key=lambda row: row.prediction.floor)
     assert update.name == "adamw_kernel" and update.bytes == pytest.approx(2 + 6 * 8 + 2 + 1 / 8, abs=0.05)
-    assert update.work.tiles * update.work.busy * update.per_thread * update.work.threads == 1024**2
+    covered = update.work.tiles * update.work.busy * update.per_thread * update.work.threads
+    assert 1024**2 <= covered < 1024**2 * 1.01
 
 
 # --- the report
