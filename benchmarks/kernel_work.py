@@ -163,6 +163,18 @@ def _moved(tile: Any, per_thread: int, share: float) -> float:
     return wide - (1 - share) * tile.scattered + masks * per_thread / 8
 
 
+EIGHT_BITS = 2
+"""The number of this storage in the launches of ``wsn_fast/kernels/coded_step.py``."""
+
+
+def _shared_scales(values: Mapping[str, Any]) -> float:
+    """Bytes of a thread that the code moves for scales of running means, beyond those that move in memory: all lanes of
+    a warp load the scale of its block, and one of them stores it."""
+    states = (("WEIGHT_STORAGE", "WEIGHT_STATES"), ("SCORE_STORAGE", "SCORE_STATES"))
+    scales = sum(values[count] for storage, count in states if values.get(storage) == EIGHT_BITS)
+    return scales * 2 * 4 * 31 / 32
+
+
 class _Tiles(NamedTuple):
     """How a tensor is shared among programs: elements of a thread in a tile, programs with tiles, and their tiles."""
 
@@ -216,7 +228,7 @@ def row(launch: Launch, elements: int, *, cold: bool = False, idle: bool = False
         busy=busy,
         issued=issued,
         stalled=stalled,
-        moved=_moved(known.tile, per_thread, 1.0 if listed else share) * threads,
+        moved=(_moved(known.tile, per_thread, 1.0 if listed else share) - _shared_scales(launch.values)) * threads,
         atomics=found * known.found.atomics + in_lanes * known.found.lane_atomics,
         before=known.before.cycles,
         after=0.0 if idle else known.after.cycles,

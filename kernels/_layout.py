@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Rows of ``UpdateTable.fields``, int64 [FIELDS, tensors]: addresses, then two numbers.
+# Rows of ``UpdateTable.fields``, int64 [FIELDS, tensors]: addresses and two numbers.
 FIELD_WEIGHT = tl.constexpr(0)
 FIELD_SCORES = tl.constexpr(1)
 FIELD_WEIGHT_STATE_1 = tl.constexpr(2)  # AdamW: the running mean of the gradient; SGD: the momentum
@@ -23,7 +23,11 @@ FIELD_WEIGHT_STEP = tl.constexpr(8)
 FIELD_SCORES_STEP = tl.constexpr(9)
 FIELD_FIRST_PROGRAM = tl.constexpr(10)  # the first program that works on the tensor
 FIELD_NUMEL = tl.constexpr(11)
-FIELDS = 12
+FIELD_WEIGHT_SCALES_1 = tl.constexpr(12)  # of the states' blocks, where these are stored in 8 bits; else 0
+FIELD_WEIGHT_SCALES_2 = tl.constexpr(13)
+FIELD_SCORES_SCALES_1 = tl.constexpr(14)
+FIELD_SCORES_SCALES_2 = tl.constexpr(15)
+FIELDS = 16
 
 # Rows of the table of gradients, int64 [GRADIENTS, tensors]: addresses that may change at every step.
 GRADIENT_WEIGHT = tl.constexpr(0)  # G, or dW where the gradients are given

@@ -208,8 +208,9 @@ def update(
     aligned: bool,
     rule: str,
 ) -> None:
-    """Update the weights and scores of every tensor of ``table`` in place, in one launch. A table with step counts is
-    updated by AdamW, any other by SGD. With a ``next``, the caller has to call :func:`.warm_threshold.settle` after it.
+    """Update the weights and scores of every tensor of ``table`` in place, in one launch. A table with two states of
+    each is updated by AdamW, any other by SGD. With a ``next``, the caller has to call
+    :func:`.warm_threshold.settle` after it.
 
     Args:
         table: of :func:`.update_table.make_table`.
@@ -242,7 +243,7 @@ def update(
         MAGNITUDE=is_magnitude(rule),
         HAS_UNION=table.has_union,
         GIVEN=given,
-        ADAM=table.steps is not None,
+        ADAM=table.is_adam,
         WEIGHT_STATES=table.states[0],
         SCORE_STATES=table.states[1],
         NEXT=table.masked is not None,

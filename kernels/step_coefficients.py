@@ -222,7 +222,7 @@ def prepare(
         # A pointer that nothing is read from is better than None, for which the kernel would be compiled anew.
         arguments[f"{name}_lr_ptr"] = lr if on_device else workspace.settings
     kernel = sgd_prepare_kernel
-    if table.steps is not None:
+    if table.is_adam:
         kernel = adamw_prepare_kernel
         arguments["STEP"] = SCALES[table.steps]
     kernel[(len(tensors),)](

@@ -19,10 +19,17 @@ from torch import Tensor
 
 from . import _layout as layout
 from ._elementwise import ALIGNMENT, FP_FUSION, check_operands, check_packed, check_threshold
+from ._means import BLOCK as _SCALED
 from .addresses import address, write
 from .threshold import sample_kernel
 from .threshold_table import COMPLETE, DTYPES
 from .threshold_table import CONFIGS as SEARCH_CONFIGS
+
+PLAIN = ("float32", "float32")
+"""The storages of states that are not coded."""
+
+SCALED: int = _SCALED.value
+"""How many elements share a scale."""
 
 VECTORS = (
     layout.FIELD_WEIGHT,
@@ -41,7 +48,8 @@ class Config:
     """Tile sizes.
 
     Attributes:
-        block: elements that a program updates at a time, a power of two: 4 per thread, which makes 128 bits of float32.
+        block: elements that a program updates at a time, a power of two: 4 per thread, which makes 128 bits of float32,
+            or twice as many.
         items: elements per program, a multiple of ``block``; at most 255 per thread, and 65535 in all. In ``CONFIGS``
             it is the most that :func:`spread` may choose.
         num_warps: of the kernels that update and gate.
@@ -52,6 +60,7 @@ class Config:
         registers: the most per thread of the kernel that updates, for float32 and for 16 bits. Then 6 and 5 programs of
             128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and elsewhere so few that
             it spills some.
+        resident: how many programs a multiprocessor has at a time: as many as its registers hold.
     """
 
     block: int
@@ -62,26 +71,41 @@ class Config:
     registers: tuple[int, int] = (80, 96)
     alone: int = 8192
     fix_block: int = 1024
+    resident: int = 6
 
 
 CONFIGS = (Config(512, 63 * 512, 4, 2048, 32), Config(512, 63 * 512, 4, 2048, 4))
-"""Every choice there is. The second one is for few elements: its longer lists take little memory then."""
+"""Every choice there is for states that are not coded. The second one is for few elements: its longer lists take little
+memory then."""
+
+CODED_CONFIGS = {
+    "bfloat16": tuple(replace(config, registers=(96, 96), resident=5) for config in CONFIGS),
+    "8bit": tuple(replace(config, items=31 * 512, num_warps=2, registers=(168, 168), resident=6) for config in CONFIGS),
+}
+"""The same for running means that are stored in fewer bytes: some of them in 8 bits, or none. For 8 bits a thread has 8
+elements, so that a warp has whole blocks with a scale. This takes more registers, so that 6 programs of 64 threads fit
+on a multiprocessor."""
+
+
+def configs(storages: tuple[str, str]) -> tuple[Config, ...]:
+    """The tile sizes for states that are stored so (:attr:`Gated.storages`): for many elements, and for few."""
+    if storages == PLAIN:
+        return CONFIGS
+    return CODED_CONFIGS["8bit" if "8bit" in storages else "bfloat16"]
+
 
 FEW = 2**20
 """If all tensors of a launch together have fewer elements than this, the second of ``CONFIGS`` is used."""
 
-RESIDENT = 6
-"""How many programs a multiprocessor has at a time: as many as its registers hold."""
 
-
-def spread(config: Config, elements: int, processors: int, resident: int = RESIDENT) -> Config:
+def spread(config: Config, elements: int, processors: int) -> Config:
     """``config`` with as many items per program as suit a launch over that many elements on a GPU with that many
-    multiprocessors, of which each has ``resident`` programs at a time.
+    multiprocessors.
 
     All programs run at the same time, or in as few rounds as it takes. On an H200, 16.8 million elements took as long
     in seven rounds as in one; 1 million took 23 microseconds in two rounds and 18.5 in one.
     """
-    blocks = elements / config.block / (resident * processors)
+    blocks = elements / config.block / (config.resident * processors)
     rounds = math.ceil(blocks * config.block / config.items)
     return replace(config, items=config.block * max(math.ceil(blocks / max(rounds, 1)), 1))
 
@@ -104,8 +128,10 @@ class Gated(NamedTuple):
         weight_states: none, or contiguous tensors like the weight: the running means of AdamW, the momentum of SGD.
         scores_states: the same for the scores.
         union: uint8 [ceil(n / 8)], or None.
-        steps: 0-d, of the weight and of the scores, or None.
+        steps: 0-d, of the weight and of the scores, or None. Coded states need them.
         next: or None.
+        weight_scales: float32 [ceil(n / 256)] for each of the weight's states that is uint8 codes (:mod:`._means`).
+        scores_scales: the same for the scores.
     """
 
     weight: Tensor
@@ -115,6 +141,19 @@ class Gated(NamedTuple):
     union: Tensor | None = None
     steps: Sequence[Tensor] | None = None
     next: Next | None = None
+    weight_scales: Sequence[Tensor] = ()
+    scores_scales: Sequence[Tensor] = ()
+
+    @property
+    def storages(self) -> tuple[str, str]:
+        """How the states of the weight are stored, and those of the scores: two of :data:`._means.STORAGES`."""
+        return _storage(self.weight_states, self.weight), _storage(self.scores_states, self.scores)
+
+
+def _storage(states: Sequence[Tensor], like: Tensor) -> str:
+    if not states or states[0].dtype is like.dtype:
+        return "float32"
+    return "8bit" if states[0].dtype is torch.uint8 else "bfloat16"
 
 
 class UpdateTable(NamedTuple):
@@ -124,7 +163,7 @@ class UpdateTable(NamedTuple):
         fields: int64 [FIELDS, T]: addresses and numbers, in the rows that ``_layout.FIELD_...`` names.
         tensors: int64 [T, TENSOR_COLUMNS], for the search of the threshold.
         programs: int64 [P, PROGRAM_COLUMNS]: tensor and first element of every program.
-        dtype: of weights, scores and states.
+        dtype: of weights and scores, and of states that are not coded.
         masked: the dtype of the masked weights, None without ``next``.
         steps: the dtype of the step counts, or None.
         states: how many states a weight has, and its scores.
@@ -132,6 +171,7 @@ class UpdateTable(NamedTuple):
         listed: keys that the lists have room for, together.
         aligned: whether every address of a vector is a multiple of 16 bytes.
         config: the tile sizes.
+        storages: those of :attr:`Gated.storages`.
     """
 
     fields: Tensor
@@ -145,6 +185,17 @@ class UpdateTable(NamedTuple):
     listed: int
     aligned: bool
     config: Config
+    storages: tuple[str, str]
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether the update is that of AdamW, and not of SGD."""
+        return self.states == (2, 2)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether some states are stored in fewer bytes."""
+        return self.storages != PLAIN
 
 
 def table_size(sizes: Sequence[int], config: Config) -> int:
@@ -206,6 +257,7 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> Update
         listed=listed,
         aligned=all(row[i] % ALIGNMENT == 0 for row in rows for i in VECTORS),
         config=config,
+        storages=head.storages,
     )
 
 
@@ -271,6 +323,7 @@ def _search_row(one: Gated, first_program: int, listed: int, config: Config) -> 
 def _operands(one: Gated) -> list[tuple[tl.constexpr, Tensor | None]]:
     """Each tensor with its row in ``UpdateTable.fields``."""
     weight_states, scores_states = ([*given, None, None][:2] for given in (one.weight_states, one.scores_states))
+    weight_scales, scores_scales = ([*given, None, None][:2] for given in (one.weight_scales, one.scores_scales))
     weight_step, scores_step = one.steps or (None, None)
     return [
         (layout.FIELD_WEIGHT, one.weight),
@@ -283,15 +336,26 @@ def _operands(one: Gated) -> list[tuple[tl.constexpr, Tensor | None]]:
         (layout.FIELD_MASKED, one.next and one.next.masked),
         (layout.FIELD_WEIGHT_STEP, weight_step),
         (layout.FIELD_SCORES_STEP, scores_step),
+        (layout.FIELD_WEIGHT_SCALES_1, weight_scales[0]),
+        (layout.FIELD_WEIGHT_SCALES_2, weight_scales[1]),
+        (layout.FIELD_SCORES_SCALES_1, scores_scales[0]),
+        (layout.FIELD_SCORES_SCALES_2, scores_scales[1]),
     ]
 
 
 def _check(one: Gated, head: Gated) -> None:
     n, dtype = one.weight.numel(), head.weight.dtype
-    vectors = [one.weight, one.scores, *one.weight_states, *one.scores_states]
-    check_operands(n, *vectors)
+    check_operands(n, one.weight, one.scores, *one.weight_states, *one.scores_states)
     check_packed(n, one.union)
-    assert n > 0 and dtype in DTYPES and all(vector.dtype is dtype for vector in vectors)
+    assert n > 0 and dtype in DTYPES and one.weight.dtype is dtype and one.scores.dtype is dtype
+    assert one.storages == head.storages and (one.storages == PLAIN or one.steps is not None)
+    sides = (one.weight_states, one.weight_scales), (one.scores_states, one.scores_scales)
+    for storage, (states, scales) in zip(one.storages, sides, strict=True):
+        kept = {"float32": dtype, "bfloat16": torch.bfloat16, "8bit": torch.uint8}[storage]
+        assert all(state.dtype is kept for state in states)
+        assert len(scales) == (len(states) if storage == "8bit" else 0)
+        check_operands(triton.cdiv(n, SCALED), *scales)
+        assert all(scale.dtype is torch.float32 for scale in scales)
     pairs = zip(_operands(one), _operands(head), strict=True)
     assert all((mine is None) == (other is None) for (_, mine), (_, other) in pairs)
     assert one.steps is None or head.steps is None or all(step.dtype is head.steps[0].dtype for step in one.steps)

@@ -21,12 +21,9 @@ from .threshold_table import DTYPES
 from .update_table import Config, UpdateTable, Workspace
 from .warm_threshold import add_counts, list_has_room, load_window, note
 
-CONFIG = Config(512, 63 * 512, 4, 2048, 32)
-"""The tile sizes."""
-
-RESIDENT = 12
-"""How many programs a multiprocessor has at a time. A thread waits for 32 bytes, so that 48 KB are on their way, which
-is enough for the bandwidth."""
+CONFIG = Config(512, 63 * 512, 4, 2048, 32, resident=12)
+"""The tile sizes. A thread waits for 32 bytes. With 12 programs, 48 KB are on their way to a multiprocessor, which is
+enough for the bandwidth."""
 
 
 @triton.jit(do_not_specialize=["tensors_ptr", "state_ptr"])

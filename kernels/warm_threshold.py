@@ -34,6 +34,10 @@ from .threshold_table import DTYPES, SEARCH_REGISTERS
 from .update_table import UpdateTable, Workspace
 
 
+WARPS = 4
+"""How many warps a program of ``settle_kernel`` has."""
+
+
 @triton.jit
 def load_window(row_ptr, state_ptr, DTYPE: tl.constexpr, MAGNITUDE: tl.constexpr):
     """The window as :func:`note` takes it: its ends, the smallest key that the guess keeps, the room of the list."""
@@ -233,7 +237,7 @@ def settle(table: UpdateTable, workspace: Workspace, *, rule: str) -> None:
         DIGIT=config.digit_block,
         FIX=config.fix_block,
         ALIGNED=table.aligned,
-        num_warps=config.num_warps,
+        num_warps=WARPS,
         maxnreg=SEARCH_REGISTERS,
         **FP_FUSION,
     )

@@ -246,11 +246,30 @@ def test_every_choice_has_the_operation(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_triton
-@pytest.mark.parametrize("operation", ["adamw_coded_step", "sgd_coded_step"])
-@pytest.mark.parametrize("backend", [None, "triton"])
-def test_steps_without_a_kernel_take_torch_on_a_gpu_and_say_why(operation: str, backend: str | None) -> None:
-    chosen = choose(operation, "cuda", torch.float32, backend)
-    assert chosen.name == "torch" and f"the Triton backend has no {operation}" in chosen.reason
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_steps_over_stored_means_take_triton_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(availability, "_obstacle", functools.cache(lambda index: ""))
+    choose.cache_clear()
+    try:
+        assert choose(f"{kind}_coded_step", "cuda", torch.float32).name == "triton"
+        assert choose(f"{kind}_coded_step", "cuda", torch.float64).name == "torch"
+    finally:
+        choose.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_an_override_of_a_step_is_one_over_stored_means_too(kind: str) -> None:
+    def named(backend: str) -> str:
+        return choose(f"{kind}_coded_step", "cpu", torch.float32, backend).reason
+
+    assert named(f"{kind}_step=torch") == f"backend='{kind}_step=torch'"
+    assert named(f"native,{kind}_step=torch") == f"backend='native,{kind}_step=torch'"
+    both = f"{kind}_step=torch,{kind}_coded_step=native"
+    assert choose(f"{kind}_coded_step", "cpu", torch.float32, both).reason.startswith(f"backend={both!r}; ")
+    assert choose(f"{kind}_step", "cpu", torch.float32, f"{kind}_coded_step=torch").reason != "backend"
 
 
 def test_what_records_pytorchs_operations_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,32 @@ def test_the_bytes_of_an_update_are_read_from_its_machine_code(
     assert 1024**2 <= covered < 1024**2 * 1.01
 
 
+@pytest.mark.parametrize(
+    ("mode", "claimed"),
+    # G, the weight, the scores, four means, their scales for 256 elements, the masked weight, a bit of the union
+    [
+        pytest.param("one-pass, 8bit", 2 + 2 * 8 + 4 * 2 + 4 * 8 / 256 + 2 + 1 / 8, id="8bit"),
+        pytest.param("one-pass, bfloat16", 2 + 2 * 8 + 4 * 4 + 2 + 1 / 8, id="bfloat16", marks=pytest.mark.ci),
+        # dW and dS in float32 in place of G
+        pytest.param(
+            "standard, 8bit", 2 * 4 + 2 * 8 + 4 * 2 + 4 * 8 / 256 + 2 + 1 / 8, id="standard", marks=pytest.mark.ci
+        ),
+    ],
+)
+def test_an_update_of_coded_means_moves_the_bytes_that_it_claims(
+    real_steps: ModuleType, monkeypatch: pytest.MonkeyPatch, mode: str, claimed: float
+) -> None:
+    """In wide accesses, and with one wait for memory in a tile; no register is spilled."""
+    launches = real_steps.training_step(mode, 1024, True, monkeypatch).launches
+    work = importlib.import_module("benchmarks.kernel_work")
+    update = max(work.rows(launches, 1024**2), key=lambda row: row.prediction.floor)
+    assert update.name == "adamw_coded_kernel" and update.bytes == pytest.approx(claimed, rel=0.03)
+    assert update.facts.spills == 0 and update.facts.tile.barriers == 0 and update.facts.tile.waits == 1
+    assert not update.facts.way.slow_calls, "zeros would be slow"
+    # Four codes of a thread are 32 bits; single bytes are those of the union.
+    assert {opcode.partition(".E")[2] for opcode in update.facts.tile.widths} <= {"", ".64", ".128", ".U8"}
+
+
 # --- the report
 def test_a_target_is_met_from_the_right_side() -> None:
     predict = importlib.import_module("benchmarks.predict")
@@ -140,7 +166,7 @@ def test_the_command_prints_a_model(tmp_path: Path) -> None:
     for kernel in told["kernels"]:
         assert all(us >= model.value("launch") for us in kernel["us"].values()), kernel["kernel"]
         assert all(us >= floor for us, floor in zip(kernel["us"].values(), kernel["floor us"].values(), strict=True))
-    assert {one["step"] for one in told["steps"]} >= {"dense", "one-pass", "standard", "guarded"}
+    assert {one["step"] for one in told["steps"]} >= {"dense", "one-pass", "standard", "guarded", "one-pass, 8bit"}
     dense = [one["us"]["torch"] for one in told["steps"] if one["step"] == "dense" and "4096" in one["shape"]]
     assert dense == [pytest.approx(40 * 4096**2 / 4.239e6 / 0.91)] * 3
     lines = importlib.import_module("benchmarks.predict").markdown(told)

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from wsn_fast.kernels.update_table import CONFIGS, RESIDENT, Config, spread
+from wsn_fast.kernels.update_table import CODED_CONFIGS, CONFIGS, Config, spread
 
 H200 = 132  # multiprocessors
 
 
 @pytest.mark.parametrize("processors", [1, 20, H200])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, *CODED_CONFIGS["8bit"]])
 def test_programs_follow_the_elements_and_the_multiprocessors(config: Config, processors: int) -> None:
-    at_once = RESIDENT * processors
+    at_once = config.resident * processors
     for elements in (1, 512, 513, 100_000, 2**20, 3 * 2**20, 2**24, 11_000_000, 2**26, 2**33):
         cut = spread(config, elements, processors)
         blocks, programs = -(-elements // cut.block), -(-elements // cut.items)

@@ -17,6 +17,7 @@ from compile_cases._launches import written_down
 from compiling import CompileCase
 from torch import Tensor
 
+from wsn_fast.backends import moments
 from wsn_fast.backends import triton as backend
 from wsn_fast.backends.mask import GateOrder, GradientOrder, Mask, RestoreOrder
 from wsn_fast.backends.triton import products, tuning
@@ -26,6 +27,8 @@ from wsn_fast.backends.updates import (
     AdamW,
     AdamWState,
     Batch,
+    CodedAdamWState,
+    CodedSGDState,
     Gradient,
     Next,
     SGDState,
@@ -182,6 +185,32 @@ def sgd_step() -> Calls:
         yield functools.partial(backend.sgd_step, batch, [(o["sgd w"], o["sgd s"])])
 
 
+def stored(o: Row, storage: str, signed: bool) -> moments.Stored:
+    return moments.zeros(empty(o["n"], dtype=o["w"]), storage, signed)
+
+
+STORED = {"means w": moments.STORAGES, "means s": moments.STORAGES}
+
+
+def adamw_coded_step() -> Calls:
+    def state(o: Row) -> CodedAdamWState:
+        means = (stored(o, o[f"means {of}"], signed) for of in "ws" for signed in (True, False))
+        return CodedAdamWState(*means, empty((), dtype=o["step"]), empty((), dtype=o["step"]))
+
+    for _, batch in batches({**STORED, "step": (torch.float32, torch.float64)}, state):
+        yield functools.partial(backend.adamw_coded_step, batch, [(ADAMW, ADAMW)])
+
+
+def sgd_coded_step() -> Calls:
+    def state(o: Row) -> CodedSGDState:
+        each = ((o["means w"], o["sgd w"]), (o["means s"], o["sgd s"]))
+        buffers = (stored(o, storage, True) if s.momentum else None for storage, s in each)
+        return CodedSGDState(*buffers, empty((), dtype=torch.float32), empty((), dtype=torch.float32))
+
+    for o, batch in batches({**STORED, "sgd w": (MOMENTUM, PLAIN), "sgd s": (MOMENTUM, PLAIN)}, state):
+        yield functools.partial(backend.sgd_coded_step, batch, [(o["sgd w"], o["sgd s"])])
+
+
 def gradient_squares() -> Calls:
     for _, batch in batches({}, lambda o: None):
         yield functools.partial(backend.gradient_squares, batch)
@@ -264,5 +293,6 @@ def masked_conv() -> Calls:
 
 PRIMITIVES: Iterable[Callable[[], Calls]] = (
     gate, gate_packed, gates, gate_backward, gates_backward, threshold, masks, restore_frozen, adamw_step, sgd_step,
+    adamw_coded_step, sgd_coded_step,
     gradient_squares, masked_linear, masked_linear_grad, masked_linear_tasks, masked_conv,
 )  # fmt: skip

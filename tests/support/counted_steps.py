@@ -27,6 +27,12 @@ OPTIMIZERS: dict[str, Callable[[WSN], torch.optim.Optimizer]] = {
     "guarded": lambda wsn: wsn.guard(torch.optim.AdamW(wsn.parameters(), 1e-3, fused=True)),
     "one-pass": lambda wsn: SubnetAdamW(wsn, 1e-3, one_pass=True),
 }
+CODED: dict[str, Callable[[WSN], torch.optim.Optimizer]] = {
+    "one-pass, 8bit": lambda wsn: SubnetAdamW(wsn, 1e-3, one_pass=True, moments="8bit"),
+    "one-pass, bfloat16": lambda wsn: SubnetAdamW(wsn, 1e-3, one_pass=True, moments="bfloat16"),
+    "standard, 8bit": lambda wsn: SubnetAdamW(wsn, 1e-3, moments="8bit"),
+}
+"""Modes whose running means are stored in fewer bytes."""
 CAPTURED = {"captured": "one-pass", "captured-standard": "standard", "captured-guarded": "guarded"}
 """The modes that capture the step of another mode."""
 BASELINE_OF = {**dict.fromkeys((*OPTIMIZERS, *CAPTURED), "dense"), "evaluation": "dense-evaluation"}
@@ -91,7 +97,7 @@ def dense_step(mode: str, net: nn.Module, x: Tensor) -> Step:
 
 def training_step(mode: str, wsn: WSN, x: Tensor) -> Step:
     """A training step of the task in progress."""
-    optimizer = OPTIMIZERS[CAPTURED.get(mode, mode)](wsn)
+    optimizer = (OPTIMIZERS | CODED)[CAPTURED.get(mode, mode)](wsn)
     if mode not in CAPTURED:
         return partial(_train, wsn, optimizer, x)
     return partial(capture_step(wsn, optimizer, lambda x: wsn(x).square().mean()), x)

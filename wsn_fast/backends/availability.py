@@ -22,6 +22,8 @@ DTYPES = {
     "restore_frozen_many": WIDE,
     "adamw_step": FLOATS,
     "sgd_step": FLOATS,
+    "adamw_coded_step": FLOATS,
+    "sgd_coded_step": FLOATS,
     "gradient_squares": FLOATS,
     "masked_linear": FLOATS,
     "masked_linear_grad": FLOATS,

@@ -36,6 +36,11 @@ PRIMITIVES = (
 """The operations, all of them in :mod:`wsn_fast.backends.torch`."""
 
 
+SPECIAL = MappingProxyType({"adamw_coded_step": "adamw_step", "sgd_coded_step": "sgd_step"})
+"""Operations that are a special case of another one: an override of the other one holds for them too, unless they have
+one of their own."""
+
+
 class Choice(NamedTuple):
     """A backend module, its name, and the reason for it."""
 
@@ -49,7 +54,8 @@ def parse_override(text: str) -> Mapping[str, str]:
     """An override as a mapping from operation to backend; the key "" stands for every operation that has none.
 
     Args:
-        text: ``"triton"``, ``"threshold=torch"``, or several of these separated by commas.
+        text: ``"triton"``, ``"threshold=torch"``, or several of these separated by commas. ``"adamw_step=torch"`` also
+            stands for ``adamw_coded_step``, unless that is named too, and so for SGD.
 
     Raises:
         ValueError: an unknown backend or operation; the message lists the known ones.
@@ -88,7 +94,7 @@ def overridden(operation: str, backend: str | None) -> tuple[str | None, str]:
     ):
         if text:
             wanted = parse_override(text)
-            name = wanted.get(operation, wanted.get(""))
+            name = wanted.get(operation, wanted.get(SPECIAL.get(operation, operation), wanted.get("")))
             if name is not None:
                 return name, source
     return None, ""

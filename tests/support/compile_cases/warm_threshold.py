@@ -8,7 +8,7 @@ from compiling import CompileCase
 
 from wsn_fast.kernels.threshold_table import DTYPES, SEARCH_REGISTERS
 from wsn_fast.kernels.update_table import CONFIGS
-from wsn_fast.kernels.warm_threshold import settle_kernel
+from wsn_fast.kernels.warm_threshold import WARPS, settle_kernel
 
 from ._forms import FORMS
 
@@ -21,7 +21,7 @@ def compile_cases() -> list[CompileCase]:
     for (dtype, masked), rule, config in itertools.product(FORMS, (0, 1), CONFIGS):
         form = {"DTYPE": DTYPES[dtype], "MASKED": DTYPES[masked], "MAGNITUDE": rule == 0}
         form |= {"BLOCK": config.block, "DIGIT": config.digit_block, "FIX": config.fix_block, "ALIGNED": True}
-        limits = {"num_warps": config.num_warps, "maxnreg": SEARCH_REGISTERS}
+        limits = {"num_warps": WARPS, "maxnreg": SEARCH_REGISTERS}
         label = f"settle {DTYPES[dtype]} {('|S|', 'S')[rule]} {DTYPES[masked]} {config.block}"
         cases.append(CompileCase(label, settle_kernel, signature, form, **limits))
     return list({case.name: case for case in cases}.values())

@@ -20,11 +20,12 @@ from .gate import (
     unpack,
 )
 from .many import gates, gates_backward
-from .optimizer_steps import adamw_step, gradient_squares, sgd_step
+from .optimizer_steps import adamw_coded_step, adamw_step, gradient_squares, sgd_coded_step, sgd_step
 from .products import conv_wins, fused_rows, masked_conv, masked_linear, masked_linear_grad, masked_linear_tasks
 
 __all__ = [
     "INTERPRETED",
+    "adamw_coded_step",
     "adamw_step",
     "conv_wins",
     "fused_rows",
@@ -42,6 +43,7 @@ __all__ = [
     "popcount",
     "restore_frozen",
     "restore_frozen_many",
+    "sgd_coded_step",
     "sgd_step",
     "threshold",
     "union",

@@ -161,7 +161,7 @@ def _warm(orders: Sequence[GateOrder]) -> _Warm:
         for o, tau, window in zip(orders, tau_of_each, windows, strict=True)
     ]
     sizes = [o.weight.numel() for o in orders]
-    config = update_table.spread(warm_gate.CONFIG, sum(sizes), gpu_of(device).processors, warm_gate.RESIDENT)
+    config = update_table.spread(warm_gate.CONFIG, sum(sizes), gpu_of(device).processors)
     buffer = torch.empty(update_table.table_size(sizes, config), dtype=torch.int64, device=device)
     return _Warm(update_table.make_table(gated, buffer, config), windows, taus, tau_of_each)
 

@@ -8,7 +8,7 @@ here keep these tables from step to step. Without a plan they write the tables a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, repeat
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -17,9 +17,22 @@ import torch
 from torch import Tensor
 
 from ...kernels import _layout as layout
-from ...kernels import grad_norm, optimizer_step, step_coefficients, update_table, warm_threshold
-from ...kernels.update_table import CONFIGS, FEW, Gated, UpdateTable, spread
-from ..updates import SGD, AdamW, AdamWState, Batch, Gradient, Plan, SGDState, State, Update
+from ...kernels import coded_step, grad_norm, optimizer_step, step_coefficients, update_table, warm_threshold
+from ...kernels.update_table import CONFIGS, FEW, PLAIN, Gated, UpdateTable, configs, spread
+from ..moments import Stored
+from ..updates import (
+    SGD,
+    AdamW,
+    AdamWState,
+    Batch,
+    CodedAdamWState,
+    CodedSGDState,
+    Gradient,
+    Plan,
+    SGDState,
+    State,
+    Update,
+)
 from .device import gpu_of
 from .plans import Addresses, Entry, addresses_of, are_aligned, is_capturing, keep
 
@@ -40,7 +53,8 @@ class _Kind(NamedTuple):
         union: whether there is a union.
         masked: the dtype of the next masked weight, None without ``next``.
         states: how many states the weight has, and its scores.
-        steps: the dtype of the step counts, None for SGD.
+        steps: the dtype of the step counts, None for SGD with states in float32.
+        storages: how the states of the weight are stored, and those of the scores.
     """
 
     rule: str
@@ -52,6 +66,7 @@ class _Kind(NamedTuple):
     masked: torch.dtype | None
     states: tuple[int, int]
     steps: torch.dtype | None
+    storages: tuple[str, str]
 
 
 @dataclass
@@ -87,6 +102,12 @@ def adamw_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
     _step(batch, settings, _adamw)
 
 
+def adamw_coded_step(batch: Batch, settings: Sequence[tuple[AdamW, AdamW]]) -> None:
+    """Do what :func:`wsn_fast.backends.torch.adamw_coded_step` does, in one pass over each tensor. Where means are
+    coded, the root and the quotient of an update are off by some units in the last place."""
+    _step(batch, settings, _adamw)
+
+
 def sgd_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
     """Do what :func:`adamw_step` does, for SGD.
 
@@ -94,11 +115,20 @@ def sgd_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
         ValueError: a momentum is not 0 and has no buffer.
     """
     for update, pair in zip(batch.updates, settings, strict=True):
-        assert isinstance(update.state, SGDState)
-        for name, buffer, s in zip(SGDState._fields, update.state, pair, strict=True):
+        assert isinstance(update.state, SGDState | CodedSGDState)
+        for name, buffer, s in zip(SGDState._fields, update.state[:2], pair, strict=True):
             if buffer is None and s.momentum != 0:
                 raise ValueError(f"{name} must be a tensor for a momentum of {s.momentum}, got None")
     _step(batch, settings, _sgd)
+
+
+def sgd_coded_step(batch: Batch, settings: Sequence[tuple[SGD, SGD]]) -> None:
+    """Do what :func:`wsn_fast.backends.torch.sgd_coded_step` does, in one pass over each tensor.
+
+    Raises:
+        ValueError: a momentum is not 0 and has no buffer.
+    """
+    sgd_step(batch, settings)
 
 
 def gradient_squares(batch: Batch) -> Tensor:
@@ -191,11 +221,13 @@ def _member(
     gated = Gated(
         weight=dense(update.weight),
         scores=dense(update.scores),
-        weight_states=tuple(map(dense, weight_states)),
-        scores_states=tuple(map(dense, scores_states)),
+        weight_states=tuple(dense(state.values) for state in weight_states),
+        scores_states=tuple(dense(state.values) for state in scores_states),
         union=update.union,
         steps=steps,
         next=update.next and update_table.Next(*update.next),
+        weight_scales=_scales(weight_states),
+        scores_scales=_scales(scores_states),
     )
     kind = _Kind(
         rule=update.rule,
@@ -207,20 +239,28 @@ def _member(
         masked=None if update.next is None else update.next.masked.dtype,
         states=(len(weight_states), len(scores_states)),
         steps=None if steps is None else steps[0].dtype,
+        storages=gated.storages,
     )
     return gated, kind
 
 
-def _states(
-    state: State | None,
-) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[Tensor, Tensor] | None]:
-    """The states of a weight, those of its scores, and their step counts, which only AdamW needs."""
+_States = Sequence[Stored]
+
+
+def _states(state: State | None) -> tuple[_States, _States, tuple[Tensor, Tensor] | None]:
+    """The states of a weight, those of its scores, and their step counts, which only AdamW and coded states need."""
     if state is None:
         return (), (), None
-    if isinstance(state, SGDState):
-        return tuple(t for t in state[:1] if t is not None), tuple(t for t in state[1:] if t is not None), None
-    assert isinstance(state, AdamWState)
-    return state[:2], state[2:4], state[4:]
+    each = 2 if isinstance(state, AdamWState | CodedAdamWState) else 1
+    for_weight, for_scores = (
+        tuple(mean if isinstance(mean, Stored) else Stored(mean, None) for mean in means if mean is not None)
+        for means in (state[:each], state[each : 2 * each])
+    )
+    return for_weight, for_scores, None if isinstance(state, SGDState) else (state[-2], state[-1])
+
+
+def _scales(states: _States) -> tuple[Tensor, ...]:
+    return tuple(state.scales for state in states if state.scales is not None)
 
 
 def _update(
@@ -234,7 +274,7 @@ def _update(
     workspace = update_table.workspace(table, torch.empty(size, dtype=torch.int64, device=addresses.device))
     for run, pair in _runs(settings):
         step_coefficients.prepare(table, workspace, run, *map(numbers, pair), rule=kind.rule)
-    optimizer_step.update(
+    (coded_step.coded_update if table.is_coded else optimizer_step.update)(
         table,
         workspace,
         addresses,
@@ -245,7 +285,13 @@ def _update(
         rule=kind.rule,
     )
     if kind.masked is not None:
-        warm_threshold.settle(table, workspace, rule=kind.rule)
+        warm_threshold.settle(_for_settling(table), workspace, rule=kind.rule)
+
+
+def _for_settling(table: UpdateTable) -> UpdateTable:
+    """The table with the tile that the search uses for every table, so that it needs no further kernels."""
+    plain = CONFIGS[0]
+    return table._replace(config=replace(table.config, block=plain.block, num_warps=plain.num_warps))
 
 
 def _runs(settings: Sequence[tuple[Any, Any]]) -> Iterator[tuple[range, tuple[Any, Any]]]:
@@ -300,6 +346,8 @@ def _new_entry(gated: Sequence[Gated], device: torch.device) -> Entry[UpdateTabl
     """The table of the tensors, and memory for the addresses of their gradients."""
     sizes = [one.weight.numel() for one in gated]
     total = sum(sizes)
-    config = spread(CONFIGS[1] if total < FEW else CONFIGS[0], total, gpu_of(device).processors)
+    storages = gated[0].storages
+    many, few = CONFIGS if storages == PLAIN else configs(storages)
+    config = spread(few if total < FEW else many, total, gpu_of(device).processors)
     buffer = torch.empty(update_table.table_size(sizes, config), dtype=torch.int64, device=device)
     return Entry(update_table.make_table(gated, buffer, config), Addresses(layout.GRADIENTS, len(gated), device))

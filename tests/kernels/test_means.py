@@ -1,0 +1,103 @@
+"""The codes of running means in the kernels: the bits that ``wsn_fast/backends/moments.py`` specifies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from distributions import DISTRIBUTIONS
+from elementwise import assert_same_bits, planted
+from torch import Tensor
+
+from wsn_fast.backends import moments
+from wsn_fast.kernels import _means
+from wsn_fast.kernels._coded_tile import offsets
+
+N = 1024  # a tile
+WARPS = tl.constexpr(4)
+
+
+@triton.jit
+def _encode_kernel(x_ptr, codes_ptr, exponents_ptr, narrow_ptr, n, update, SIGNED: tl.constexpr):
+    lane = offsets(2, WARPS)
+    inside = lane < n
+    x = tl.load(x_ptr + lane, mask=inside, other=1.0)
+    r = _means.dither(lane, update.to(tl.uint32))
+    exponent = _means.exponents(x, inside, SIGNED)
+    tl.store(codes_ptr + lane, _means.encode_8bit(x, exponent, r, SIGNED), mask=inside)
+    place = tl.arange(0, WARPS)[None, :, None, None]
+    tl.store(exponents_ptr + place, exponent, mask=place * 256 < n)
+    tl.store(narrow_ptr + lane, _means.encode_bfloat16(x, r, SIGNED), mask=inside)
+
+
+@triton.jit
+def _decode_kernel(codes_ptr, scales_ptr, narrow_ptr, x_ptr, y_ptr, SIGNED: tl.constexpr):
+    lane = offsets(2, WARPS)
+    scale = tl.load(scales_ptr + tl.arange(0, WARPS))[None, :, None, None]
+    tl.store(x_ptr + lane, _means.decode(tl.load(codes_ptr + lane), scale, 2, SIGNED))
+    tl.store(y_ptr + lane, _means.decode(tl.load(narrow_ptr + lane), scale, 1, SIGNED))
+
+
+def spread(n: int, dtype: torch.dtype) -> Tensor:
+    """Magnitudes of all sizes, and more than an octave above one another."""
+    return torch.randn(n) * 2.0 ** torch.randint(-149, 128, (n,)).double().float()
+
+
+VALUES = {
+    **DISTRIBUTIONS,
+    "planted": planted,
+    "spread": spread,
+    "of close sizes": lambda n, dtype: torch.randn(n) * 2.0 ** torch.randint(-40, 3, (n,)),
+    "largest": lambda n, dtype: torch.rand(n).sub(0.3) * 2.0**127 * 1.9,
+    "infinities alone": lambda n, dtype: torch.full((n,), torch.inf),
+    "negative NaN": lambda n, dtype: torch.full((n,), -1, dtype=torch.int32).view(torch.float32),
+    "zeros": lambda n, dtype: torch.zeros(n),
+}
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("kind", VALUES)
+def test_encoding(kind: str, signed: bool, device: torch.device) -> None:
+    for n, update in ((N, 1), (N - 3, 2), (257, 12345), (5, 2**31 + 7)):
+        x = VALUES[kind](n, torch.float32).float()
+        x = x if signed else x.abs()
+        if n == N:
+            x[:256] *= 1e-30  # blocks of other sizes
+        codes, narrow = (torch.full((N,), 7, dtype=dtype, device=device) for dtype in (torch.uint8, torch.bfloat16))
+        exponents = torch.zeros(4, dtype=torch.int32, device=device)
+        _encode_kernel[(1,)](x.to(device), codes, exponents, narrow, n, update, signed)
+        count = torch.tensor(update)
+        for storage, found in (("8bit", codes), ("bfloat16", narrow)):
+            stored = moments.zeros(x, storage, signed)
+            moments.encode(x, stored, signed, count)
+            assert_same_bits(found[:n].cpu(), stored.values, f"{storage} of {n}")
+            assert bool((found[n:] == 7).all())
+            if stored.scales is not None:
+                scales = (exponents.cpu() << 23).view(torch.float32)[: len(stored.scales)]
+                assert_same_bits(scales, stored.scales, "scale")
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_decoding_of_every_code(signed: bool, device: torch.device) -> None:
+    codes = torch.arange(N).to(torch.uint8)
+    narrow = torch.arange(0, 65536, 64)[:N].to(torch.int32).to(torch.int16).view(torch.bfloat16)
+    for exponents in ((127, 22, 37, 253), (1, 0, 254, 200)):  # the last four are none that an update writes
+        scales = (torch.tensor(exponents, dtype=torch.int32) << 23).view(torch.float32)
+        found = [torch.empty(N, device=device) for _ in range(2)]
+        _decode_kernel[(1,)](codes.to(device), scales.to(device), narrow.to(device), *found, signed)
+        like = torch.empty(N)
+        for mine, stored in zip(found, (moments.Stored(codes, scales), moments.Stored(narrow, None)), strict=True):
+            assert_same_bits(mine.cpu(), moments.decode(stored, like, signed), stored.storage)
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_the_constants_are_those_of_the_specification(signed: bool) -> None:
+    code = moments.SIGNED if signed else moments.UNSIGNED
+    name = "SIGNED" if signed else "UNSIGNED"
+    parts = getattr(_means, f"{name}_PARTS")
+    assert [moments.Part(23 - shift, steps) for shift, steps in reversed(parts)] == [*code.parts]
+    assert (getattr(_means, f"{name}_TOP").value, getattr(_means, f"{name}_LEAST").value) == (code.top, code.least)
+    assert code.infinity == code.top + 1 and code.nan == code.top + 2  # what the kernels count on
+    assert _means.STORAGES == moments.STORAGES and _means.BLOCK.value == moments.BLOCK
+    assert (_means.ALONG.value, _means.ONWARD.value) == (moments.ALONG, moments.ONWARD)
