@@ -33,7 +33,6 @@ from .threshold import membership, stretch
 from .threshold_table import DTYPES, SEARCH_REGISTERS
 from .update_table import UpdateTable, Workspace
 
-
 WARPS = 4
 """How many warps a program of ``settle_kernel`` has."""
 
