@@ -86,6 +86,11 @@ def gates() -> Calls:
         w = tensor(N, o["w"], o["aligned"])
         order = GateOrder(w, empty(N, dtype=o["w"]), 10, o["rule"], empty(N, dtype=o["out"]))
         yield functools.partial(backend.gates, [order], {})
+    for o in covering({"w": WIDE, "s": FLOATS, "out": WIDE, "rule": RULES, "aligned": BOTH}):
+        order = GateOrder(
+            tensor(N, o["w"], o["aligned"]), empty(N, dtype=o["s"]), 10, o["rule"], empty(N, dtype=o["out"])
+        )
+        yield functools.partial(backend.gates, [order])
 
 
 GRADIENTS = {
