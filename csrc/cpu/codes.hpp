@@ -240,6 +240,118 @@ float encode_block(const float *values, uint32_t r, uint8_t *codes) {
   return encode_block<kSigned>(values, largest, r, codes);
 }
 
+#elif defined(__AVX2__)
+
+// Upper halves of 16 floats at a time, as decode_any finds them.
+template <bool kSigned>
+void decode_block(const uint8_t *codes, int32_t exponent, float *out) {
+  using C = Code<kSigned>;
+  const __m256i zero = _mm256_setzero_si256();
+  __m256i ahead[C::parts];
+  for (int k = 0; k < C::parts; ++k)
+    ahead[k] = _mm256_set1_epi16(short((C::start(k, exponent) >> C::shift[k]) - C::first[k]));
+  for (int64_t j = 0; j < kScaleBlock; j += 16) {
+    const __m256i whole = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + j)));
+    const __m256i p = kSigned ? _mm256_and_si256(whole, _mm256_set1_epi16(0x7f)) : whole;
+    __m256i upper = _mm256_slli_epi16(_mm256_add_epi16(p, ahead[0]), C::shift[0] - 16);
+    for (int k = 1; k < C::parts; ++k)
+      upper = _mm256_min_epu16(upper, _mm256_slli_epi16(_mm256_add_epi16(p, ahead[k]), C::shift[k] - 16));
+    upper = _mm256_andnot_si256(_mm256_cmpeq_epi16(p, zero), upper);
+    upper = _mm256_blendv_epi8(upper, _mm256_set1_epi16(kInfinity >> 16),
+                               _mm256_cmpeq_epi16(p, _mm256_set1_epi16(C::infinity)));
+    if (kSigned)
+      upper = _mm256_or_si256(upper, _mm256_and_si256(_mm256_slli_epi16(whole, 8), _mm256_set1_epi16(-0x8000)));
+    upper = _mm256_blendv_epi8(upper, _mm256_set1_epi16(kNan >> 16),
+                               _mm256_cmpeq_epi16(whole, _mm256_set1_epi16(C::nan)));
+    upper = _mm256_permute4x64_epi64(upper, 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + j), _mm256_unpacklo_epi16(zero, upper));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + j + 8), _mm256_unpackhi_epi16(zero, upper));
+  }
+}
+
+// 16 numbers below 256 as a table of bytes, in both halves.
+inline __m256i byte_table(__m256i low, __m256i high) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+  return _mm256_broadcastsi128_si256(
+      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+// Eight at a time. Positions are below 256, so the lowest byte of a part's first one is enough.
+template <bool kSigned>
+class Encoder {
+  using C = Code<kSigned>;
+  using O = Octaves<kSigned>;
+
+ public:
+  Encoder(int32_t exponent, uint32_t r)
+      : base_(_mm256_set1_epi32((exponent - O::below) << 23)), lowest_(_mm256_set1_epi32(C::start(0, exponent))),
+        dither_(_mm256_add_epi32(_mm256_set1_epi32(int(r)),
+                                 _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                                    _mm256_set1_epi32(int(kAlong))))) {
+    __m256i shift[2], first[2];
+    for (int half = 0; half < 2; ++half) {
+      shift[half] = load(kOctaves<kSigned>.shift + 8 * half);
+      const __m256i bits = _mm256_sub_epi32(_mm256_set1_epi32(23), shift[half]);
+      const __m256i ahead = _mm256_sub_epi32(load(kOctaves<kSigned>.first + 8 * half),
+                                             _mm256_sllv_epi32(_mm256_set1_epi32(exponent), bits));
+      first[half] = _mm256_and_si256(ahead, _mm256_set1_epi32(0xff));
+    }
+    shifts_ = byte_table(shift[0], shift[1]), firsts_ = byte_table(first[0], first[1]);
+  }
+
+  // The codes of the next eight values.
+  WSN_INLINE __m256i codes(const float *values) {
+    const __m256i x = load(values), a = _mm256_and_si256(x, _mm256_set1_epi32(kMagnitude));
+    const __m256i place =
+        _mm256_max_epi32(_mm256_srai_epi32(_mm256_sub_epi32(a, base_), O::width), _mm256_setzero_si256());
+    const __m256i lowest_byte = _mm256_or_si256(place, _mm256_set1_epi32(int(0x80808000)));
+    const __m256i shift = _mm256_shuffle_epi8(shifts_, lowest_byte), first = _mm256_shuffle_epi8(firsts_, lowest_byte);
+    const __m256i up = _mm256_srlv_epi32(dither_, _mm256_sub_epi32(_mm256_set1_epi32(32), shift));
+    dither_ = _mm256_add_epi32(dither_, _mm256_set1_epi32(int(8 * kAlong)));
+    __m256i p = _mm256_add_epi32(_mm256_srlv_epi32(_mm256_add_epi32(a, up), shift), first);
+    p = _mm256_and_si256(p, _mm256_set1_epi32(0xff));
+    const __m256i below = _mm256_cmpgt_epi32(lowest_, a);
+    if (kSigned) {
+      p = _mm256_or_si256(p, _mm256_and_si256(_mm256_srli_epi32(x, 24), _mm256_set1_epi32(0x80)));
+      return _mm256_andnot_si256(below, p);
+    }
+    p = _mm256_blendv_epi8(p, _mm256_set1_epi32(1), below);
+    return _mm256_andnot_si256(_mm256_cmpeq_epi32(a, _mm256_setzero_si256()), p);
+  }
+
+  static WSN_INLINE __m256i load(const void *data) {
+    return _mm256_loadu_si256(static_cast<const __m256i *>(data));
+  }
+
+ private:
+  const __m256i base_, lowest_;
+  __m256i dither_, shifts_, firsts_;
+};
+
+template <bool kSigned>
+float encode_block(const float *values, uint32_t r, uint8_t *codes) {
+  using E = Encoder<kSigned>;
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t j = 0; j < kScaleBlock; j += 8)
+    largest = _mm256_max_epi32(largest, _mm256_and_si256(E::load(values + j), _mm256_set1_epi32(kMagnitude)));
+  int32_t lanes[8], most = 0;
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(lanes), largest);
+  for (const int32_t lane : lanes) most = most < lane ? lane : most;
+  most >>= 23;
+  if (most > kGreatest) return encode_any<kSigned>(values, r, kScaleBlock, codes);  // rare: too large, or not finite
+  const int32_t exponent = most < Code<kSigned>::least ? Code<kSigned>::least : most;
+  E encoder(exponent, r);
+  for (int64_t j = 0; j < kScaleBlock; j += 32) {
+    __m256i part[4];
+    for (int k = 0; k < 4; ++k) part[k] = encoder.codes(values + j + 8 * k);
+    const __m256i bytes =
+        _mm256_packus_epi16(_mm256_packus_epi32(part[0], part[1]), _mm256_packus_epi32(part[2], part[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes + j), _mm256_permutevar8x32_epi32(bytes, order));
+  }
+  return bits_as<float>(exponent << 23);
+}
+
 #else
 
 template <bool kSigned>

@@ -391,6 +391,14 @@ void unpack_words(const uint8_t *packed, int64_t n, W *WSN_RESTRICT words) {
       const auto bits = __mmask16(packed[i / 8] | packed[i / 8 + 1] << 8);
       _mm512_storeu_si512(words + i, _mm512_maskz_set1_epi32(bits, -1));
     }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(W) == 4) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    for (; i + 8 <= n; i += 8) {
+      const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(packed[i / 8]), bit);
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(words + i), _mm256_cmpeq_epi32(bits, bit));
+    }
+  }
 #endif
   for (; i + 8 <= n; i += 8)
     for (int64_t j = 0; j < 8; ++j) words[i + j] = W(0) - W(packed[i / 8] >> j & 1);
