@@ -181,7 +181,7 @@ class OursOnePassCaptured(OursCaptured):
 
 
 COMPETITORS: tuple[type[Competitor], ...] = (
-    Dense, Ours, OursGuarded, OursOnePass, OursOnePassCoded, OursCaptured, OursOnePassCaptured, Eager, Paper, Clarena, OursCompiled,
-    EagerCompiled,
+    Dense, Ours, OursGuarded, OursOnePass, OursOnePassCoded, OursCaptured, OursOnePassCaptured, Eager, Paper, Clarena,
+    OursCompiled, EagerCompiled,
 )  # fmt: skip
 """All competitors, in the order of rows."""
