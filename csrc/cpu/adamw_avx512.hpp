@@ -131,7 +131,8 @@ template <int kTransform>
 class NextBlock {
  public:
   explicit NextBlock(const wsn::Speculation *s)
-      : speculation_(s), out_(s ? static_cast<float *>(s->gate.out) : nullptr) {
+      : speculation_(s), out_(s ? static_cast<float *>(s->gate.out) : nullptr),
+        streams_(s && s->gate.streams && reinterpret_cast<uintptr_t>(out_) % 64 == 0) {
     if (!s) return;
     guess_ = _mm512_set1_epi32(int32_t(s->gate.tau));
     lo_ = _mm512_set1_epi32(int32_t(s->lo));
@@ -142,7 +143,7 @@ class NextBlock {
     if (!speculation_) return;
     const __m512i key = keys_of<kTransform>(scores, infinity);
     const __m512 masked = _mm512_maskz_mov_ps(_mm512_cmpge_epi32_mask(key, guess_), weight);
-    if (speculation_->gate.streams)
+    if (streams_)
       _mm512_stream_ps(out_ + i, masked);
     else
       prefetch_line(out_ + i + kAheadOf), _mm512_storeu_ps(out_ + i, masked);
@@ -174,6 +175,7 @@ class NextBlock {
 
   const wsn::Speculation *const speculation_;
   float *const out_;
+  const bool streams_;  // past the caches: masked weights that leave them before the next forward pass
   __m512i guess_ = _mm512_setzero_si512(), lo_ = guess_, span_ = guess_, below_ = guess_;
   int64_t same_ = 0, listed_ = 0;
   wsn::Listed list_[kScaleBlock];
@@ -220,6 +222,7 @@ void adamw_blocks(const wsn::Gradients &g, const wsn::Update<wsn::AdamWStep> &fo
     weight_means.store(), scores_means.store();
     next.finish(counts);
   }
+  if (speculation && speculation->gate.streams) _mm_sfence();
 }
 
 // Does as many whole blocks of scales as there are from `begin` on, and returns where the rest begins.
