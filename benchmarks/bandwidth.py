@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wsn_fast.backends import native
+from wsn_fast.backends import moments, native
 from wsn_fast.backends import torch as portable
 from wsn_fast.backends.mask import GateOrder, GradientOrder
-from wsn_fast.backends.updates import WINDOW, AdamW, AdamWState, Batch, Gradient, Next, Update
+from wsn_fast.backends.updates import WINDOW, AdamW, AdamWState, Batch, CodedAdamWState, Gradient, Next, Update
 
 from .checks import check_same
 from .provenance import provenance
@@ -48,9 +48,14 @@ def kernels(n: int) -> list[Kernel]:
     gradients = [GradientOrder(grad, weight, scores, tau, union, RULE, dweight, dscores)]
     check(gate, gradients)
     state = AdamWState(*(torch.zeros(n) for _ in range(4)), torch.ones(()), torch.ones(()))
+    means = [moments.zeros(weight, "8bit", signed) for signed in (True, False, True, False)]
+    coded = CodedAdamWState(*means, torch.ones(()), torch.ones(()))
     following = Next(masked, tau.clone(), rank, torch.zeros(WINDOW, dtype=torch.int64))
-    update = Update(weight, scores, union, RULE, state, following)
-    batch = Batch([update], [Gradient(grad, None, following.tau)], None, {})
+    batch, coded_batch = (
+        Batch([Update(weight, scores, union, RULE, one, following)], [Gradient(grad, None, following.tau)], None, {})
+        for one in (state, coded)
+    )
+    settings = [(SETTINGS, SETTINGS)]
     dense = nn.Parameter(torch.randn(n))
     dense.grad = torch.randn(n)
     optimizer = torch.optim.AdamW([dense], 1e-5, fused=True)
@@ -60,7 +65,8 @@ def kernels(n: int) -> list[Kernel]:
         Kernel("threshold", lambda: native.threshold(scores, rank, RULE), 4),
         Kernel("threshold and gate", lambda: native.gates(gate, plan), 16),
         Kernel("gradients of Eq. 4 and 5", lambda: native.gates_backward(gradients, gradient_plan), 20.125),
-        Kernel("one-pass AdamW with the next gate", lambda: native.adamw_step(batch, [(SETTINGS, SETTINGS)]), 56.125),
+        Kernel("one-pass AdamW with the next gate", lambda: native.adamw_step(batch, settings), 56.125),
+        Kernel("the same, means in 8 bits", lambda: native.adamw_coded_step(coded_batch, settings), 32.25),
         Kernel("dense AdamW, torch, fused", optimizer.step, 28),
     ]
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from wsn_fast import WSN, TaskHeads, capture_step, convert, topc_mask
+from wsn_fast.backends.moments import encode, zeros
 from wsn_fast.optim.optimizers import SubnetAdamW
+from wsn_fast.optim.stored_means import mean_in
 
-from .checks import UnavailableError, WrongResultError
+from .checks import UnavailableError, WrongResultError, check_same
 from .competitors import LEARNING_RATE, Clarena, Competitor, Dense, Eager, EagerCompiled, Paper
 from .data import DENSITY, FROZEN
 from .problem import HEAD, Problem
@@ -24,6 +26,7 @@ class Ours(Competitor):
 
     name = "ours"
     one_pass: ClassVar[bool] = False
+    moments: ClassVar[str] = "float32"
 
     def build(self, net: nn.Module) -> None:
         problem = self.problem
@@ -51,7 +54,7 @@ class Ours(Competitor):
         return topc_mask(scores, DENSITY, rule=self.layers[name].rule, backend=self.layers[name].backend)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = SubnetAdamW(self.wsn, LEARNING_RATE, one_pass=self.one_pass)
+        optimizer = SubnetAdamW(self.wsn, LEARNING_RATE, one_pass=self.one_pass, moments=self.moments)
         for group in optimizer.param_groups:
             group["capturable"] = self.problem.device.type == "cuda"  # its step count is on the device anyway
         return optimizer
@@ -89,6 +92,34 @@ class OursOnePass(Ours):
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         return self.mean_gradient(parameter)
+
+
+class OursOnePassCoded(OursOnePass):
+    """The one-pass step with its running means in 8 bits."""
+
+    name, moments = "ours, one pass, 8 bits", "8bit"
+
+    def check(self) -> str:
+        """After the first step: that of a twin with means in float32, which is checked in full, is the same to the bit,
+        and the codes are those of its means."""
+        twin = OursOnePass(self.problem)
+        twin.step()
+        checked = twin.check()
+        check_same(self.y, twin.y, "result")
+        for name, parameter in self.parameters.items():
+            theirs = twin.parameters[name]
+            check_same(parameter.detach(), theirs.detach(), name)
+            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                found = mean_in(self.optimizer.state[parameter], key)
+                assert found is not None
+                if found.storage == "float32":  # of a head, which is not gated
+                    continue
+                mean = twin.optimizer.state[theirs][key]
+                expected = zeros(mean, found.storage, signed)
+                encode(mean, expected, signed, torch.ones((), device=mean.device))
+                check_same(found.values, expected.values, f"{key} of {name}")
+        self.check_later()
+        return f"as in float32, which has: {checked}"
 
 
 class OursCompiled(Ours):
@@ -150,7 +181,7 @@ class OursOnePassCaptured(OursCaptured):
 
 
 COMPETITORS: tuple[type[Competitor], ...] = (
-    Dense, Ours, OursGuarded, OursOnePass, OursCaptured, OursOnePassCaptured, Eager, Paper, Clarena, OursCompiled,
-    EagerCompiled,
+    Dense, Ours, OursGuarded, OursOnePass, OursOnePassCoded, OursCaptured, OursOnePassCaptured, Eager, Paper, Clarena,
+    OursCompiled, EagerCompiled,
 )  # fmt: skip
 """All competitors, in the order of rows."""

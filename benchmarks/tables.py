@@ -12,6 +12,7 @@ SUMMARY = ("linear step", "net step", "conv step", "inference", "threshold")
 """The operations of the compact table."""
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "ours, one pass": ("ours, one pass",),
+    "ours, one pass, 8 bits": ("ours, one pass, 8 bits",),
     "ours": ("ours",),
     "ours, guarded": ("ours, guarded",),
     "dense": ("dense",),

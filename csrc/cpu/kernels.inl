@@ -5,11 +5,9 @@
 // compiler to vectorise: one block at a time, without branches, through buffers that stay in the first-level cache.
 #include <type_traits>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
+#include "adamw_avx512.hpp"
 #include "bits.hpp"
+#include "intrinsics.hpp"
 #include "kernels.hpp"
 #include "means.hpp"
 #include "numbers.hpp"
@@ -37,6 +35,9 @@ using wsn::kBlock;
 using wsn::SgdStep;
 using wsn::Source;
 
+// Elements that a step of an optimizer has in hand at once: their means, decoded, stay in the first-level cache.
+constexpr int64_t kStepBlock = 512;
+
 inline int64_t block_length(int64_t begin, int64_t end) { return end - begin < kBlock ? end - begin : kBlock; }
 
 template <class Key, int kTransform>
@@ -62,7 +63,7 @@ auto with_kind(const Source &source, F f) {
 }
 
 template <class K>
-inline typename K::I key_of(typename K::I bits, typename K::I infinity) {
+WSN_INLINE typename K::I key_of(typename K::I bits, typename K::I infinity) {
   using I = typename K::I;
   if (K::transform == wsn::kKeys) return bits;
   const I magnitude = I(bits & I(typename K::U(-1) >> 1));
@@ -71,7 +72,7 @@ inline typename K::I key_of(typename K::I bits, typename K::I infinity) {
 }
 
 template <class K>
-inline typename K::I key_at(const void *data, int64_t i, typename K::I infinity) {
+WSN_INLINE typename K::I key_at(const void *data, int64_t i, typename K::I infinity) {
   return key_of<K>(at<typename K::I>(data, i), infinity);
 }
 
@@ -363,7 +364,7 @@ void backward(const wsn::Backward &a, int64_t begin, int64_t end) {
 // there, where processors are a hundred times slower. So these are 0: nothing that a parameter could feel. Where means
 // are stored in fewer bytes (not kPlain), their code sees to this. GCC vectorises a loop with a constant bound only.
 template <bool kPlain, class T>
-inline T normal_or_zero(T x) {
+WSN_INLINE T normal_or_zero(T x) {
   constexpr T least = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
   return kPlain && (x < 0 ? -x : x) < least ? T(0) : x;
 }
@@ -380,9 +381,33 @@ void with_constant(bool condition, F f) {
 template <class T>
 using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
+// All bits of a word set where the packed bit is, else none.
+template <class W>
+void unpack_words(const uint8_t *packed, int64_t n, W *WSN_RESTRICT words) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(W) == 4)
+    for (; i + 16 <= n; i += 16) {
+      const auto bits = __mmask16(packed[i / 8] | packed[i / 8 + 1] << 8);
+      _mm512_storeu_si512(words + i, _mm512_maskz_set1_epi32(bits, -1));
+    }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(W) == 4) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    for (; i + 8 <= n; i += 8) {
+      const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(packed[i / 8]), bit);
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(words + i), _mm256_cmpeq_epi32(bits, bit));
+    }
+  }
+#endif
+  for (; i + 8 <= n; i += 8)
+    for (int64_t j = 0; j < 8; ++j) words[i + j] = W(0) - W(packed[i / 8] >> j & 1);
+  for (; i < n; ++i) words[i] = W(0) - W(packed[i / 8] >> (i % 8) & 1);
+}
+
 // Frozen values have all bits set in `frozen`, which may be NULL, and keep theirs.
 template <bool kFrozen, class T>
-inline void put_unless_frozen(void *param, int64_t j, T before, T after, const Word<T> *frozen) {
+WSN_INLINE void put_unless_frozen(void *param, int64_t j, T before, T after, const Word<T> *frozen) {
   if (kFrozen) {
     const Word<T> kept = bits_as<Word<T>>(before) & frozen[j], changed = bits_as<Word<T>>(after) & ~frozen[j];
     put(param, j, Word<T>(kept | changed));
@@ -404,7 +429,7 @@ struct AdamW {
         correction(T(step.root_correction)), near(step.lerp < 0.5) {}
 
   template <bool kCoupled>
-  T after(T before, T grad, void *avg, void *avg_sq, int64_t j) const {
+  WSN_INLINE T after(T before, T grad, void *avg, void *avg_sq, int64_t j) const {
     const T m = at<T>(avg, j), g = kCoupled ? multiply_add(before, decay, grad) : grad;
     const T m_new = normal_or_zero<kPlain>(multiply_add(lerp, g - m, near ? m : g));
     const T v_new = normal_or_zero<kPlain>(at<T>(avg_sq, j) * beta2 + rest2 * g * g);
@@ -610,20 +635,57 @@ bool update_pair(const wsn::Gradients &, const wsn::Update<SgdStep> &, const wsn
   return false;
 }
 
+// The operands of a step after element i, up to element `end` of them: on their way into the second-level cache.
+// Hardware follows a stream up to the end of a page (1024 floats), and each step reads eight or more of them.
+constexpr int64_t kAhead = 1024;
+
+inline void prefetch(const void *data, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(data) + i, 0, 2);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+template <class T>
+void prefetch_means(const wsn::Means &means, int64_t i, int64_t n) {
+  if (means.values == nullptr) return;
+  const int64_t size = means.storage == WSN_MEANS_8BIT ? 1 : means.storage == WSN_MEANS_BFLOAT16 ? 2 : int64_t(sizeof(T));
+  prefetch(static_cast<const char *>(means.values) + i * size, n * size);
+}
+
+template <class T, class Step>
+void prefetch_step(const wsn::Gradients &g, const wsn::Update<Step> &weight, const wsn::Update<Step> &scores,
+                   const wsn::Speculation *speculation, int64_t i, int64_t end) {
+  const int64_t n = end - i < kStepBlock ? end - i : kStepBlock;
+  const wsn::Backward &a = g.a;
+  if (n <= 0) return;
+  prefetch(element(a.weight, a.weight_dtype, i), n * size_of(a.weight_dtype));
+  prefetch(element(a.scores.data, a.scores_dtype, i), n * size_of(a.scores_dtype));
+  prefetch(element(a.grad, a.grad_dtype, i), n * size_of(a.grad_dtype));
+  if (g.score_grad) prefetch(element(g.score_grad, a.scores_dtype, i), n * size_of(a.scores_dtype));
+  prefetch_means<T>(weight.first, i, n), prefetch_means<T>(weight.second, i, n);
+  prefetch_means<T>(scores.first, i, n), prefetch_means<T>(scores.second, i, n);
+  if (speculation)
+    prefetch(element(speculation->gate.out, speculation->gate.out_dtype, i), n * size_of(speculation->gate.out_dtype));
+}
+
 template <class T, class Step>
 void step_typed(const wsn::Gradients &g, const wsn::Update<Step> &weight, const wsn::Update<Step> &scores,
                 const wsn::Speculation *speculation, int64_t begin, int64_t end, int64_t *counts) {
   const wsn::Backward &a = g.a;
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<Step, AdamWStep>)
+    begin = adamw_whole_blocks(g, weight, scores, speculation, begin, end, counts);
+#endif
   GradientBlock<T> grads;
-  alignas(64) Word<T> words[kBlock];
+  alignas(64) Word<T> words[kStepBlock];
   const Word<T> *const frozen = a.union_mask ? words : nullptr;
   MeansBlock<Step> weight_means(weight), scores_means(scores);
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = block_length(i, end);
-    if (frozen) {
-      unpack_block(a.union_mask + i / 8, n, grads.flags);
-      for (int64_t j = 0; j < n; ++j) words[j] = Word<T>(0) - grads.flags[j];
-    }
+  for (int64_t i = begin; i < end; i += kStepBlock) {
+    const int64_t n = end - i < kStepBlock ? end - i : kStepBlock;
+    prefetch_step<T>(g, weight, scores, speculation, i + kAhead, end);
+    if (frozen) unpack_words(a.union_mask + i / 8, n, words);
     const wsn::Update<Step> &for_weight = weight_means.load(i, n), &for_scores = scores_means.load(i, n);
     if (!update_pair<T>(g, for_weight, for_scores, frozen, i, n)) {
       grads.form(g, i, n);

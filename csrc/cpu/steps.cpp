@@ -61,6 +61,7 @@ class NextGate {
     if (!list_) room_ = 0;
     gate_ = {wsn::source_of(t.scores, t.dtype, t.rule), 0,      nullptr, t.weight, t.dtype, nullptr, nullptr,
              next_.masked,                              next_.masked_dtype};
+    gate_.streams = t.n * wsn::item_size(next_.masked_dtype) >= wsn::kStreamedBytes;
   }
 
   // Before the pass: nothing to go by, and no speculation, in the first step.

@@ -71,29 +71,38 @@ void check_list_that_overflows() {
   for (const int threads : {1, 4}) CHECK(threshold(middle, kSize / 2, threads) == sorted[size_t(kSize / 2)]);
 }
 
-std::vector<uint8_t> gate_and_step(int threads) {
+// Means as they are, in bfloat16 or in 8 bits.
+std::vector<uint8_t> gate_and_step(int threads, int storage) {
   std::vector<float> weight = random_scores(kSize), scores(weight.rbegin(), weight.rend()), grad = weight;
-  std::vector<float> out(weight.size()), states[4];
-  std::vector<uint8_t> packed(size_t(kSize + 7) / 8), result;
-  for (auto &state : states) state.resize(weight.size());
+  std::vector<float> out(weight.size()), scales[4];
+  std::vector<uint8_t> packed(size_t(kSize + 7) / 8), states[4], result;
+  const size_t bytes[] = {4, 2, 1};
+  for (auto &state : states) state.resize(weight.size() * bytes[storage]);
+  for (auto &scale : scales) scale.resize((weight.size() + WSN_MEANS_BLOCK - 1) / WSN_MEANS_BLOCK, 1.0f);
   const float tau = 0.7f;
-  const wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 1e-2, 1, 1};
+  wsn_adamw adamw = {1e-3, 0.9, 0.999, 1e-8, 1e-2, 1, 1};
   CHECK(wsn_gate(weight.data(), 0, scores.data(), 0, &tau, 0, out.data(), 0, packed.data(), kSize, threads) == WSN_OK);
   float next_tau = 0;
   int64_t window[WSN_WINDOW] = {};
   double sums[2];
   const wsn_next next = {out.data(), &next_tau, window, kSize / 2, WSN_FLOAT32};
   const wsn_gated t = {grad.data(), nullptr, weight.data(), scores.data(), &tau, packed.data(), &next, kSize, 1.0, 0, 0, 0};
-  const wsn_adamw_item item = {t, states[0].data(), states[1].data(), states[2].data(), states[3].data(),
-                               adamw, adamw, nullptr, nullptr, nullptr, nullptr, 0, 0};
   CHECK(wsn_gradient_squares(&t, 1, sums, threads) == WSN_OK);
-  for (int step = 0; step < 5; ++step) CHECK(wsn_adamw_step(&item, 1, threads) == WSN_OK);
-  CHECK(window[WSN_WINDOW - 2] > 0);
-  result.assign(reinterpret_cast<const uint8_t *>(sums), reinterpret_cast<const uint8_t *>(sums + 2));
-  for (const std::vector<float> &part : {out, weight, scores, states[0], states[3]}) {
-    const auto *const bytes = reinterpret_cast<const uint8_t *>(part.data());
-    result.insert(result.end(), bytes, bytes + part.size() * sizeof(float));
+  for (adamw.step = 1; adamw.step <= 5; ++adamw.step) {
+    const wsn_adamw_item item = {t, states[0].data(), states[1].data(), states[2].data(), states[3].data(),
+                                 adamw, adamw, scales[0].data(), scales[1].data(), scales[2].data(), scales[3].data(),
+                                 storage, storage};
+    CHECK(wsn_adamw_step(&item, 1, threads) == WSN_OK);
   }
+  CHECK(window[WSN_WINDOW - 2] > 0);
+  const auto add = [&](const void *data, size_t size) {
+    const auto *const first = static_cast<const uint8_t *>(data);
+    result.insert(result.end(), first, first + size);
+  };
+  add(sums, sizeof sums);
+  for (const std::vector<float> *part : {&out, &weight, &scores, &scales[0], &scales[1], &scales[2], &scales[3]})
+    add(part->data(), part->size() * sizeof(float));
+  for (const std::vector<uint8_t> &state : states) add(state.data(), state.size());
   return result;
 }
 
@@ -161,13 +170,27 @@ void check_many_tensors() {
 }
 
 void check_callers_at_once() {
-  const std::vector<uint8_t> expected = gate_and_step(1);
-  std::vector<std::thread> callers;
-  std::vector<int> same(4);
-  for (size_t i = 0; i < same.size(); ++i)
-    callers.emplace_back([&, i] { same[i] = gate_and_step(1 + int(i)) == expected; });
-  for (std::thread &caller : callers) caller.join();
-  for (const int equal : same) CHECK(equal);
+  for (const int storage : {WSN_MEANS_PLAIN, WSN_MEANS_BFLOAT16, WSN_MEANS_8BIT}) {
+    const std::vector<uint8_t> expected = gate_and_step(1, storage);
+    std::vector<std::thread> callers;
+    std::vector<int> same(4);
+    for (size_t i = 0; i < same.size(); ++i)
+      callers.emplace_back([&, i] { same[i] = gate_and_step(1 + int(i), storage) == expected; });
+    for (std::thread &caller : callers) caller.join();
+    for (const int equal : same) CHECK(equal);
+  }
+}
+
+// The loops for AVX2 and AVX-512, which both fuse products and sums, store the same bits.
+void check_instruction_sets() {
+  const int best = wsn_limit_instructions(-1);
+  for (const int storage : {WSN_MEANS_PLAIN, WSN_MEANS_BFLOAT16, WSN_MEANS_8BIT}) {
+    const std::vector<uint8_t> expected = gate_and_step(2, storage);
+    wsn_limit_instructions(1);
+    const std::vector<uint8_t> found = gate_and_step(2, storage);
+    wsn_limit_instructions(best);
+    CHECK(std::memcmp(found.data() + 16, expected.data() + 16, expected.size() - 16) == 0);  // but for the sums
+  }
 }
 
 // The pool of the parent is in use before; a child that waits for its threads would wait for ever.
@@ -195,6 +218,7 @@ int main() {
   check_restore_many();
   check_many_tensors();
   check_callers_at_once();
+  check_instruction_sets();
   check_fork();
   return report();
 }

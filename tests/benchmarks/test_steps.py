@@ -20,7 +20,7 @@ from benchmarks import memory
 from benchmarks.cases import verify
 from benchmarks.checks import UnavailableError, WrongResultError
 from benchmarks.competitors import Clarena, Competitor, Dense, Paper
-from benchmarks.ours import COMPETITORS, Ours, OursCaptured, OursOnePass, OursOnePassCaptured
+from benchmarks.ours import COMPETITORS, Ours, OursCaptured, OursOnePass, OursOnePassCaptured, OursOnePassCoded
 from benchmarks.problem import Problem, StepShape
 from benchmarks.rows import Row
 from benchmarks.shapes import TINY, LinearShape
@@ -201,6 +201,16 @@ def test_the_memory_of_a_dense_step_is_weight_gradient_and_moments() -> None:
     peak = memory.on_cpu(Dense, shape)[memory.NOTE]
     batch = 4 * 8 * (2048 + 2048) * 2 / 2048**2  # input and result, and their gradients
     assert peak == pytest.approx(4 * 4 + batch, abs=0.7)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel cannot reset a peak")
+def test_a_step_with_means_in_8_bits_takes_20_bytes_and_a_bit_of_a_scale_and_a_mask() -> None:
+    """Weight, scores, masked weight and its gradient in 4 bytes each, and the four codes. The target is 21."""
+    shape = LinearShape(2048, 2048, 8)
+    peak = memory.on_cpu(OursOnePassCoded, shape)[memory.NOTE]
+    batch = 4 * 8 * (2048 + 2048) * 2 / 2048**2  # input and result, and their gradients
+    assert peak - batch <= 21
+    assert peak == pytest.approx(4 * 4 + 4 * (1 + 4 / 256) + 1 / 8 + batch, abs=0.7)
 
 
 def test_small_layers_have_no_measured_memory() -> None:

@@ -148,7 +148,7 @@ def test_the_loss_falls(kind: str, how: dict[str, str]) -> None:
 
 
 @MODES
-@HOW
+@pytest.mark.parametrize("how", [{}, *STORED.values()], ids=["float32", *STORED])
 @KIND
 def test_finished_tasks_stay_the_same_to_the_bit(kind: str, how: dict[str, str], one_pass: bool, backend: str) -> None:
     wsn, optimizer = trained(kind, backend, one_pass=one_pass, **how)

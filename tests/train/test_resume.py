@@ -148,8 +148,8 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
 
 @pytest.mark.parametrize(
     "way",
-    [{"one_pass": False}, {"one_pass": True}, {"one_pass": True, "moments": "8bit"}],
-    ids=["torch", "one-pass", "8bit"],
+    [{"one_pass": False}, {"one_pass": True}, *({"one_pass": True, "moments": kind} for kind in ("8bit", "bfloat16"))],
+    ids=["torch", "one-pass", "8bit", "bfloat16"],
 )
 @pytest.mark.parametrize(
     ("optimizer", "seconds"),  # 0 saves after every epoch, 1e9 after every task

@@ -156,12 +156,35 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert receive.poll() and receive.recv() == expected
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump shows the instructions, and is not here")
-@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="these are instructions of x86-64")
-@pytest.mark.parametrize("register", ["ymm", "zmm"])
-def test_the_loops_of_adamw_are_vectorised(register: str, library_file: Path) -> None:
+DISASSEMBLED = [
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump shows the instructions, and is not here"),
+    pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="these are those of x86-64"),
+]
+
+
+@pytest.fixture(scope="session")
+def machine_code(library_file: Path) -> str:
+    disassemble = ["objdump", "-d", "--no-show-raw-insn", str(library_file)]
+    return subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("register", [pytest.param(name, marks=DISASSEMBLED) for name in ("ymm", "zmm")])
+def test_the_loops_of_adamw_are_vectorised(register: str, machine_code: str) -> None:
     """A compiler that gives up on one of them leaves results as they are, and makes steps five times slower. Each loop
     has one root of each mean; there are loops for two kinds of gradients, with a union and without, and more."""
-    disassemble = ["objdump", "-d", "--no-show-raw-insn", str(library_file)]
-    code = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
-    assert len(re.findall(rf"vsqrtps\s.*%{register}", code)) >= 12
+    assert len(re.findall(rf"vsqrtps\s.*%{register}", machine_code)) >= 12
+
+
+@pytest.mark.parametrize(
+    ("instruction", "register"),
+    [
+        pytest.param(*names, marks=DISASSEMBLED, id=" ".join(names))
+        for names in (("vpsrlvd", "ymm"), ("vpsllw", "ymm"), ("vpsrlvd", "zmm"), ("vptestmw", "zmm"))
+    ],
+)
+def test_the_loops_of_the_8_bit_code_are_vectorised(instruction: str, register: str, machine_code: str) -> None:
+    """To encode takes two shifts by as many bits as an element says (``vpsrlvd``). To decode, AVX-512 looks up words in
+    pairs of registers, between which bits of the code choose (``vptestmw``), and AVX2 shifts words by 3 to 6 bits
+    (``vpsllw``). Both for two kinds of means."""
+    operands = r"\s+\$0x[3-6],.*" if instruction == "vpsllw" else r"\s.*"
+    assert len(re.findall(rf"{instruction}{operands}%{register}", machine_code)) >= 4
