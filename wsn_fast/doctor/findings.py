@@ -106,7 +106,3 @@ def main() -> int:
         sys.stdout.write("".join(f"{f.subject}  {f.found}  {f.reason}\n" for f in installation()) + f"\n{error}\n")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The check of ``wsn_fast.doctor`` on the kernels of this backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wsn_fast.backends import choice, triton
+from wsn_fast.backends import torch as portable
+from wsn_fast.doctor import checking
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+
+
+def test_every_kernel_passes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(operation: str, *_: object) -> choice.Choice:
+        found = hasattr(triton, operation)
+        return choice.Choice(triton, "triton", "") if found else choice.Choice(portable, "torch", "no kernel")
+
+    monkeypatch.setattr(checking, "choose", choose)
+    monkeypatch.setattr(checking, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(checking, "SIZES", (1, 63, 700))
+    assert {verdict.operation: verdict.problem for verdict in checking.check(device) if verdict.problem} == {}
