@@ -110,16 +110,29 @@ def _sample(row_ptr, state_ptr, magnitude, DTYPE: tl.constexpr, SAMPLE: tl.const
     x = tl.load(x_ptr + tl.where(n > SAMPLE, spread, i), mask=i < n, other=0.0)
     key = tl.where(magnitude > 0, order_key(x, True), order_key(x, False))
     key = tl.where(i < n, key, 0xFFFFFFFF)  # larger than every key, so it is never counted as below
-    low = tl.zeros((), tl.uint32)
-    high = tl.zeros((), tl.uint32)
-    bits = DTYPE.primitive_bitwidth - magnitude
-    for bit in range(bits):
-        step = tl.full((), 1, tl.uint32) << (bits - 1 - bit).to(tl.uint32)
+    # Bisection: each end is known up to a cell of 2**bit keys, from low or high on, with so many keys of the sample
+    # below the cell and so many below its end. It ends when few keys are left in both cells, whose outer ends are those
+    # of the window. Many equal keys are never few, so that such a key becomes an end itself.
+    low, high = tl.zeros((), tl.uint32), tl.zeros((), tl.uint32)
+    low_below, high_below = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    low_until = tl.minimum(n, SAMPLE).to(tl.int32)
+    high_until = low_until
+    few = tl.where(n > SAMPLE, SAMPLE // 256, -1)  # a sample of all scores finds the threshold itself
+    bit = DTYPE.primitive_bitwidth - magnitude
+    while (bit > 0) & (tl.maximum(low_until - low_below, high_until - high_below) > few):
+        bit -= 1
+        step = tl.full((), 1, tl.uint32) << bit.to(tl.uint32)
         # Two counts in one sum; low is never above high.
         below = tl.sum(tl.where(key < low + step, 0x10001, tl.where(key < high + step, 0x10000, 0)), 0)
-        low = tl.where((below & 0xFFFF) <= low_rank, low + step, low)
-        high = tl.where((below >> 16) <= high_rank, high + step, high)
-    clear_state(state_ptr, low.to(tl.int64), high.to(tl.int64), 0)
+        of_low, of_high = below & 0xFFFF, below >> 16
+        up = of_low <= low_rank
+        low = tl.where(up, low + step, low)
+        low_below, low_until = tl.where(up, of_low, low_below), tl.where(up, low_until, of_low)
+        up = of_high <= high_rank
+        high = tl.where(up, high + step, high)
+        high_below, high_until = tl.where(up, of_high, high_below), tl.where(up, high_until, of_high)
+    last = (tl.full((), 1, tl.int64) << bit) - 1
+    clear_state(state_ptr, low.to(tl.int64), high.to(tl.int64) + last, 0)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from machine_code import ATOMICS, Flow, Instruction, Loop, Program
 from machine_values import Values
 
 THREAD = ("SR_TID", "SR_LANEID")
-BITS = 31  # of the key of a magnitude in float32
+BITS = 15  # that a sample of uniform magnitudes needs of a key: 8 of the exponent, and 7 for half a percent of them
 
 
 @dataclass
