@@ -1,6 +1,11 @@
-// The threads: a pool of our own that sleeps between calls.
+// The threads: the OpenMP team of whoever loaded this library, or a pool of our own that sleeps between calls.
 //
-// Helpers are welcome, not needed: parts are claimed one by one, the caller claims them too, and it waits only for
+// PyTorch's team spins for some milliseconds after each operation. A helper of our own that wakes meanwhile finds no
+// core: on two cores it came when the caller had done all the work. So where the process has GNU OpenMP, as it has with
+// PyTorch on Linux, its team does the work. The team always has the size that PyTorch uses, because GNU OpenMP ends and
+// starts threads when the size changes. A child of fork() must not use the team of its parent, and takes the pool.
+//
+// In the pool, helpers are welcome, not needed: parts are claimed one by one, the caller claims them too, and it waits only for
 // helpers that have begun one. So a call on a busy machine, where a helper gets no core, takes the time of one thread
 // and not that of the scheduler's next slice, as it does with an OpenMP team that meets at a barrier. And sleeping
 // helpers take no core away from the pool of PyTorch, whose threads spin for a while after each operation.
@@ -15,6 +20,8 @@
 #include <process.h>
 #define getpid _getpid
 #else
+#include <dlfcn.h>
+#include <pthread.h>
 #include <unistd.h>
 #endif
 
@@ -129,9 +136,47 @@ Pool &pool() {
   return *found;
 }
 
+#ifndef _WIN32
+class Team {
+ public:
+  // Returns false if there is no team to use here.
+  bool run(Job &job) const {
+    if (!parallel_ || !size_ || forked_.load(std::memory_order_relaxed)) return false;
+    const int threads = size_();
+    if (threads < 2) return false;
+    parallel_([](void *given) { static_cast<Job *>(given)->help(); }, &job, unsigned(threads), 0);
+    return true;
+  }
+
+  Team()
+      : parallel_(reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"))),
+        size_(reinterpret_cast<Size>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"))) {
+    if (pthread_atfork(nullptr, nullptr, [] { forked_ = true; }) != 0) size_ = nullptr;
+  }
+
+ private:
+  using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+  using Size = int (*)();
+  Parallel parallel_;
+  Size size_;
+  static std::atomic<bool> forked_;
+};
+std::atomic<bool> Team::forked_{false};
+
+bool run_in_team(Job &job) {
+  static const Team team;
+  return team.run(job);
+}
+#else
+bool run_in_team(Job &) { return false; }
+#endif
+
 }  // namespace
 
 void wsn::run_parts(void (*part)(void *, int64_t), void *context, int64_t parts, int num_threads) {
   Job job{part, context, parts, int(std::min<int64_t>(std::min(num_threads, kMaxThreads), parts)) - 1};
-  pool().run(job);
+  if (job.wanted < 1)
+    job.work();
+  else if (!run_in_team(job))
+    pool().run(job);
 }
