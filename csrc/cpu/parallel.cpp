@@ -2,13 +2,12 @@
 //
 // PyTorch's team spins for some milliseconds after each operation. A helper of our own that wakes meanwhile finds no
 // core: on two cores it came when the caller had done all the work. So where the process has GNU OpenMP, as it has with
-// PyTorch on Linux, its team does the work. The team always has the size that PyTorch uses, because GNU OpenMP ends and
-// starts threads when the size changes. A child of fork() must not use the team of its parent, and takes the pool.
+// PyTorch on Linux, its team does what is worth as many threads as PyTorch uses. It gets no other size, because GNU
+// OpenMP ends and starts threads when the size changes. A child of fork() must not use the team of its parent.
 //
-// In the pool, helpers are welcome, not needed: parts are claimed one by one, the caller claims them too, and it waits only for
-// helpers that have begun one. So a call on a busy machine, where a helper gets no core, takes the time of one thread
-// and not that of the scheduler's next slice, as it does with an OpenMP team that meets at a barrier. And sleeping
-// helpers take no core away from the pool of PyTorch, whose threads spin for a while after each operation.
+// The pool does the rest. There helpers are welcome, not needed: parts are claimed one by one, the caller claims them
+// too, and it waits only for helpers that have begun one. So a call on a busy machine, where a helper gets no core,
+// takes the time of one thread and not that of the scheduler's next slice.
 #include "parallel.hpp"
 
 #include <atomic>
@@ -137,21 +136,20 @@ Pool &pool() {
 }
 
 #ifndef _WIN32
+// GNU OpenMP, if the process has it.
 class Team {
  public:
-  // Returns false if there is no team to use here.
-  bool run(Job &job) const {
-    if (!parallel_ || !size_ || forked_.load(std::memory_order_relaxed)) return false;
-    const int threads = size_();
-    if (threads < 2) return false;
-    parallel_([](void *given) { static_cast<Job *>(given)->help(); }, &job, unsigned(threads), 0);
-    return true;
-  }
-
   Team()
       : parallel_(reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"))),
         size_(reinterpret_cast<Size>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"))) {
-    if (pthread_atfork(nullptr, nullptr, [] { forked_ = true; }) != 0) size_ = nullptr;
+    if (pthread_atfork(nullptr, nullptr, [] { forked_ = true; }) != 0) parallel_ = nullptr;
+  }
+
+  // Does the job and returns true if the team is there and has as many threads as the job wants.
+  bool run(Job &job) const {
+    if (!parallel_ || !size_ || forked_ || size_() != job.wanted + 1) return false;
+    parallel_([](void *given) { static_cast<Job *>(given)->help(); }, &job, unsigned(job.wanted + 1), 0);
+    return true;
   }
 
  private:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -139,14 +141,40 @@ def _threshold_in_child(scores: torch.Tensor, connection: object) -> None:
     connection.send(native.threshold(scores, 500_000, "value").item())  # type: ignore[attr-defined]
 
 
+COUNTED = """
+import os, torch
+from wsn_fast.backends import native
+assert native.load().lib is not None
+torch.set_num_threads(3)
+scores = torch.randn(3_000_000)
+(scores + scores).sum()  # PyTorch's team has its threads now
+before = len(os.listdir("/proc/self/task"))
+native.threshold(scores, 1_500_000, "value")
+after = len(os.listdir("/proc/self/task"))
+print(before, after)
+"""
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads of Linux")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="PyTorch brought no GNU OpenMP")
+def test_the_threads_are_those_of_pytorch() -> None:
+    done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before == after >= 3
+
+
 @pytest.mark.usefixtures("library")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("team", [False, True], ids=["pool", "PyTorch's team"])
+def test_a_forked_child_has_threads_of_its_own(team: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs fork")
-    scores = torch.randn(1_000_001)
+    scores, before = torch.randn(1_000_001), torch.get_num_threads()
+    torch.set_num_threads(4 if team else 1)  # four threads are no team of PyTorch's if it uses one
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     expected = native.threshold(scores, 500_000, "value").item()
+    torch.set_num_threads(before)
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     child = context.Process(target=_threshold_in_child, args=(scores, send))
