@@ -18,11 +18,11 @@ from ._coded_tile import load_tile, update_block, update_tile
 from ._elementwise import FP_FUSION, is_magnitude, table_pointer
 from ._means import BFLOAT16, EIGHT_BITS, STORAGES
 from ._means import BLOCK as SCALED
-from ._update_rules import SCALES, load_scale, load_settings, load_threshold
+from ._update_rules import SCALES, load_scale, load_threshold
 from .threshold import stretch
 from .threshold_table import DTYPES
-from .update_table import UpdateTable, Workspace
-from .warm_threshold import add_counts, list_has_room, load_window
+from .update_table import Config, UpdateTable, Workspace
+from .warm_threshold import add_pairs, list_has_room, load_window, pairs
 
 
 @triton.jit
@@ -83,12 +83,7 @@ def _arguments(
         _update_number(fields_ptr, layout.FIELD_WEIGHT_STEP, tensor, tensors, STEP),
         _update_number(fields_ptr, layout.FIELD_SCORES_STEP, tensor, tensors, STEP),
     )
-    settings_ptr += tensor * layout.SETTINGS
-    settings = (
-        load_settings(settings_ptr + layout.SETTINGS_WEIGHT, ADAM),
-        load_settings(settings_ptr + layout.SETTINGS_SCORES, ADAM),
-        load_scale(gradients_ptr, tensor, tensors, SCALE),
-    )
+    settings = (settings_ptr + tensor * layout.SETTINGS, load_scale(gradients_ptr, tensor, tensors, SCALE))
     tau = load_threshold(gradients_ptr, tensor, tensors, DTYPE, GIVEN)
     return operands, means, tau, settings, updates
 
@@ -110,6 +105,13 @@ def _search(
     return window, lists, state_ptr, keys_ptr, places_ptr
 
 
+@triton.jit
+def _add(counts, others, noted):
+    """The counts of all tiles so far. A program has more of them than eight bits can count."""
+    first, second = pairs(noted)
+    return counts + first, others + second
+
+
 def _kernel_name(specialization: Any) -> str:
     """The name in profiles, which tells the two optimizers apart."""
     return "adamw_coded_kernel" if specialization.constants["ADAM"] else "sgd_coded_kernel"
@@ -118,8 +120,8 @@ def _kernel_name(specialization: Any) -> str:
 @triton.jit(
     repr=_kernel_name,
     do_not_specialize=[
-        "fields_ptr", "gradients_ptr", "tensors_ptr", "programs_ptr", "settings_ptr", "state_ptr", "keys_ptr",
-        "places_ptr", "tensors", "items_each",
+        "fields_ptr", "gradients_ptr", "tensors_ptr", "programs_ptr", "settings_ptr", "table_ptr", "state_ptr",
+        "keys_ptr", "places_ptr", "tensors", "items_each",
     ],
 )  # fmt: skip
 def coded_update_kernel(
@@ -128,6 +130,7 @@ def coded_update_kernel(
     tensors_ptr,  # [tensors, TENSOR_COLUMNS] int64, UpdateTable.tensors
     programs_ptr,  # [P, PROGRAM_COLUMNS] int64, UpdateTable.programs
     settings_ptr,  # [tensors, SETTINGS] fp32, Workspace.settings
+    table_ptr,  # [2, 256] fp32, UpdateTable.values
     state_ptr,  # [tensors, STATE_SIZE] int64
     keys_ptr,  # [UpdateTable.listed] uint32
     places_ptr,  # [UpdateTable.listed] int64
@@ -158,7 +161,7 @@ def coded_update_kernel(
     window, lists, state_ptr, keys_ptr, places_ptr = _search(
         row_ptr, layout.state_of(state_ptr, tensor), keys_ptr, places_ptr, DTYPE, LANES, MAGNITUDE, NEXT
     )
-    counts = tl.zeros([LANES], tl.int32)
+    counts, others = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
 
     # A turn of the loop updates a tile and then loads the next one. Loads at its beginning would be moved down to where
     # each is needed, and then the turn would wait for memory once for each of them. Where all tiles are loaded, the
@@ -178,12 +181,12 @@ def coded_update_kernel(
         )  # fmt: skip
         for tile in tl.range(0, tiles, disable_licm=True):
             noted, lists = update_tile(
-                loaded, operands, means, start, (tile ^ zero) * BLOCK, BLOCK, tau, settings, updates, window, lists,
+                loaded, operands, means, table_ptr, start, (tile ^ zero) * BLOCK, BLOCK, tau, settings, updates, window, lists,
                 state_ptr, keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, MAGNITUDE=MAGNITUDE,
                 HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES,
                 WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT, TAIL=False,
             )  # fmt: skip
-            counts += noted
+            counts, others = _add(counts, others, noted)
             following = tl.minimum(tile + 1, tiles - 1) ^ zero
             loaded = load_tile(
                 operands, means, following * BLOCK, BLOCK, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32,
@@ -199,14 +202,19 @@ def coded_update_kernel(
         )  # fmt: skip
         for offset in range(tiles * BLOCK, items, SCALED):
             noted, lists = update_block(
-                operands, means, start, offset, items - offset, tau, settings, updates, window, lists, state_ptr,
+                operands, means, table_ptr, start, offset, items - offset, tau, settings, updates, window, lists, state_ptr,
                 keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, MAGNITUDE=MAGNITUDE,
                 HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES,
                 WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT,
             )  # fmt: skip
-            counts += noted
+            counts, others = _add(counts, others, noted)
     if NEXT:
-        add_counts(state_ptr, counts)
+        add_pairs(state_ptr, counts, others)
+
+
+def tile_of(config: Config, storages: tuple[str, str]) -> int:
+    """How many elements a program updates at a time: with 8 bits a block for each warp."""
+    return SCALED.value * config.num_warps if "8bit" in storages else config.block
 
 
 def coded_update(
@@ -229,6 +237,7 @@ def coded_update(
         tensors_ptr=table.tensors,
         programs_ptr=table.programs,
         settings_ptr=workspace.settings,
+        table_ptr=table.values,
         state_ptr=workspace.state,
         keys_ptr=workspace.keys,
         places_ptr=workspace.places,
@@ -239,7 +248,7 @@ def coded_update(
         MASKED=DTYPES[table.masked or table.dtype],
         SCALE=SCALES[scale],
         STEP=SCALES[table.steps],
-        BLOCK=config.block,
+        BLOCK=tile_of(config, table.storages),
         LANES=32 * config.num_warps,
         MAGNITUDE=is_magnitude(rule),
         HAS_UNION=table.has_union,

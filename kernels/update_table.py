@@ -20,7 +20,9 @@ from torch import Tensor
 from . import _layout as layout
 from ._elementwise import ALIGNMENT, FP_FUSION, check_operands, check_packed, check_threshold
 from ._means import BLOCK as _SCALED
+from ._means import CODES
 from .addresses import address, write
+from .code_values import write_values
 from .threshold import sample_kernel
 from .threshold_table import COMPLETE, DTYPES
 from .threshold_table import CONFIGS as SEARCH_CONFIGS
@@ -61,6 +63,7 @@ class Config:
             128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and elsewhere so few that
             it spills some.
         resident: how many programs a multiprocessor has at a time: as many as its registers hold.
+        has_values: whether there is a table of the values of 8-bit codes.
     """
 
     block: int
@@ -72,6 +75,7 @@ class Config:
     alone: int = 8192
     fix_block: int = 1024
     resident: int = 6
+    has_values: bool = False
 
 
 CONFIGS = (Config(512, 63 * 512, 4, 2048, 32), Config(512, 63 * 512, 4, 2048, 4))
@@ -80,7 +84,10 @@ memory then."""
 
 CODED_CONFIGS = {
     "bfloat16": tuple(replace(config, registers=(96, 96), resident=5) for config in CONFIGS),
-    "8bit": tuple(replace(config, items=31 * 512, num_warps=2, registers=(168, 168), resident=6) for config in CONFIGS),
+    "8bit": tuple(
+        replace(config, items=127 * 512, num_warps=1, registers=(168, 168), resident=12, has_values=True)
+        for config in CONFIGS
+    ),
 }
 """The same for running means that are stored in fewer bytes: some of them in 8 bits, or none. For 8 bits a thread has 8
 elements, so that a warp has whole blocks with a scale. This takes more registers, so that 6 programs of 64 threads fit
@@ -172,6 +179,7 @@ class UpdateTable(NamedTuple):
         aligned: whether every address of a vector is a multiple of 16 bytes.
         config: the tile sizes.
         storages: those of :attr:`Gated.storages`.
+        values: float32 [2 * CODES] of :mod:`.code_values` for codes of 8 bits, else [0].
     """
 
     fields: Tensor
@@ -186,6 +194,7 @@ class UpdateTable(NamedTuple):
     aligned: bool
     config: Config
     storages: tuple[str, str]
+    values: Tensor
 
     @property
     def is_adam(self) -> bool:
@@ -202,7 +211,12 @@ def table_size(sizes: Sequence[int], config: Config) -> int:
     """Elements of the int64 buffer that :func:`make_table` needs for tensors of these sizes."""
     programs = sum(triton.cdiv(n, config.items) for n in sizes)
     per_tensor = layout.FIELDS + layout.TENSOR_COLUMNS.value
-    return per_tensor * len(sizes) + layout.PROGRAM_COLUMNS.value * programs
+    return per_tensor * len(sizes) + layout.PROGRAM_COLUMNS.value * programs + _values_size(config)
+
+
+def _values_size(config: Config) -> int:
+    """Elements of that buffer for the values of codes."""
+    return CODES.value if config.has_values else 0
 
 
 def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> UpdateTable:
@@ -224,7 +238,8 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> Update
         programs += row[layout.TENSOR_PROGRAMS]
         listed += row[layout.TENSOR_ROOM]
     columns, pair = layout.TENSOR_COLUMNS.value, layout.PROGRAM_COLUMNS.value
-    fields, tensors, owners = buffer.split([layout.FIELDS * count, columns * count, pair * programs])
+    parts = [layout.FIELDS * count, columns * count, pair * programs, _values_size(config)]
+    fields, tensors, owners, values = buffer.split(parts)
     write(fields, [value for row in zip(*rows, strict=True) for value in row])
     write(tensors, search)
     fields = fields.view(layout.FIELDS, count)
@@ -245,6 +260,8 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> Update
         num_warps=4,
         **FP_FUSION,
     )
+    if config.has_values:
+        write_values(values.view(torch.float32))
     return UpdateTable(
         fields,
         tensors.view(count, columns),
@@ -258,6 +275,7 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> Update
         aligned=all(row[i] % ALIGNMENT == 0 for row in rows for i in VECTORS),
         config=config,
         storages=head.storages,
+        values=values.view(torch.float32),
     )
 
 

@@ -15,7 +15,9 @@ tells its two sides apart decides:
 5. A side whose loads are masked belongs to the last tile of a tensor. It is not taken if the other side or the main
    loop has plain loads. In a kernel that goes through a list it is the other way round, as the length of a list is no
    multiple of a tile: there masked loads are the usual ones.
-6. The side with more instructions is taken.
+6. A side that is for blocks with infinities or NaN is not taken. It is known by a comparison with the bits of infinity
+   right before the branch.
+7. The side with more instructions is taken.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from machine_code import ATOMICS, Flow, Instruction, Loop, Program
 from machine_values import Values
 
 THREAD = ("SR_TID", "SR_LANEID")
+INFINITY = "0x7f800000"
 BITS = 31  # of the key of a magnitude in float32
 
 
@@ -230,6 +233,8 @@ class Walker:
         unusual = [self._is_unusual(side) for side in code]
         if unusual[0] != unusual[1] and (self.has_usual or any(self._has_usual(side) for side in code)):
             return ways[unusual.index(False)]
+        if (special := self._special_side(block)) is not None:
+            return ways[1 - special]
         longer = len(code[0]) >= len(code[1])
         return ways[0] if longer is (stop is None) else ways[1]
 
@@ -243,6 +248,15 @@ class Walker:
             return 1 - slow
         self.reached += taken == slow
         return int(taken)
+
+    def _special_side(self, block: int) -> int | None:
+        """Whether the fall-through (0) or the target (1) of the branch that ends a block is for infinities and NaN."""
+        *others, last = self.flow.instructions([block])
+        flag = last.predicate.lstrip("!")
+        makers = [one for one in others if flag in one.writes]
+        if not makers or not makers[-1].opcode.startswith("ISETP.G") or INFINITY not in makers[-1].operands:
+            return None
+        return int(not last.predicate.startswith("!"))
 
     def _has_usual(self, code: list[Instruction]) -> bool:
         return any(bool(one.predicate) is self.listed for one in global_loads(code))
@@ -344,6 +358,7 @@ class Clock:
 
     def _result(self, one: Instruction, is_tile: bool) -> None:
         """When the result of an instruction is there."""
+        is_tile = is_tile and not self.origins.is_scattered(one)  # where data tell the place, there is a small table
         if one.name == "LDG":
             latency = self.latencies.tile if is_tile else self.latencies.table
         else:
