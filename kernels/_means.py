@@ -1,5 +1,5 @@
-"""Running means in fewer bytes, in registers: ``wsn_fast/backends/moments.py`` specifies every bit. A tile of codes of 8
-bits is one block, which has one scale.
+"""Running means in fewer bytes, in registers: ``wsn_fast/backends/moments.py`` specifies every bit. A tile with 8 bits
+is one block, which has one scale.
 
 A code is piecewise linear in the bits of a float. Steps are larger in lower parts. So a magnitude is the smallest of
 those that the lines of the parts would give, and a position is the largest: no element has to look for its part.
@@ -53,6 +53,7 @@ UNSIGNED_TOP = tl.constexpr(1 + sum(steps for _, steps in UNSIGNED_PARTS))
 SIGNED_LEAST = tl.constexpr(22)  # biased exponents of the smallest scales
 UNSIGNED_LEAST = tl.constexpr(37)
 INFINITY = tl.constexpr(0x7F800000)
+LARGE = tl.constexpr(0x7F000000)  # 2**127, where the exponent is more than that of the largest scale
 MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 
 
@@ -134,8 +135,8 @@ def largest(x, inside):
 
 @triton.jit
 def encode_8bit(x, most, inside, r, SIGNED: tl.constexpr, SPECIAL: tl.constexpr):
-    """The codes of a block of float32 with the dither ``r``, uint8, and its scale. ``most`` is that of :func:`largest`.
-    Only with SPECIAL there may be infinities and NaN."""
+    """The codes of a block of float32 with the dither ``r``, int32, and its scale. ``most`` is that of :func:`largest`.
+    Without SPECIAL it is below LARGE."""
     LINES: tl.constexpr = SIGNED_LINES if SIGNED else UNSIGNED_LINES
     TOP: tl.constexpr = SIGNED_TOP if SIGNED else UNSIGNED_TOP
     LEAST: tl.constexpr = SIGNED_LEAST if SIGNED else UNSIGNED_LEAST
@@ -145,11 +146,15 @@ def encode_8bit(x, most, inside, r, SIGNED: tl.constexpr, SPECIAL: tl.constexpr)
     if SPECIAL:
         finite = tl.where(a < INFINITY, a, 0)
         most = _most(finite if inside is None else tl.where(inside, finite, 0))
-    exponent = tl.minimum(tl.maximum(most >> 23, LEAST), 253)
+    exponent = tl.maximum(most >> 23, LEAST)
+    if SPECIAL:
+        exponent = tl.minimum(exponent, 253)
 
-    # From p = 1 up, at most to the top. Further down, the lines would tell nothing, and overflow.
+    # From p = 1 up. Further down, the lines would tell nothing, and overflow.
     up = a - ((exponent + 1 << 23) - HEIGHT)
-    at = tl.maximum(tl.minimum(up, HEIGHT), 0)
+    at = tl.maximum(up, 0)
+    if SPECIAL:
+        at = tl.minimum(at, HEIGHT)  # which is the top
     position = at + LINES[0][2]
     for k in tl.static_range(1, 4):
         position = tl.maximum(position, (at << (FRACTION - LINES[k][0])) + LINES[k][2])
@@ -160,4 +165,4 @@ def encode_8bit(x, most, inside, r, SIGNED: tl.constexpr, SPECIAL: tl.constexpr)
         p = tl.where(a >= INFINITY, tl.where(a > INFINITY, TOP + 2, TOP + 1), p)
     if SIGNED:
         p = tl.where(up >= 0, p | ((bits >> 24) & 0x80), 0)
-    return p.to(tl.uint8), (exponent << 23).to(tl.float32, bitcast=True)
+    return p, (exponent << 23).to(tl.float32, bitcast=True)

@@ -18,7 +18,7 @@ from ._coded_tile import load_tile, update_block, update_tile
 from ._elementwise import FP_FUSION, is_magnitude, table_pointer
 from ._means import BFLOAT16, EIGHT_BITS, STORAGES
 from ._means import BLOCK as SCALED
-from ._update_rules import SCALES, load_scale, load_threshold
+from ._update_rules import SCALES, inverse_correction, load_scale, load_threshold
 from .threshold import stretch
 from .threshold_table import DTYPES
 from .update_table import Config, UpdateTable, Workspace
@@ -83,7 +83,13 @@ def _arguments(
         _update_number(fields_ptr, layout.FIELD_WEIGHT_STEP, tensor, tensors, STEP),
         _update_number(fields_ptr, layout.FIELD_SCORES_STEP, tensor, tensors, STEP),
     )
-    settings = (settings_ptr + tensor * layout.SETTINGS, load_scale(gradients_ptr, tensor, tensors, SCALE))
+    settings_ptr += tensor * layout.SETTINGS
+    settings = (
+        settings_ptr,
+        inverse_correction(settings_ptr + layout.SETTINGS_WEIGHT, ADAM),
+        inverse_correction(settings_ptr + layout.SETTINGS_SCORES, ADAM),
+        load_scale(gradients_ptr, tensor, tensors, SCALE),
+    )
     tau = load_threshold(gradients_ptr, tensor, tensors, DTYPE, GIVEN)
     return operands, means, tau, settings, updates
 
@@ -141,7 +147,7 @@ def coded_update_kernel(
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,  # a dtype, or None for no scale of the gradients
     STEP: tl.constexpr,  # the dtype of the step counts
-    BLOCK: tl.constexpr,  # a multiple of 256 for each warp
+    BLOCK: tl.constexpr,  # elements of a tile: a multiple of 128 for each warp; with 8 bits 256 for the only one
     LANES: tl.constexpr,  # the program's threads
     MAGNITUDE: tl.constexpr,
     HAS_UNION: tl.constexpr,
@@ -155,6 +161,7 @@ def coded_update_kernel(
     ALIGNED: tl.constexpr,
 ):
     """Update weights and scores by AdamW or SGD, and their coded running means."""
+    tl.static_assert(LANES == 32 or (WEIGHT_STORAGE != EIGHT_BITS and SCORE_STORAGE != EIGHT_BITS))
     tensor, row_ptr, start, items, _ = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
     zero = (start % BLOCK).to(tl.int32)  # which the compiler does not know
     start = start // BLOCK * BLOCK  # the same number, but now the compiler sees that BLOCK divides it
@@ -177,21 +184,22 @@ def coded_update_kernel(
         loaded = load_tile(
             operands, means, zero * BLOCK, BLOCK, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, HAS_UNION=HAS_UNION,
             GIVEN=GIVEN, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES, WEIGHT_STORAGE=WEIGHT_STORAGE,
-            SCORE_STORAGE=SCORE_STORAGE, TAIL=False,
+            SCORE_STORAGE=SCORE_STORAGE, TAIL=False, ALIGNED=ALIGNED,
         )  # fmt: skip
         for tile in tl.range(0, tiles, disable_licm=True):
             noted, lists = update_tile(
-                loaded, operands, means, table_ptr, start, (tile ^ zero) * BLOCK, BLOCK, tau, settings, updates, window, lists,
-                state_ptr, keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, MAGNITUDE=MAGNITUDE,
+                loaded, operands, means, table_ptr, start, (tile ^ zero) * BLOCK, BLOCK, tau, settings, updates, window,
+                lists, state_ptr, keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32,
+                MAGNITUDE=MAGNITUDE,
                 HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES,
-                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT, TAIL=False,
+                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT, TAIL=False, ALIGNED=ALIGNED,
             )  # fmt: skip
             counts, others = _add(counts, others, noted)
             following = tl.minimum(tile + 1, tiles - 1) ^ zero
             loaded = load_tile(
                 operands, means, following * BLOCK, BLOCK, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32,
                 HAS_UNION=HAS_UNION, GIVEN=GIVEN, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES,
-                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, TAIL=False,
+                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, TAIL=False, ALIGNED=ALIGNED,
             )  # fmt: skip
     if tiles * BLOCK < items:
         # Read again: what is not needed later takes no registers in the loop above.
@@ -202,10 +210,10 @@ def coded_update_kernel(
         )  # fmt: skip
         for offset in range(tiles * BLOCK, items, SCALED):
             noted, lists = update_block(
-                operands, means, table_ptr, start, offset, items - offset, tau, settings, updates, window, lists, state_ptr,
-                keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, MAGNITUDE=MAGNITUDE,
+                operands, means, table_ptr, start, offset, items - offset, tau, settings, updates, window, lists,
+                state_ptr, keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, MAGNITUDE=MAGNITUDE,
                 HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES,
-                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT,
+                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT, ALIGNED=ALIGNED,
             )  # fmt: skip
             counts, others = _add(counts, others, noted)
     if NEXT:
@@ -213,8 +221,8 @@ def coded_update_kernel(
 
 
 def tile_of(config: Config, storages: tuple[str, str]) -> int:
-    """How many elements a program updates at a time: with 8 bits a block for each warp."""
-    return SCALED.value * config.num_warps if "8bit" in storages else config.block
+    """How many elements a program updates at a time: with 8 bits a block with its scale."""
+    return SCALED.value if "8bit" in storages else config.block
 
 
 def coded_update(

@@ -50,10 +50,10 @@ class Config:
     """Tile sizes.
 
     Attributes:
-        block: elements that a program updates at a time, a power of two: 4 per thread, which makes 128 bits of float32,
-            or twice as many.
-        items: elements per program, a multiple of ``block``; at most 255 per thread, and 65535 in all. In ``CONFIGS``
-            it is the most that :func:`spread` may choose.
+        block: elements that a program updates at a time, a power of two: 4 per thread, which makes 128 bits of float32.
+            What updates means in 8 bits takes fewer at a time (:func:`.coded_step.tile_of`).
+        items: elements per program, a multiple of ``block``; at most 65535, and 255 per thread where states are not
+            coded. In ``CONFIGS`` it is the most that :func:`spread` may choose.
         num_warps: of the kernels that update and gate.
         digit_block: scores or keys that a program of the search reads at a time.
         alone: up to so many keys are searched by one program.
@@ -89,9 +89,9 @@ CODED_CONFIGS = {
         for config in CONFIGS
     ),
 }
-"""The same for running means that are stored in fewer bytes: some of them in 8 bits, or none. For 8 bits a thread has 8
-elements, so that a warp has whole blocks with a scale. This takes more registers, so that 6 programs of 64 threads fit
-on a multiprocessor."""
+"""The same for running means that are stored in fewer bytes: some of them in 8 bits, or none. For 8 bits a program is
+a single warp, which updates a block with its scale at a time: 8 elements a thread. This takes more registers, so that
+12 programs fit on a multiprocessor."""
 
 
 def configs(storages: tuple[str, str]) -> tuple[Config, ...]:

@@ -33,7 +33,6 @@ from .threshold import membership, stretch
 from .threshold_table import DTYPES, SEARCH_REGISTERS
 from .update_table import UpdateTable, Workspace
 
-
 WARPS = 4
 """How many warps a program of ``settle_kernel`` has."""
 
@@ -72,7 +71,7 @@ def note(
             that the state does not count yet, 8 bits each.
         lists: for the next tile.
     """
-    low, high, guess, room = window
+    low, high, guess, _ = window
     key = order_key(s, MAGNITUDE)
     masked = convert(tl.where(key < guess, tl.zeros_like(w), w), masked_ptr.dtype.element_ty)
     tl.store(masked_ptr, masked, mask=inside)

@@ -25,7 +25,7 @@ def _encode_kernel(x_ptr, codes_ptr, scales_ptr, narrow_ptr, n, update, SIGNED: 
     x = tl.load(x_ptr + lane, mask=inside, other=float("inf"))
     r = _means.dither(lane, update.to(tl.uint32))
     most = _means.largest(x, inside)
-    if most >= _means.INFINITY:
+    if most >= _means.LARGE:
         codes, scale = _means.encode_8bit(x, most, inside, r, SIGNED, SPECIAL=True)
     else:
         codes, scale = _means.encode_8bit(x, most, inside, r, SIGNED, SPECIAL=False)

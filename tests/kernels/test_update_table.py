@@ -19,7 +19,8 @@ def test_programs_follow_the_elements_and_the_multiprocessors(config: Config, pr
         cut = spread(config, elements, processors)
         blocks, programs = -(-elements // cut.block), -(-elements // cut.items)
         assert cut == replace(config, items=cut.items) and cut.items % cut.block == 0
-        assert cut.items <= min(config.items, 255 * 32 * cut.num_warps, 65535)
+        of_threads = 65535 if config in CODED_CONFIGS["8bit"] else 255 * 32 * cut.num_warps
+        assert cut.items <= min(config.items, of_threads, 65535)
         if blocks <= at_once:
             assert programs == blocks, "a program for every block"
         rounds = -(-programs // at_once)

@@ -15,13 +15,14 @@ tells its two sides apart decides:
 5. A side whose loads are masked belongs to the last tile of a tensor. It is not taken if the other side or the main
    loop has plain loads. In a kernel that goes through a list it is the other way round, as the length of a list is no
    multiple of a tile: there masked loads are the usual ones.
-6. A side that is for blocks with infinities or NaN is not taken. It is known by a comparison with the bits of infinity
-   right before the branch.
+6. A side that is for numbers of at least 2^127, infinities and NaN is not taken. It is known by a comparison with the
+   bits of 2^127 or of infinity right before the branch.
 7. The side with more instructions is taken.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from machine_code import ATOMICS, Flow, Instruction, Loop, Program
 from machine_values import Values
 
 THREAD = ("SR_TID", "SR_LANEID")
-INFINITY = "0x7f800000"
+LARGE = re.compile(r"0x7f[08]00000\b")  # the bits of infinity, and of 2^127
 BITS = 31  # of the key of a magnitude in float32
 
 
@@ -250,11 +251,11 @@ class Walker:
         return int(taken)
 
     def _special_side(self, block: int) -> int | None:
-        """Whether the fall-through (0) or the target (1) of the branch that ends a block is for infinities and NaN."""
+        """Whether the fall-through (0) or the target (1) of the branch that ends a block is for large numbers only."""
         *others, last = self.flow.instructions([block])
         flag = last.predicate.lstrip("!")
         makers = [one for one in others if flag in one.writes]
-        if not makers or not makers[-1].opcode.startswith("ISETP.G") or INFINITY not in makers[-1].operands:
+        if not makers or not makers[-1].opcode.startswith("ISETP.G") or not LARGE.search(makers[-1].operands):
             return None
         return int(not last.predicate.startswith("!"))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-import triton.language as tl
 import torch
+import triton.language as tl
 from compiling import CompileCase
 
 from wsn_fast.kernels._means import STORAGES
