@@ -48,10 +48,20 @@ def spread(n: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(n) * 2.0 ** torch.randint(-149, 128, (n,)).double().float()
 
 
+def near_codes(n: int, dtype: torch.dtype) -> Tensor:
+    """What codes stand for, and the numbers next to it, for scales of all sizes."""
+    codes = torch.arange(n).to(torch.uint8)
+    scales = 2.0 ** torch.randint(-80, 127, (-(-n // 256),)).float()
+    each = [moments.decode(moments.Stored(codes, scales), torch.empty(n), signed) for signed in (True, False)]
+    x = torch.where(torch.rand(n) < 0.5, *each)
+    return (x.where(x.isfinite(), 1.0).view(torch.int32) + torch.randint(-1, 2, (n,)).int()).view(torch.float32)
+
+
 VALUES = {
     **DISTRIBUTIONS,
     "planted": planted,
     "spread": spread,
+    "near codes": near_codes,
     "of close sizes": lambda n, dtype: torch.randn(n) * 2.0 ** torch.randint(-40, 3, (n,)),
     "largest": lambda n, dtype: torch.rand(n).sub(0.3) * 2.0**127 * 1.9,
     "infinities alone": lambda n, dtype: torch.full((n,), torch.inf),
