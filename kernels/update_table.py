@@ -82,23 +82,30 @@ CONFIGS = (Config(512, 63 * 512, 4, 2048, 32), Config(512, 63 * 512, 4, 2048, 4)
 """Every choice there is for states that are not coded. The second one is for few elements: its longer lists take little
 memory then."""
 
+
+def _of_warps(registers: tuple[int, int], resident: int) -> tuple[Config, ...]:
+    """Programs of a single warp."""
+    own = replace(CONFIGS[0], items=127 * 512, num_warps=1, registers=registers, resident=resident, has_values=True)
+    return tuple(replace(own, share=config.share) for config in CONFIGS)
+
+
 CODED_CONFIGS = {
-    "bfloat16": tuple(replace(config, registers=(96, 104), resident=5) for config in CONFIGS),
-    "8bit": tuple(
-        replace(config, items=127 * 512, num_warps=1, registers=(184, 184), resident=11, has_values=True)
-        for config in CONFIGS
-    ),
+    "bfloat16": tuple(replace(config, registers=(96, 128), resident=5) for config in CONFIGS),
+    "8bit": _of_warps((184, 184), 11),
+    "8bit, float32": _of_warps((200, 255), 10),
 }
-"""The same for running means that are stored in fewer bytes: some of them in 8 bits, or none. For 8 bits a program is
-a single warp, which updates a block with its scale at a time: 8 elements a thread. This takes more registers, so that
-11 programs fit on a multiprocessor."""
+"""The same for running means that are stored in fewer bytes: some of them in 8 bits, or none, or in 8 bits beside others
+in float32, for which the root is exact. For 8 bits a program is a single warp, which updates a block with its scale at
+a time: 8 elements a thread. This takes more registers."""
 
 
 def configs(storages: tuple[str, str]) -> tuple[Config, ...]:
     """The tile sizes for states that are stored so (:attr:`Gated.storages`): for many elements, and for few."""
     if storages == PLAIN:
         return CONFIGS
-    return CODED_CONFIGS["8bit" if "8bit" in storages else "bfloat16"]
+    if "8bit" in storages:
+        return CODED_CONFIGS["8bit, float32" if "float32" in storages else "8bit"]
+    return CODED_CONFIGS["bfloat16"]
 
 
 FEW = 2**20
