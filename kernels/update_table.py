@@ -94,9 +94,9 @@ CODED_CONFIGS = {
     "8bit": _of_warps((184, 184), 11),
     "8bit, float32": _of_warps((200, 255), 10),
 }
-"""The same for running means that are stored in fewer bytes: some of them in 8 bits, or none, or in 8 bits beside others
-in float32, for which the root is exact. For 8 bits a program is a single warp, which updates a block with its scale at
-a time: 8 elements a thread. This takes more registers."""
+"""The same for running means that are stored in fewer bytes: none of them in 8 bits, some, or some beside others in
+float32, for which the root is exact. For 8 bits a program is a single warp, which updates a block with its scale at a
+time: 8 elements a thread. This takes more registers."""
 
 
 def configs(storages: tuple[str, str]) -> tuple[Config, ...]:

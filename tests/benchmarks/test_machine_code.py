@@ -221,8 +221,8 @@ def test_a_select_keeps_zeros_from_the_slow_path() -> None:
 
 
 @pytest.mark.parametrize(("bits", "predicate", "path"), [
-    ("0x7f800000", "!P3", ["MOV", "STG"]), ("0x7f000000", "!P3", ["MOV", "STG"]), ("0x7f800000", "P3", ["FADD", "FMUL"]),
-    ("0x40000000", "!P3", ["FADD", "FMUL"]),
+    ("0x7f800000", "!P3", ["MOV", "STG"]), ("0x7f000000", "!P3", ["MOV", "STG"]),
+    ("0x7f800000", "P3", ["FADD", "FMUL"]), ("0x40000000", "!P3", ["FADD", "FMUL"]),
 ])  # fmt: skip
 def test_what_only_large_numbers_need_is_not_the_usual_way(bits: str, predicate: str, path: list[str]) -> None:
     text = f"""
