@@ -91,7 +91,7 @@ def _of_warps(registers: tuple[int, int], resident: int) -> tuple[Config, ...]:
 
 CODED_CONFIGS = {
     "bfloat16": tuple(replace(config, registers=(96, 128), resident=5) for config in CONFIGS),
-    "8bit": _of_warps((184, 184), 11),
+    "8bit": _of_warps((184, 208), 11),
     "8bit, float32": _of_warps((200, 255), 10),
 }
 """The same for running means that are stored in fewer bytes: none of them in 8 bits, some, or some beside others in
