@@ -239,6 +239,8 @@ def coded_update(
     """Do what :func:`.optimizer_step.update` does, with the same arguments, for a table that ``is_coded``."""
     config = table.config
     weight_storage, score_storage = map(STORAGES.index, table.storages)
+    aligned = aligned and table.aligned
+    registers = config.registers[table.dtype is not torch.float32]
     coded_update_kernel[(len(table.programs),)](
         fields_ptr=table.fields,
         gradients_ptr=gradients,
@@ -267,8 +269,8 @@ def coded_update(
         WEIGHT_STORAGE=weight_storage,
         SCORE_STORAGE=score_storage,
         NEXT=table.masked is not None,
-        ALIGNED=aligned and table.aligned,
+        ALIGNED=aligned,
         num_warps=config.num_warps,
-        maxnreg=config.registers[table.dtype is not torch.float32],
+        maxnreg=registers if aligned else max(registers, config.unaligned),
         **FP_FUSION,
     )

@@ -64,6 +64,7 @@ class Config:
             it spills some.
         resident: how many programs a multiprocessor has at a time: as many as its registers hold.
         has_values: whether there is a table of the values of 8-bit codes.
+        unaligned: the least that ``registers`` is with addresses that are no multiples of 16 bytes, for coded states.
     """
 
     block: int
@@ -76,6 +77,7 @@ class Config:
     fix_block: int = 1024
     resident: int = 6
     has_values: bool = False
+    unaligned: int = 0
 
 
 CONFIGS = (Config(512, 63 * 512, 4, 2048, 32), Config(512, 63 * 512, 4, 2048, 4))
@@ -86,13 +88,13 @@ memory then."""
 def _of_warps(registers: tuple[int, int], resident: int) -> tuple[Config, ...]:
     """Programs of a single warp."""
     own = replace(CONFIGS[0], items=127 * 512, num_warps=1, registers=registers, resident=resident, has_values=True)
-    return tuple(replace(own, share=config.share) for config in CONFIGS)
+    return tuple(replace(own, share=config.share, unaligned=255) for config in CONFIGS)
 
 
 CODED_CONFIGS = {
-    "bfloat16": tuple(replace(config, registers=(96, 128), resident=5) for config in CONFIGS),
+    "bfloat16": tuple(replace(config, registers=(96, 96), resident=5, unaligned=168) for config in CONFIGS),
     "8bit": _of_warps((184, 208), 11),
-    "8bit, float32": _of_warps((200, 255), 10),
+    "8bit, float32": _of_warps((200, 208), 10),
 }
 """The same for running means that are stored in fewer bytes: none of them in 8 bits, some, or some beside others in
 float32, for which the root is exact. For 8 bits a program is a single warp, which updates a block with its scale at a
