@@ -167,12 +167,12 @@ EIGHT_BITS = 2
 """The number of this storage in the launches of ``wsn_fast/kernels/coded_step.py``."""
 
 
-def _shared_scales(values: Mapping[str, Any]) -> float:
-    """Bytes of a thread that the code moves for scales of running means, beyond those that move in memory: all lanes of
-    a warp load the scale of its block, and one of them stores it."""
+def _scales(values: Mapping[str, Any], block: int) -> float:
+    """Bytes of a program for the scales of running means in a tile of ``block`` elements. A tile has one scale for each
+    mean, so that the code has one address for all threads, as for a table."""
     states = (("WEIGHT_STORAGE", "WEIGHT_STATES"), ("SCORE_STORAGE", "SCORE_STATES"))
     scales = sum(values[count] for storage, count in states if values.get(storage) == EIGHT_BITS)
-    return scales * 2 * 4 * 31 / 32
+    return scales * 2 * 4 * block / 256
 
 
 class _Tiles(NamedTuple):
@@ -228,7 +228,8 @@ def row(launch: Launch, elements: int, *, cold: bool = False, idle: bool = False
         busy=busy,
         issued=issued,
         stalled=stalled,
-        moved=(_moved(known.tile, per_thread, 1.0 if listed else share) - _shared_scales(launch.values)) * threads,
+        moved=_moved(known.tile, per_thread, 1.0 if listed else share) * threads
+        + _scales(launch.values, per_thread * threads),
         atomics=found * known.found.atomics + in_lanes * known.found.lane_atomics,
         before=known.before.cycles,
         after=0.0 if idle else known.after.cycles,

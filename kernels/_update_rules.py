@@ -122,13 +122,19 @@ def adamw(p, mean, square, settings, unread):
 
 
 @triton.jit
-def rough_adamw(p, mean, square, settings):
+def rough_adamw(p, mean, square, settings, inverse):
     """:func:`adamw` with a root and a quotient that are wrong by some units in the last place, for means whose own
-    codes have few bits. No operand is slow. It ends with the bits of ``-lr * m / (sqrt(v) / c + eps)`` for zeros,
-    infinities and NaN."""
-    _, _, _, eps, correction, size, shrink, _ = settings
-    root = tl.rsqrt(tl.fma(tl.sqrt(square), 1.0 / correction, eps))
+    codes have few bits; ``inverse`` is one over the bias correction of the root. No operand is slow. It ends with the
+    bits of ``-lr * m / (sqrt(v) / c + eps)`` for zeros, infinities and NaN."""
+    _, _, _, eps, _, size, shrink, _ = settings
+    root = tl.rsqrt(tl.fma(tl.sqrt(square), inverse, eps))
     return tl.fma(p, shrink, size * mean * root * root)
+
+
+@triton.jit
+def inverse_correction(settings_ptr, ADAM: tl.constexpr):
+    """One over the bias correction of AdamW's root; 1 for SGD."""
+    return 1.0 / tl.load(settings_ptr + layout.ADAMW_CORRECTION) if ADAM else 1.0
 
 
 @triton.jit

@@ -18,11 +18,11 @@ from ._coded_tile import load_tile, update_block, update_tile
 from ._elementwise import FP_FUSION, is_magnitude, table_pointer
 from ._means import BFLOAT16, EIGHT_BITS, STORAGES
 from ._means import BLOCK as SCALED
-from ._update_rules import SCALES, load_scale, load_settings, load_threshold
+from ._update_rules import SCALES, inverse_correction, load_scale, load_threshold
 from .threshold import stretch
 from .threshold_table import DTYPES
-from .update_table import UpdateTable, Workspace
-from .warm_threshold import add_counts, list_has_room, load_window
+from .update_table import Config, UpdateTable, Workspace
+from .warm_threshold import add_pairs, list_has_room, load_window, pairs
 
 
 @triton.jit
@@ -85,8 +85,9 @@ def _arguments(
     )
     settings_ptr += tensor * layout.SETTINGS
     settings = (
-        load_settings(settings_ptr + layout.SETTINGS_WEIGHT, ADAM),
-        load_settings(settings_ptr + layout.SETTINGS_SCORES, ADAM),
+        settings_ptr,
+        inverse_correction(settings_ptr + layout.SETTINGS_WEIGHT, ADAM),
+        inverse_correction(settings_ptr + layout.SETTINGS_SCORES, ADAM),
         load_scale(gradients_ptr, tensor, tensors, SCALE),
     )
     tau = load_threshold(gradients_ptr, tensor, tensors, DTYPE, GIVEN)
@@ -110,6 +111,13 @@ def _search(
     return window, lists, state_ptr, keys_ptr, places_ptr
 
 
+@triton.jit
+def _add(counts, others, noted):
+    """The counts of all tiles so far. A program has more of them than eight bits can count."""
+    first, second = pairs(noted)
+    return counts + first, others + second
+
+
 def _kernel_name(specialization: Any) -> str:
     """The name in profiles, which tells the two optimizers apart."""
     return "adamw_coded_kernel" if specialization.constants["ADAM"] else "sgd_coded_kernel"
@@ -118,8 +126,8 @@ def _kernel_name(specialization: Any) -> str:
 @triton.jit(
     repr=_kernel_name,
     do_not_specialize=[
-        "fields_ptr", "gradients_ptr", "tensors_ptr", "programs_ptr", "settings_ptr", "state_ptr", "keys_ptr",
-        "places_ptr", "tensors", "items_each",
+        "fields_ptr", "gradients_ptr", "tensors_ptr", "programs_ptr", "settings_ptr", "table_ptr", "state_ptr",
+        "keys_ptr", "places_ptr", "tensors", "items_each",
     ],
 )  # fmt: skip
 def coded_update_kernel(
@@ -128,6 +136,7 @@ def coded_update_kernel(
     tensors_ptr,  # [tensors, TENSOR_COLUMNS] int64, UpdateTable.tensors
     programs_ptr,  # [P, PROGRAM_COLUMNS] int64, UpdateTable.programs
     settings_ptr,  # [tensors, SETTINGS] fp32, Workspace.settings
+    table_ptr,  # [2, 256] fp32, UpdateTable.values
     state_ptr,  # [tensors, STATE_SIZE] int64
     keys_ptr,  # [UpdateTable.listed] uint32
     places_ptr,  # [UpdateTable.listed] int64
@@ -138,7 +147,7 @@ def coded_update_kernel(
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,  # a dtype, or None for no scale of the gradients
     STEP: tl.constexpr,  # the dtype of the step counts
-    BLOCK: tl.constexpr,  # a multiple of 256 for each warp
+    BLOCK: tl.constexpr,  # elements of a tile: a multiple of 128 for each warp; with 8 bits 256 for the only one
     LANES: tl.constexpr,  # the program's threads
     MAGNITUDE: tl.constexpr,
     HAS_UNION: tl.constexpr,
@@ -152,13 +161,14 @@ def coded_update_kernel(
     ALIGNED: tl.constexpr,
 ):
     """Update weights and scores by AdamW or SGD, and their coded running means."""
+    tl.static_assert(LANES == 32 or (WEIGHT_STORAGE != EIGHT_BITS and SCORE_STORAGE != EIGHT_BITS))
     tensor, row_ptr, start, items, _ = stretch(tensors_ptr, programs_ptr, items_each, DTYPE)
     zero = (start % BLOCK).to(tl.int32)  # which the compiler does not know
     start = start // BLOCK * BLOCK  # the same number, but now the compiler sees that BLOCK divides it
     window, lists, state_ptr, keys_ptr, places_ptr = _search(
         row_ptr, layout.state_of(state_ptr, tensor), keys_ptr, places_ptr, DTYPE, LANES, MAGNITUDE, NEXT
     )
-    counts = tl.zeros([LANES], tl.int32)
+    counts, others = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
 
     # A turn of the loop updates a tile and then loads the next one. Loads at its beginning would be moved down to where
     # each is needed, and then the turn would wait for memory once for each of them. Where all tiles are loaded, the
@@ -174,21 +184,22 @@ def coded_update_kernel(
         loaded = load_tile(
             operands, means, zero * BLOCK, BLOCK, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, HAS_UNION=HAS_UNION,
             GIVEN=GIVEN, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES, WEIGHT_STORAGE=WEIGHT_STORAGE,
-            SCORE_STORAGE=SCORE_STORAGE, TAIL=False,
+            SCORE_STORAGE=SCORE_STORAGE, TAIL=False, ALIGNED=ALIGNED,
         )  # fmt: skip
         for tile in tl.range(0, tiles, disable_licm=True):
             noted, lists = update_tile(
-                loaded, operands, means, start, (tile ^ zero) * BLOCK, BLOCK, tau, settings, updates, window, lists,
-                state_ptr, keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, MAGNITUDE=MAGNITUDE,
+                loaded, operands, means, table_ptr, start, (tile ^ zero) * BLOCK, BLOCK, tau, settings, updates, window,
+                lists, state_ptr, keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32,
+                MAGNITUDE=MAGNITUDE,
                 HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES,
-                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT, TAIL=False,
+                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT, TAIL=False, ALIGNED=ALIGNED,
             )  # fmt: skip
-            counts += noted
+            counts, others = _add(counts, others, noted)
             following = tl.minimum(tile + 1, tiles - 1) ^ zero
             loaded = load_tile(
                 operands, means, following * BLOCK, BLOCK, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32,
                 HAS_UNION=HAS_UNION, GIVEN=GIVEN, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES,
-                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, TAIL=False,
+                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, TAIL=False, ALIGNED=ALIGNED,
             )  # fmt: skip
     if tiles * BLOCK < items:
         # Read again: what is not needed later takes no registers in the loop above.
@@ -199,14 +210,19 @@ def coded_update_kernel(
         )  # fmt: skip
         for offset in range(tiles * BLOCK, items, SCALED):
             noted, lists = update_block(
-                operands, means, start, offset, items - offset, tau, settings, updates, window, lists, state_ptr,
-                keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, MAGNITUDE=MAGNITUDE,
+                operands, means, table_ptr, start, offset, items - offset, tau, settings, updates, window, lists,
+                state_ptr, keys_ptr, places_ptr, EACH=BLOCK // (4 * LANES), WARPS=LANES // 32, MAGNITUDE=MAGNITUDE,
                 HAS_UNION=HAS_UNION, GIVEN=GIVEN, ADAM=ADAM, WEIGHT_STATES=WEIGHT_STATES, SCORE_STATES=SCORE_STATES,
-                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT,
+                WEIGHT_STORAGE=WEIGHT_STORAGE, SCORE_STORAGE=SCORE_STORAGE, NEXT=NEXT, ALIGNED=ALIGNED,
             )  # fmt: skip
-            counts += noted
+            counts, others = _add(counts, others, noted)
     if NEXT:
-        add_counts(state_ptr, counts)
+        add_pairs(state_ptr, counts, others)
+
+
+def tile_of(config: Config, storages: tuple[str, str]) -> int:
+    """How many elements a program updates at a time: with 8 bits a block with its scale."""
+    return SCALED.value if "8bit" in storages else config.block
 
 
 def coded_update(
@@ -223,12 +239,15 @@ def coded_update(
     """Do what :func:`.optimizer_step.update` does, with the same arguments, for a table that ``is_coded``."""
     config = table.config
     weight_storage, score_storage = map(STORAGES.index, table.storages)
+    aligned = aligned and table.aligned
+    registers = config.registers[table.dtype is not torch.float32]
     coded_update_kernel[(len(table.programs),)](
         fields_ptr=table.fields,
         gradients_ptr=gradients,
         tensors_ptr=table.tensors,
         programs_ptr=table.programs,
         settings_ptr=workspace.settings,
+        table_ptr=table.values,
         state_ptr=workspace.state,
         keys_ptr=workspace.keys,
         places_ptr=workspace.places,
@@ -239,7 +258,7 @@ def coded_update(
         MASKED=DTYPES[table.masked or table.dtype],
         SCALE=SCALES[scale],
         STEP=SCALES[table.steps],
-        BLOCK=config.block,
+        BLOCK=tile_of(config, table.storages),
         LANES=32 * config.num_warps,
         MAGNITUDE=is_magnitude(rule),
         HAS_UNION=table.has_union,
@@ -250,8 +269,8 @@ def coded_update(
         WEIGHT_STORAGE=weight_storage,
         SCORE_STORAGE=score_storage,
         NEXT=table.masked is not None,
-        ALIGNED=aligned and table.aligned,
+        ALIGNED=aligned,
         num_warps=config.num_warps,
-        maxnreg=config.registers[table.dtype is not torch.float32],
+        maxnreg=registers if aligned else max(registers, config.unaligned),
         **FP_FUSION,
     )

@@ -20,7 +20,9 @@ from torch import Tensor
 from . import _layout as layout
 from ._elementwise import ALIGNMENT, FP_FUSION, check_operands, check_packed, check_threshold
 from ._means import BLOCK as _SCALED
+from ._means import CODES
 from .addresses import address, write
+from .code_values import write_values
 from .threshold import sample_kernel
 from .threshold_table import COMPLETE, DTYPES
 from .threshold_table import CONFIGS as SEARCH_CONFIGS
@@ -48,10 +50,10 @@ class Config:
     """Tile sizes.
 
     Attributes:
-        block: elements that a program updates at a time, a power of two: 4 per thread, which makes 128 bits of float32,
-            or twice as many.
-        items: elements per program, a multiple of ``block``; at most 255 per thread, and 65535 in all. In ``CONFIGS``
-            it is the most that :func:`spread` may choose.
+        block: elements that a program updates at a time, a power of two: 4 per thread, which makes 128 bits of float32.
+            What updates means in 8 bits takes fewer at a time (:func:`.coded_step.tile_of`).
+        items: elements per program, a multiple of ``block``; at most 65535, and 255 per thread where states are not
+            coded. In ``CONFIGS`` it is the most that :func:`spread` may choose.
         num_warps: of the kernels that update and gate.
         digit_block: scores or keys that a program of the search reads at a time.
         alone: up to so many keys are searched by one program.
@@ -61,6 +63,8 @@ class Config:
             128 threads fit on a multiprocessor. Left to itself, ptxas takes more on sm_100, and elsewhere so few that
             it spills some.
         resident: how many programs a multiprocessor has at a time: as many as its registers hold.
+        has_values: whether there is a table of the values of 8-bit codes.
+        unaligned: the least that ``registers`` is with addresses that are no multiples of 16 bytes, for coded states.
     """
 
     block: int
@@ -72,26 +76,38 @@ class Config:
     alone: int = 8192
     fix_block: int = 1024
     resident: int = 6
+    has_values: bool = False
+    unaligned: int = 0
 
 
 CONFIGS = (Config(512, 63 * 512, 4, 2048, 32), Config(512, 63 * 512, 4, 2048, 4))
 """Every choice there is for states that are not coded. The second one is for few elements: its longer lists take little
 memory then."""
 
+
+def _of_warps(registers: tuple[int, int], resident: int) -> tuple[Config, ...]:
+    """Programs of a single warp."""
+    own = replace(CONFIGS[0], items=127 * 512, num_warps=1, registers=registers, resident=resident, has_values=True)
+    return tuple(replace(own, share=config.share, unaligned=255) for config in CONFIGS)
+
+
 CODED_CONFIGS = {
-    "bfloat16": tuple(replace(config, registers=(96, 96), resident=5) for config in CONFIGS),
-    "8bit": tuple(replace(config, items=31 * 512, num_warps=2, registers=(168, 168), resident=6) for config in CONFIGS),
+    "bfloat16": tuple(replace(config, registers=(96, 96), resident=5, unaligned=168) for config in CONFIGS),
+    "8bit": _of_warps((184, 208), 11),
+    "8bit, float32": _of_warps((200, 208), 10),
 }
-"""The same for running means that are stored in fewer bytes: some of them in 8 bits, or none. For 8 bits a thread has 8
-elements, so that a warp has whole blocks with a scale. This takes more registers, so that 6 programs of 64 threads fit
-on a multiprocessor."""
+"""The same for running means that are stored in fewer bytes: none of them in 8 bits, some, or some beside others in
+float32, for which the root is exact. For 8 bits a program is a single warp, which updates a block with its scale at a
+time: 8 elements a thread. This takes more registers."""
 
 
 def configs(storages: tuple[str, str]) -> tuple[Config, ...]:
     """The tile sizes for states that are stored so (:attr:`Gated.storages`): for many elements, and for few."""
     if storages == PLAIN:
         return CONFIGS
-    return CODED_CONFIGS["8bit" if "8bit" in storages else "bfloat16"]
+    if "8bit" in storages:
+        return CODED_CONFIGS["8bit, float32" if "float32" in storages else "8bit"]
+    return CODED_CONFIGS["bfloat16"]
 
 
 FEW = 2**20
@@ -172,6 +188,7 @@ class UpdateTable(NamedTuple):
         aligned: whether every address of a vector is a multiple of 16 bytes.
         config: the tile sizes.
         storages: those of :attr:`Gated.storages`.
+        values: float32 [2 * CODES] of :mod:`.code_values` for codes of 8 bits, else [0].
     """
 
     fields: Tensor
@@ -186,6 +203,7 @@ class UpdateTable(NamedTuple):
     aligned: bool
     config: Config
     storages: tuple[str, str]
+    values: Tensor
 
     @property
     def is_adam(self) -> bool:
@@ -202,7 +220,12 @@ def table_size(sizes: Sequence[int], config: Config) -> int:
     """Elements of the int64 buffer that :func:`make_table` needs for tensors of these sizes."""
     programs = sum(triton.cdiv(n, config.items) for n in sizes)
     per_tensor = layout.FIELDS + layout.TENSOR_COLUMNS.value
-    return per_tensor * len(sizes) + layout.PROGRAM_COLUMNS.value * programs
+    return per_tensor * len(sizes) + layout.PROGRAM_COLUMNS.value * programs + _values_size(config)
+
+
+def _values_size(config: Config) -> int:
+    """Elements of that buffer for the values of codes."""
+    return CODES.value if config.has_values else 0
 
 
 def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> UpdateTable:
@@ -224,7 +247,8 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> Update
         programs += row[layout.TENSOR_PROGRAMS]
         listed += row[layout.TENSOR_ROOM]
     columns, pair = layout.TENSOR_COLUMNS.value, layout.PROGRAM_COLUMNS.value
-    fields, tensors, owners = buffer.split([layout.FIELDS * count, columns * count, pair * programs])
+    parts = [layout.FIELDS * count, columns * count, pair * programs, _values_size(config)]
+    fields, tensors, owners, values = buffer.split(parts)
     write(fields, [value for row in zip(*rows, strict=True) for value in row])
     write(tensors, search)
     fields = fields.view(layout.FIELDS, count)
@@ -245,6 +269,8 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> Update
         num_warps=4,
         **FP_FUSION,
     )
+    if config.has_values:
+        write_values(values.view(torch.float32))
     return UpdateTable(
         fields,
         tensors.view(count, columns),
@@ -258,6 +284,7 @@ def make_table(gated: Sequence[Gated], buffer: Tensor, config: Config) -> Update
         aligned=all(row[i] % ALIGNMENT == 0 for row in rows for i in VECTORS),
         config=config,
         storages=head.storages,
+        values=values.view(torch.float32),
     )
 
 

@@ -71,39 +71,86 @@ def note(
             that the state does not count yet, 8 bits each.
         lists: for the next tile.
     """
-    low, high, guess, room = window
+    low, high, guess, _ = window
     key = order_key(s, MAGNITUDE)
-    masked = convert(w, masked_ptr.dtype.element_ty)
-    tl.store(masked_ptr, tl.where(key < guess, tl.zeros_like(masked), masked), mask=inside)
+    masked = convert(tl.where(key < guess, tl.zeros_like(w), w), masked_ptr.dtype.element_ty)
+    tl.store(masked_ptr, masked, mask=inside)
+    EACH: tl.constexpr = key.numel // LANES
+    thread = tl.arange(0, LANES)
+    if len(key.shape) == 4:  # [groups, warps, 32, 4]: a thread has groups of four, 128 elements apart
+        key = tl.permute(key, (1, 2, 0, 3))
+        GROUP: tl.constexpr = 4
+        first += thread // 32 * (EACH * 32) + thread % 32 * GROUP
+    else:
+        GROUP: tl.constexpr = EACH
+        first += thread * GROUP
+    key = key.reshape(LANES, EACH)
+    if inside is not None:
+        inside = inside.reshape(LANES, EACH)
+    if LANES == 32:  # the threads of a single warp can go around what few tiles need
+        below_low = key < low if inside is None else inside & (key < low)
+        counts = tl.sum(below_low.to(tl.int32), 1)
+        # Less the low end, and modulo 2^32, the keys of the window are the smallest.
+        if tl.min(key - low) <= high - low:
+            counts, lists = _list(
+                key, inside, first, window, lists, state_ptr, keys_ptr, places_ptr, EACH=EACH, GROUP=GROUP
+            )
+    else:
+        counts, lists = _list(
+            key, inside, first, window, lists, state_ptr, keys_ptr, places_ptr, EACH=EACH, GROUP=GROUP
+        )
+    return counts, lists
+
+
+@triton.jit
+def _list(
+    key, inside, first, window, lists, state_ptr, keys_ptr, places_ptr, EACH: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Count and list the keys of a tile, [threads, EACH], as :func:`note` does. ``first`` is the place of each thread's
+    first key; a thread has groups of GROUP keys, 128 places apart."""
+    low, high, _, room = window
     kind = tl.where(key < high, 1 << 24, tl.where(key == high, 1 << 16, 0))
     kind = tl.where(key < low, 1, tl.where(key == low, 1 << 8, kind))
     if inside is not None:
         kind = tl.where(inside, kind, 0)
-    EACH: tl.constexpr = kind.numel // LANES
-    key, kind = key.reshape(LANES, EACH), kind.reshape(LANES, EACH)
     counts = tl.sum(kind, 1)
     found = counts >> 24
     asks = lists & (found > 0)
     listed_ptr = state_ptr + layout.STATE_LISTED + tl.zeros_like(found)
     slot = tl.atomic_add(listed_ptr, found.to(tl.int64), mask=asks, sem="relaxed")
     lists &= (asks == 0) | (slot + found <= room)
-    for column in tl.static_range(EACH):
-        this = tl.arange(0, EACH)[None, :] == column
-        listed = asks & (tl.sum(tl.where(this, kind, 0), 1) >> 24 > 0)
-        mask = listed & (slot < room)
-        tl.store(keys_ptr + slot, tl.sum(tl.where(this, key, 0), 1), mask=mask)
-        tl.store(places_ptr + slot, first + tl.arange(0, LANES) * EACH + column, mask=mask)
-        slot += listed.to(tl.int64)
+    for group in tl.static_range(EACH // GROUP):
+        for column in tl.static_range(GROUP):
+            this = tl.arange(0, EACH)[None, :] == group * GROUP + column
+            listed = asks & (tl.sum(tl.where(this, kind, 0), 1) >> 24 > 0)
+            mask = listed & (slot < room)
+            tl.store(keys_ptr + slot, tl.sum(tl.where(this, key, 0), 1), mask=mask)
+            tl.store(places_ptr + slot, first + (group * 128 + column), mask=mask)
+            slot += listed.to(tl.int64)
     return tl.where(asks, counts & 0xFFFFFF, counts), lists
 
 
 @triton.jit
 def add_counts(state_ptr, counts):
-    """Add to the state what :func:`note` counted in all tiles of a program, which are fewer than 2^16 keys."""
-    pair = tl.sum((counts & 0xFF00FF).to(tl.uint32), 0).to(tl.int64)  # two sums in one number
+    """Add to the state what :func:`note` counted in all tiles of a program, which are fewer than 2^16 keys, and at most
+    255 of a thread."""
+    below_and_high, low_and_listed = pairs(counts)
+    add_pairs(state_ptr, below_and_high, low_and_listed)
+
+
+@triton.jit
+def pairs(counts):
+    """The counts of :func:`note` as two numbers, in which each has 16 bits: for sums that 8 bits cannot hold."""
+    return counts & 0xFF00FF, (counts >> 8) & 0xFF00FF
+
+
+@triton.jit
+def add_pairs(state_ptr, below_and_high, low_and_listed):
+    """:func:`add_counts` for sums of :func:`pairs`."""
+    pair = tl.sum(below_and_high.to(tl.uint32), 0).to(tl.int64)  # two sums in one number
     tl.atomic_add(state_ptr + layout.STATE_BELOW, pair & 0xFFFF, sem="relaxed")
     tl.atomic_add(state_ptr + layout.STATE_AT_HIGH, pair >> 16, sem="relaxed")
-    pair = tl.sum(((counts >> 8) & 0xFF00FF).to(tl.uint32), 0).to(tl.int64)
+    pair = tl.sum(low_and_listed.to(tl.uint32), 0).to(tl.int64)
     tl.atomic_add(state_ptr + layout.STATE_AT_LOW, pair & 0xFFFF, sem="relaxed")
     tl.atomic_add(state_ptr + layout.STATE_LISTED, pair >> 16, mask=pair >> 16 > 0, sem="relaxed")
 

@@ -220,6 +220,29 @@ def test_a_select_keeps_zeros_from_the_slow_path() -> None:
     assert (way.slow_calls, way.reached, way.undecided) == ({"$root_slowpath": 1}, 0, ())
 
 
+@pytest.mark.parametrize(("bits", "predicate", "path"), [
+    ("0x7f800000", "!P3", ["MOV", "STG"]), ("0x7f000000", "!P3", ["MOV", "STG"]),
+    ("0x7f800000", "P3", ["FADD", "FMUL"]), ("0x40000000", "!P3", ["FADD", "FMUL"]),
+])  # fmt: skip
+def test_what_only_large_numbers_need_is_not_the_usual_way(bits: str, predicate: str, path: list[str]) -> None:
+    text = f"""
+    S2R R0, SR_TID.X
+    IMAD.WIDE R4, R0, 0x4, R2
+    LDG.E R12, desc[UR4][R4.64]
+    ISETP.GE.AND P3, PT, R12, {bits}, PT
+    @{predicate} BRA `(.L_x_1)
+    FADD R8, R12, R12
+    FMUL R8, R8, R8
+    BRA `(.L_x_2)
+    .L_x_1:
+    MOV R8, R12
+    STG.E desc[UR4][R4.64], R8
+    .L_x_2:
+    EXIT
+    """
+    assert [name for name in names(Walker(program(text)).way().tile) if name in {"MOV", "STG", "FADD", "FMUL"}] == path
+
+
 def test_what_is_not_known_is_told() -> None:
     way = Walker(root("R99"), zeros=True).way()
     assert [one.name for one in way.undecided] == ["BRA"] and way.reached == 0
@@ -330,6 +353,13 @@ def test_an_address_that_all_threads_share_is_that_of_a_table() -> None:
 def test_what_goes_where_data_tell_is_scattered() -> None:
     found = run(KEYS.replace("@!P5 BRA `(.L_x_1)\n", ""), found=True)
     assert (found.moved, found.scattered, found.widths) == (20, 4, {"LDG.E.128": 1})
+
+
+def test_a_small_table_is_in_a_cache() -> None:
+    """Data tell the place, so that the load does not take its time from DRAM."""
+    code = THREAD + "LDG.E R12, desc[UR4][R4.64]\nLEA R6, P0, R12, UR8, 0x2\nLDG.E R14, desc[UR4][R6.64]\nMOV R7, R14"
+    found = run(code)
+    assert (found.waits, found.moved, found.scattered) == (1, 8, 4) and 1200 < found.cycles < 1220
 
 
 @pytest.mark.parametrize("found", [False, True])

@@ -212,7 +212,7 @@ def test_the_next_masked_weight(rule: str, storages: tuple[str, str], device: to
         problems.append(problem._replace(update=problem.update._replace(next=following)))
     settings = EXACT_ADAMW._replace(lr=0.01)
     updates, plan = [problem.update for problem in problems], {}
-    for _ in range(2):
+    for _ in range(5):
         gradients = [
             Gradient(torch.randn(n).to(device), None, portable.threshold(u.scores.cpu(), n // 2, rule).to(device))
             for n, u in zip(sizes, updates, strict=True)
@@ -227,6 +227,8 @@ def test_the_next_masked_weight(rule: str, storages: tuple[str, str], device: to
             masked = portable.gate(update.weight.cpu(), update.scores.cpu(), tau, rule, torch.float32)
             assert_same_bits(update.next.tau.cpu(), tau, "threshold")
             assert_same_bits(update.next.masked.cpu(), masked, "masked weight")
+    hits, _ = updates[1].next.window[6:8].tolist()
+    assert hits >= 3, "most updates find the threshold in their window"
 
 
 def test_means_in_float32_beside_codes_make_the_plain_step(device: torch.device) -> None:

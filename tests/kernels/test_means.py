@@ -12,31 +12,35 @@ from torch import Tensor
 
 from wsn_fast.backends import moments
 from wsn_fast.kernels import _means
-from wsn_fast.kernels._coded_tile import offsets
+from wsn_fast.kernels.code_values import write_values
 
-N = 1024  # a tile
-WARPS = tl.constexpr(4)
+N = 1024  # four blocks
 
 
 @triton.jit
-def _encode_kernel(x_ptr, codes_ptr, exponents_ptr, narrow_ptr, n, update, SIGNED: tl.constexpr):
-    lane = offsets(2, WARPS)
+def _encode_kernel(x_ptr, codes_ptr, scales_ptr, narrow_ptr, n, update, SIGNED: tl.constexpr):
+    block = tl.program_id(0)
+    lane = block * 256 + tl.arange(0, 256)
     inside = lane < n
-    x = tl.load(x_ptr + lane, mask=inside, other=1.0)
+    x = tl.load(x_ptr + lane, mask=inside, other=float("inf"))
     r = _means.dither(lane, update.to(tl.uint32))
-    exponent = _means.exponents(x, inside, SIGNED)
-    tl.store(codes_ptr + lane, _means.encode_8bit(x, exponent, r, SIGNED), mask=inside)
-    place = tl.arange(0, WARPS)[None, :, None, None]
-    tl.store(exponents_ptr + place, exponent, mask=place * 256 < n)
+    most = _means.largest(x, inside)
+    if most >= _means.LARGE:
+        codes, scale = _means.encode_8bit(x, most, inside, r, SIGNED, SPECIAL=True)
+    else:
+        codes, scale = _means.encode_8bit(x, most, inside, r, SIGNED, SPECIAL=False)
+    tl.store(codes_ptr + lane, codes, mask=inside)
+    tl.store(scales_ptr + block, scale)
     tl.store(narrow_ptr + lane, _means.encode_bfloat16(x, r, SIGNED), mask=inside)
 
 
 @triton.jit
-def _decode_kernel(codes_ptr, scales_ptr, narrow_ptr, x_ptr, y_ptr, SIGNED: tl.constexpr):
-    lane = offsets(2, WARPS)
-    scale = tl.load(scales_ptr + tl.arange(0, WARPS))[None, :, None, None]
-    tl.store(x_ptr + lane, _means.decode(tl.load(codes_ptr + lane), scale, 2, SIGNED))
-    tl.store(y_ptr + lane, _means.decode(tl.load(narrow_ptr + lane), scale, 1, SIGNED))
+def _decode_kernel(codes_ptr, scales_ptr, narrow_ptr, table_ptr, x_ptr, y_ptr, SIGNED: tl.constexpr):
+    block = tl.program_id(0)
+    lane = block * 256 + tl.arange(0, 256)
+    scale = tl.load(scales_ptr + block)
+    tl.store(x_ptr + lane, _means.decode(tl.load(codes_ptr + lane), scale, table_ptr, None, 2, SIGNED))
+    tl.store(y_ptr + lane, _means.decode(tl.load(narrow_ptr + lane), scale, table_ptr, None, 1, SIGNED))
 
 
 def spread(n: int, dtype: torch.dtype) -> Tensor:
@@ -44,10 +48,20 @@ def spread(n: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(n) * 2.0 ** torch.randint(-149, 128, (n,)).double().float()
 
 
+def near_codes(n: int, dtype: torch.dtype) -> Tensor:
+    """What codes stand for, and the numbers next to it, for scales of all sizes."""
+    codes = torch.arange(n).to(torch.uint8)
+    scales = 2.0 ** torch.randint(-80, 127, (-(-n // 256),)).float()
+    each = [moments.decode(moments.Stored(codes, scales), torch.empty(n), signed) for signed in (True, False)]
+    x = torch.where(torch.rand(n) < 0.5, *each)
+    return (x.where(x.isfinite(), 1.0).view(torch.int32) + torch.randint(-1, 2, (n,)).int()).view(torch.float32)
+
+
 VALUES = {
     **DISTRIBUTIONS,
     "planted": planted,
     "spread": spread,
+    "near codes": near_codes,
     "of close sizes": lambda n, dtype: torch.randn(n) * 2.0 ** torch.randint(-40, 3, (n,)),
     "largest": lambda n, dtype: torch.rand(n).sub(0.3) * 2.0**127 * 1.9,
     "infinities alone": lambda n, dtype: torch.full((n,), torch.inf),
@@ -65,8 +79,8 @@ def test_encoding(kind: str, signed: bool, device: torch.device) -> None:
         if n == N:
             x[:256] *= 1e-30  # blocks of other sizes
         codes, narrow = (torch.full((N,), 7, dtype=dtype, device=device) for dtype in (torch.uint8, torch.bfloat16))
-        exponents = torch.zeros(4, dtype=torch.int32, device=device)
-        _encode_kernel[(1,)](x.to(device), codes, exponents, narrow, n, update, signed)
+        scales = torch.zeros(-(-n // 256), device=device)
+        _encode_kernel[(len(scales),)](x.to(device), codes, scales, narrow, n, update, signed, num_warps=1)
         count = torch.tensor(update)
         for storage, found in (("8bit", codes), ("bfloat16", narrow)):
             stored = moments.zeros(x, storage, signed)
@@ -74,18 +88,19 @@ def test_encoding(kind: str, signed: bool, device: torch.device) -> None:
             assert_same_bits(found[:n].cpu(), stored.values, f"{storage} of {n}")
             assert bool((found[n:] == 7).all())
             if stored.scales is not None:
-                scales = (exponents.cpu() << 23).view(torch.float32)[: len(stored.scales)]
-                assert_same_bits(scales, stored.scales, "scale")
+                assert_same_bits(scales.cpu(), stored.scales, "scale")
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_decoding_of_every_code(signed: bool, device: torch.device) -> None:
     codes = torch.arange(N).to(torch.uint8)
     narrow = torch.arange(0, 65536, 64)[:N].to(torch.int32).to(torch.int16).view(torch.bfloat16)
+    table = torch.empty(512, device=device)
+    write_values(table)
     for exponents in ((127, 22, 37, 253), (1, 0, 254, 200)):  # the last four are none that an update writes
         scales = (torch.tensor(exponents, dtype=torch.int32) << 23).view(torch.float32)
         found = [torch.empty(N, device=device) for _ in range(2)]
-        _decode_kernel[(1,)](codes.to(device), scales.to(device), narrow.to(device), *found, signed)
+        _decode_kernel[(4,)](codes.to(device), scales.to(device), narrow.to(device), table, *found, signed)
         like = torch.empty(N)
         for mine, stored in zip(found, (moments.Stored(codes, scales), moments.Stored(narrow, None)), strict=True):
             assert_same_bits(mine.cpu(), moments.decode(stored, like, signed), stored.storage)

@@ -12,14 +12,15 @@ H200 = 132  # multiprocessors
 
 
 @pytest.mark.parametrize("processors", [1, 20, H200])
-@pytest.mark.parametrize("config", [*CONFIGS, *CODED_CONFIGS["8bit"]])
+@pytest.mark.parametrize("config", [*CONFIGS, *CODED_CONFIGS["8bit"], *CODED_CONFIGS["8bit, float32"]])
 def test_programs_follow_the_elements_and_the_multiprocessors(config: Config, processors: int) -> None:
     at_once = config.resident * processors
     for elements in (1, 512, 513, 100_000, 2**20, 3 * 2**20, 2**24, 11_000_000, 2**26, 2**33):
         cut = spread(config, elements, processors)
         blocks, programs = -(-elements // cut.block), -(-elements // cut.items)
         assert cut == replace(config, items=cut.items) and cut.items % cut.block == 0
-        assert cut.items <= min(config.items, 255 * 32 * cut.num_warps, 65535)
+        of_threads = 65535 if config.has_values else 255 * 32 * cut.num_warps
+        assert cut.items <= min(config.items, of_threads, 65535)
         if blocks <= at_once:
             assert programs == blocks, "a program for every block"
         rounds = -(-programs // at_once)

@@ -15,11 +15,14 @@ tells its two sides apart decides:
 5. A side whose loads are masked belongs to the last tile of a tensor. It is not taken if the other side or the main
    loop has plain loads. In a kernel that goes through a list it is the other way round, as the length of a list is no
    multiple of a tile: there masked loads are the usual ones.
-6. The side with more instructions is taken.
+6. A side that is for numbers of at least 2^127, infinities and NaN is not taken. It is known by a comparison with the
+   bits of 2^127 or of infinity right before the branch.
+7. The side with more instructions is taken.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ from machine_code import ATOMICS, Flow, Instruction, Loop, Program
 from machine_values import Values
 
 THREAD = ("SR_TID", "SR_LANEID")
+LARGE = re.compile(r"0x7f[08]00000\b")  # the bits of infinity, and of 2^127
 BITS = 15  # that a sample of uniform magnitudes needs of a key: 8 of the exponent, and 7 for half a percent of them
 
 
@@ -230,6 +234,8 @@ class Walker:
         unusual = [self._is_unusual(side) for side in code]
         if unusual[0] != unusual[1] and (self.has_usual or any(self._has_usual(side) for side in code)):
             return ways[unusual.index(False)]
+        if (special := self._special_side(block)) is not None:
+            return ways[1 - special]
         longer = len(code[0]) >= len(code[1])
         return ways[0] if longer is (stop is None) else ways[1]
 
@@ -243,6 +249,15 @@ class Walker:
             return 1 - slow
         self.reached += taken == slow
         return int(taken)
+
+    def _special_side(self, block: int) -> int | None:
+        """Whether the fall-through (0) or the target (1) of the branch that ends a block is for large numbers only."""
+        *others, last = self.flow.instructions([block])
+        flag = last.predicate.lstrip("!")
+        makers = [one for one in others if flag in one.writes]
+        if not makers or not makers[-1].opcode.startswith("ISETP.G") or not LARGE.search(makers[-1].operands):
+            return None
+        return int(not last.predicate.startswith("!"))
 
     def _has_usual(self, code: list[Instruction]) -> bool:
         return any(bool(one.predicate) is self.listed for one in global_loads(code))
@@ -344,6 +359,7 @@ class Clock:
 
     def _result(self, one: Instruction, is_tile: bool) -> None:
         """When the result of an instruction is there."""
+        is_tile = is_tile and not self.origins.is_scattered(one)  # where data tell the place, there is a small table
         if one.name == "LDG":
             latency = self.latencies.tile if is_tile else self.latencies.table
         else:
