@@ -87,6 +87,23 @@ def test_tensors_of_several_programs(rule: str, device: torch.device, monkeypatc
                 order.scores.mul_(1.001)
 
 
+def test_the_last_block_of_a_program_is_counted_and_corrected(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One program with two whole blocks and five elements, among which the threshold is. They change places, and the
+    threshold moves, so that the guess is wrong about some of them, but it stays in the window."""
+    monkeypatch.setattr(warm_gate, "CONFIG", Config(512, 2048, 4, 512, 8))
+    monkeypatch.setattr(many.update_table, "spread", lambda config, *_: config)
+    scores = torch.cat([torch.full((512,), 0.1), torch.full((512,), 0.9), 0.5 + 1e-6 * torch.arange(5)])
+    order = order_of(scores, "magnitude", torch.float32, 514 / 1028, device)
+    plan: dict[Any, Any] = {}
+    for i in range(6):
+        (tau,) = triton.gates([order], plan)
+        assert_right(order, tau, str(i))
+        order.scores[1024:] = order.scores[1024:].roll(1) + 1.5e-6
+    assert windows(plan)[0, layout.WINDOW_HITS.value :].tolist() == [5, 1]
+
+
 def test_a_threshold_is_expected_where_it_was(device: torch.device) -> None:
     """The first call knows nothing; the next ones find the threshold in the window, until all scores leap."""
     order, plan = order_of(torch.randn(3000), "magnitude", torch.float32, 0.5, device), dict[Any, Any]()
