@@ -48,7 +48,7 @@ class WSN(FinishedTasks):
             last n finished tasks that were in use, for :meth:`forward_tasks` and for programs that often change the
             task, until the next training pass.
         gates_ahead: after each step of a guarded optimizer make the masked weights of the next training forward pass,
-            for all layers together: on a GPU in seven launches instead of seven for each tensor. PyTorch does not see
+            for all layers together: on a GPU in three launches instead of four for each tensor. PyTorch does not see
             an edit of weights or scores through ``.data``, so such an edit takes effect one step later.
 
     Raises:

@@ -1,7 +1,7 @@
 """The gates of a whole model: made ahead for all layers together, given to a forward pass by one autograd Function, and
 what optimizer, guard and CUDA graphs share about them.
 
-A layer by itself needs seven launches on a GPU to select and gate a tensor, in every forward pass, and one more for the
+A layer by itself needs four launches on a GPU to select and gate a tensor, in every forward pass, and one more for the
 gradients. All layers together need as many as one layer. A layer uses what it is given only if its stamp is up to date,
 and makes its own gate otherwise.
 """

@@ -289,9 +289,9 @@ def _update(
 
 
 def _for_settling(table: UpdateTable) -> UpdateTable:
-    """The table with the tile that the search uses for every table, so that it needs no further kernels."""
-    plain = CONFIGS[0]
-    return table._replace(config=replace(table.config, block=plain.block, num_warps=plain.num_warps))
+    """The table with the tile in which masked weights are corrected for every table, so that no further kernel is
+    needed."""
+    return table._replace(config=replace(table.config, block=CONFIGS[0].block))
 
 
 def _runs(settings: Sequence[tuple[Any, Any]]) -> Iterator[tuple[range, tuple[Any, Any]]]:
