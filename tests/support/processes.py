@@ -45,6 +45,9 @@ def _work(rank: int, module: str, world: int, folder: str, names: list[str] | No
             seen[name] = cases[name](rank)
         except Exception as error:
             seen[name] = f"{type(error).__name__}: {error}"
+        # One that goes while another still connects to it is an error there.
+        store.set(f"{name} {rank} is done", "")
+        store.wait([f"{name} {other} is done" for other in range(world)], 2 * TIMEOUT)
         dist.destroy_process_group()
     torch.save(seen, f"{folder}/{rank}.pt")
 

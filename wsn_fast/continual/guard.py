@@ -202,13 +202,14 @@ class Guards:
 
     Attributes:
         kept: the copies of frozen values that the guards took.
+        parallel: what the processes that train the WSN have to do with each other.
     """
 
     def __init__(self) -> None:
         self._guards: weakref.WeakSet[OptimizerGuard] = weakref.WeakSet()
         self._without_hooks: list[weakref.ref[Any]] = []
         self.kept = KeptValues()
-        self._parallel = Parallel()
+        self.parallel = Parallel()
 
     def __reduce__(self) -> tuple[type[Guards], tuple[()]]:
         return Guards, ()
@@ -252,7 +253,7 @@ class Guards:
         """A forward pass with these arguments is about to use the frozen values: put back what was written to them
         since the last step. If there are several processes, check it."""
         check_arguments(args)
-        self._parallel.check_forward(wsn)
+        self.parallel.before_forward(wsn)
         self.settle()
 
     def settle(self) -> None:
