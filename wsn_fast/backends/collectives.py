@@ -67,6 +67,23 @@ def send_from_first(group: ProcessGroup | None, tensor: Tensor) -> None:
             tensor.copy_(joined)
 
 
+def joined(group: ProcessGroup | None, part: Tensor) -> Tensor:
+    """The 1-d tensors of all processes, of any lengths, one after the other in the order of their ranks."""
+    if size(group) == 1:
+        return part
+    every = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in range(size(group))]
+    torch.distributed.all_gather(every, every[0].new_tensor([part.numel()]), group=group)
+    counts: list[int] = torch.cat(every).tolist()
+    longest = max(counts) * part.element_size()
+    mine = torch.zeros(longest, dtype=torch.uint8, device=part.device)  # bytes, because not every backend has all dtypes
+    own = part.contiguous().view(torch.uint8)
+    mine[: own.numel()] = own
+    parts = [torch.empty_like(mine) for _ in counts]
+    if longest:
+        torch.distributed.all_gather(parts, mine, group=group)
+    return torch.cat([one[: n * part.element_size()] for one, n in zip(parts, counts, strict=True)]).view(part.dtype)
+
+
 def texts_of(group: ProcessGroup | None, text: str) -> list[str]:
     """The texts of all processes, in the order of their ranks."""
     texts = [text] * size(group)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
+from ..nn.model_gates import ModelGates
 from ..nn.task_ids import TaskId
 from . import trainable_state
 from .frozen_values import Frozen
@@ -20,6 +23,7 @@ from .view import View
 class Contents(nn.Module):
     """The part of :class:`wsn_fast.WSN` that says what is there."""
 
+    gates: ModelGates
     _parts: ModelParts
     _register: TaskRegister
     _view: View
@@ -54,6 +58,18 @@ class Contents(nn.Module):
         the parameters that are declared ``frozen``."""
         return list(self._fixed)
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As for every module. Those of a sharded WSN are the shards, also where FSDP2 keeps gathered tensors."""
+        gates: ModelGates | None = vars(self).get("gates")
+        if gates is not None and gates.sharding is not None:
+            gates.sharding.reshard()
+        return super().named_parameters(*args, **kwargs)
+
+    def _check_whole(self, what: str, way_out: str) -> None:
+        """Raise ``RuntimeError`` if the gated tensors are cut into shards, where ``what`` would see parts of them."""
+        if self.gates.sharding is not None:
+            raise RuntimeError(f"{what} needs whole tensors, and this WSN is sharded: {way_out}")
+
     # --- the best epoch ---------------------------------------------------------------------------------------------
     def trainable_state(self) -> dict[str, Tensor]:
         """Copy all that training changes (parameters, scores, live buffers), to keep the best epoch for example."""
@@ -77,6 +93,7 @@ class Contents(nn.Module):
         Raises:
             RuntimeError: no task is in progress, or a finished task is in use.
         """
+        self._check_whole("an average of weights", "average in one process")
         if self.current_task is None or self._view.task is not None:
             raise RuntimeError("nothing may change: no task is in progress, or a finished task is in use")
         self._restore_frozen()

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import per_task
+from ..nn.gate import Gated
 from ..nn.heads import TaskHeads
+from ..nn.shards import shard_of
 from ..nn.task_ids import TaskId
 from .model_parts import ModelParts
 
@@ -60,9 +62,8 @@ def fingerprint(parts: ModelParts, task: TaskId, row: int) -> dict[str, str]:
     """
     prints: dict[str, str] = {}
     for name, gate in parts.gated():
-        mask = ops.unpack_mask(gate.masks[row], gate.param.shape)
-        prints[name] = digest(gate.param.detach()[mask])
-        prints[f"{name} (mask)"] = digest(gate.masks[row])
+        values, mask = _of_task(gate, row)
+        prints[name], prints[f"{name} (mask)"] = digest(values), digest(mask)
     for prefix, heads in parts.heads.items():
         prints |= head_digests(prefix, heads, task)
     for item in parts.owned:
@@ -73,6 +74,14 @@ def fingerprint(parts: ModelParts, task: TaskId, row: int) -> dict[str, str]:
         elif item.kind == "frozen":
             prints[item.name] = digest(item.tensor)
     return prints
+
+
+def _of_task(gate: Gated, row: int) -> tuple[Tensor, Tensor]:
+    """The elements of a gated tensor that a task uses, 1-d, and its packed mask: those of the whole tensor."""
+    shard = shard_of(gate.param)
+    if shard is not None:
+        return shard.masked_values(row), shard.whole_masks([row])[0]
+    return gate.param.detach()[ops.unpack_mask(gate.masks[row], gate.param.shape)], gate.masks[row]
 
 
 def head_digests(name: str, heads: TaskHeads, task: TaskId) -> dict[str, str]:

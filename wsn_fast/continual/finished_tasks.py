@@ -27,7 +27,6 @@ class FinishedTasks(StaysInTheLibrary, Contents):
 
     _generation: int
     _guards: Guards
-    gates: ModelGates
     model: nn.Module
 
     # --- are they what they were? ----------------------------------------------------------------------------------
@@ -49,15 +48,19 @@ class FinishedTasks(StaysInTheLibrary, Contents):
             RenamedError: only the names of modules have changed; see :meth:`rename`.
             UnmaskedReadError: a task reads something outside of its mask; the message names the tensors.
         """
+        if probe is not None:
+            self._check_whole("a probe", "load the full state in one process and verify it there")
         self._refresh()
         report = self._register.verify(self._parts, progress)
-        shown_values.check(self._parts, self._view.task, self._register.tasks)
+        with parallel.together(self._guards.parallel.sharded, parallel.device_of(cast(Any, self))):
+            shown_values.check(self._parts, self._view.task, self._register.tasks)
         check_reads(cast(Any, self), self._parts, self._register.tasks, probe)
         return report
 
     def masked_reads(self) -> AbstractContextManager[None]:
         """In a ``with`` block, code that reads gated tensors gets the masked ones of the task in use, as it does in a
         forward pass: ``layer.weight`` for example. Use it for code that computes with the model without calling it."""
+        self._check_whole("masked_reads()", "load the full state in one process")
         return self._parts.scope.opened()
 
     def check_finite(self) -> None:
@@ -68,15 +71,17 @@ class FinishedTasks(StaysInTheLibrary, Contents):
     def capacity(self) -> Capacity:
         """The capacity used so far, by the paper's formula (fractions; see
         :class:`~wsn_fast.continual.statistics.Capacity`)."""
-        gates = [gate for _, gate in self._parts.gated()]
-        compressed = self._register.compressed([g.masks for g in gates])
-        return statistics.capacity([g.masks for g in gates], [g.param.numel() for g in gates], compressed)
+        masks = self._parts.whole_masks()
+        compressed = self._register.compressed(masks)
+        return statistics.capacity(masks, self._sizes(), compressed)
 
     def task_stats(self) -> list[TaskStats]:
         """Density, reuse and new weights of each finished task (see
         :class:`~wsn_fast.continual.statistics.TaskStats`)."""
-        gates = [gate for _, gate in self._parts.gated()]
-        return statistics.task_stats(self._register.tasks, [g.masks for g in gates], [g.param.numel() for g in gates])
+        return statistics.task_stats(self._register.tasks, self._parts.whole_masks(), self._sizes())
+
+    def _sizes(self) -> list[int]:
+        return [gate.param.numel() for _, gate in self._parts.gated()]
 
     # --- tasks that go ---------------------------------------------------------------------------------------------
     @torch.inference_mode(False)  # what is left is trained
@@ -128,6 +133,7 @@ class FinishedTasks(StaysInTheLibrary, Contents):
 
     # --- saving and loading ----------------------------------------------------------------------------------------
     def __getstate__(self) -> dict[str, Any]:
+        self._check_whole("a copy or a pickle", "wsn_fast.distributed.full_state_dict(wsn) returns what to save")
         self._restore_frozen()
         return self.__dict__
 

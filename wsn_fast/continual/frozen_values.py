@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends import collectives
 from ..nn import per_task
+from ..nn.shards import ShardedGate, local, shard_of
 from ..nn.task_ids import TaskId, task_key
 from .model_parts import ModelParts
 
@@ -44,12 +46,13 @@ class Frozen(NamedTuple):
 
 class _Read(NamedTuple):
     """What one checksum reads: ``tensor``, where ``union`` has a bit. ``first`` is the index of its first element. A
-    tensor that ``grows`` gets a row from each task that ends."""
+    tensor that ``grows`` gets a row from each task that ends; of one with a ``shard`` other processes have the rest."""
 
     tensor: Tensor
     union: Tensor | None = None
     first: int = 0
     grows: bool = False
+    shard: ShardedGate | None = None
 
 
 def together(frozen: Iterable[Frozen]) -> list[Frozen]:
@@ -221,7 +224,10 @@ def _written(named: Mapping[str, _Read]) -> dict[str, str]:
         together = {name for name in names if _is_small(named[name], _limit(device))}
         names.sort(key=together.__contains__, reverse=True)
         sums = [checksums([named[name].tensor for name in names[: len(together)]])] if together else []
-        sums += [checksum(*named[name][:3]).reshape(1) for name in names[len(together) :]]
+        alone = names[len(together) :]
+        own = [checksum(*named[name][:3]).reshape(1) for name in alone]
+        _add_other_shards([named[name].shard for name in alone], own)
+        sums += own
         for name, total in zip(names, torch.cat(sums).tolist(), strict=True):
             dtype = named[name].tensor.dtype
             kind = kinds.setdefault(dtype, str(dtype).removeprefix("torch."))
@@ -229,8 +235,18 @@ def _written(named: Mapping[str, _Read]) -> dict[str, str]:
     return {name: written[name] for name in named}
 
 
+def _add_other_shards(shards: Sequence[ShardedGate | None], sums: Sequence[Tensor]) -> None:
+    """In place: the checksums of shards become those of the whole tensors."""
+    mine = [(shard, total) for shard, total in zip(shards, sums, strict=True) if shard is not None]
+    if mine:
+        joined = torch.cat([total for _, total in mine])
+        collectives.sum_over(mine[0][0].group, joined)
+        for (_, total), whole in zip(mine, joined, strict=True):
+            total.copy_(whole)
+
+
 def _is_small(read: _Read, limit: int) -> bool:
-    return read.union is None and not read.first and read.tensor.numel() <= limit
+    return read.shard is None and read.union is None and not read.first and read.tensor.numel() <= limit
 
 
 def _frozen(parts: ModelParts, tasks: Sequence[TaskId]) -> Iterator[tuple[str, _Read]]:
@@ -238,7 +254,8 @@ def _frozen(parts: ModelParts, tasks: Sequence[TaskId]) -> Iterator[tuple[str, _
     if not tasks:
         return
     for name, gate in parts.gated():
-        yield name, _Read(gate.param, gate.union)
+        shard = shard_of(gate.param)
+        yield name, _Read(local(gate.param), gate.union, 0 if shard is None else shard.first, shard=shard)
     keys = {task_key(task) for task in tasks}
     for prefix, heads in parts.heads.items():
         path = f"{prefix}.heads.".lstrip(".")

@@ -108,6 +108,10 @@ class OptimizerGuard:
         """Whether this is the guard of ``optimizer``."""
         return self._optimizer() is optimizer
 
+    def is_alive(self) -> bool:
+        """Whether the optimizer still exists."""
+        return self._optimizer() is not None
+
     def claim(self) -> None:
         """Tell each layer of this optimizer whether the optimizer needs G, the gradient of the masked weight, or the
         gradients dW and dS of Eq. 4 and 5. A layer whose kind changes drops its gradients."""
@@ -249,6 +253,10 @@ class Guards:
             not _params_of(optimizer).isdisjoint(map(id, params)) for optimizer in self._alive_without_hooks()
         )
 
+    def are_alive(self) -> bool:
+        """Whether an optimizer is guarded that still exists."""
+        return any(guard.is_alive() for guard in self._guards) or bool(self._alive_without_hooks())
+
     def before_forward(self, wsn: WSN, args: object) -> None:
         """A forward pass with these arguments is about to use the frozen values: put back what was written to them
         since the last step. If there are several processes, check it."""
@@ -300,7 +308,7 @@ def _check_not_bypassed(name: str, gate: Gated, own: set[int]) -> None:
         )
 
 
-def check_guardable(optimizer: Any, params: Iterable[Tensor]) -> None:
+def check_guardable(optimizer: Any, params: Iterable[Tensor], are_sharded: bool = False) -> None:
     """Check that a guard can keep frozen values for ``optimizer``.
 
     Raises:
@@ -322,6 +330,11 @@ def check_guardable(optimizer: Any, params: Iterable[Tensor]) -> None:
         )
     params = list(params)
     check_whole((f"parameter {i} of the model", param) for i, param in enumerate(params))
+    if are_sharded and not _params_of(optimizer) <= {*map(id, params)}:
+        raise ValueError(
+            "optimizer holds a tensor that is no parameter of this WSN, which is sharded: take wsn.parameters() after "
+            "shard(wsn, mesh). What FSDP2 gathers for a forward pass is another tensor, and a step would be lost"
+        )
     if _params_of(optimizer).isdisjoint(map(id, params)):
         raise ValueError(
             "optimizer holds no parameter of this model: was it built from another one, or before .to(device)?"

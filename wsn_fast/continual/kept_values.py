@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd.graph import increment_version
 
 from .. import ops
+from ..nn.shards import local
 from .frozen_values import Frozen, together
 from .saved_values import SavedValues
 
@@ -26,7 +28,7 @@ class _Copy:
     __slots__ = ("frozen", "outdated", "values", "version")  # read at every step
 
     def __init__(self, frozen: Frozen) -> None:
-        self.frozen, self.values = frozen, frozen.tensor.detach().clone()
+        self.frozen, self.values = frozen, local(frozen.tensor).detach().clone()
         self.version, self.outdated = -1, False
 
     def put_back(self) -> None:
@@ -37,7 +39,12 @@ class _Copy:
         """
         tensor, union = self.frozen
         torch.clear_autocast_cache()  # it keeps casts of the values that were there
-        target = tensor.data if self.version == tensor._version else tensor
+        heard = self.version != tensor._version
+        target = local(tensor)
+        if target is not tensor and heard:
+            increment_version(tensor)
+        elif target is tensor and not heard:
+            target = tensor.data
         if union is None:
             target.copy_(self.values)
         else:
@@ -47,12 +54,13 @@ class _Copy:
     def follow(self) -> bool:
         """Move and cast the copy if that happened to the parameter since. Returns False if the parameter was given data
         of another shape: then nothing can be put back, and the checksum at the end of the task decides."""
-        (tensor, union), values = self.frozen, self.values
+        (held, union), values = self.frozen, self.values
+        tensor = local(held)
         if tensor.shape != values.shape:
             return False
         if tensor.dtype is not values.dtype or tensor.device != values.device:
             self.values = values.to(tensor.device, tensor.dtype)
-            self.frozen = Frozen(tensor, None if union is None else union.to(tensor.device))
+            self.frozen = Frozen(held, None if union is None else union.to(tensor.device))
         return True
 
 
@@ -92,7 +100,7 @@ class KeptValues:
                 new.append(one)
                 continue
             if known.outdated:
-                known.values.copy_(one.tensor.detach())  # in place, because a CUDA graph may read it
+                known.values.copy_(local(one.tensor).detach())  # in place, because a CUDA graph may read it
                 known.outdated = False
             known.frozen = one
         if for_task:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,8 @@ from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
 from ..nn.reads import share_scope
+from ..nn.sharding import Sharding
+from ..nn.shards import local, shard_of
 from ..nn.task_ids import TaskId, task_key
 from ..nn.tensors import GatedModule
 from . import ownership, wrappers
@@ -36,6 +38,7 @@ class ModelParts:
     def __init__(self, model: nn.Module, declared: ownership.Declared) -> None:
         self._declared = declared
         self._shown: tuple[int | None, TaskId | None] = None, None
+        self.sharding: Sharding | None = None
         self.refresh(model)
         ownership.mark_per_task(self.owned, finished=len(self.tasks_of_layers()))
         self.copied = [module for module in model.modules() if per_task.marked(module)]
@@ -63,6 +66,15 @@ class ModelParts:
                 if (id(gate.param), id(gate.score)) not in seen:
                     seen.add((id(gate.param), id(gate.score)))
                     yield f"{prefix}.{gate.name}".lstrip("."), gate
+
+    def agree(self, names: Iterable[str]) -> list[str]:
+        """These names; of a model that is cut into shards those that any process has."""
+        return list(names) if self.sharding is None else self.sharding.agree(names)
+
+    def whole_masks(self) -> list[Tensor]:
+        """The packed masks of all gated tensors, ``uint8`` [T, ceil(n / 8)] each."""
+        shards = [(gate, shard_of(gate.param)) for _, gate in self.gated()]
+        return [gate.masks if shard is None else shard.whole_masks() for gate, shard in shards]
 
     def unions(self) -> dict[int, Tensor | None]:
         """By the id of each gated tensor, the packed mask of the elements that finished tasks use; None before the
@@ -157,7 +169,7 @@ class ModelParts:
                 )
         for name, gate in self.gated():
             for what, tensor in (("", gate.param), ("_score", gate.score)):
-                if tensor.isnan().any():
+                if local(tensor).isnan().any():
                     raise RuntimeError(
                         f"{name}{what} has NaN among its values. Load or initialise it after to_empty; if it was "
                         "loaded, training has diverged"
@@ -168,7 +180,7 @@ class ModelParts:
         """Raise ``FloatingPointError``, naming the tensor, if a gated tensor or its scores are not all finite."""
         for name, gate in self.gated():
             for what, tensor in (("", gate.param), ("_score", gate.score)):
-                if not tensor.isfinite().all():
+                if not local(tensor).isfinite().all():
                     raise FloatingPointError(f"{name}{what} has values that are not finite")
 
     def finish(self, tasks: list[TaskId], *, anew: bool = False) -> None:

@@ -25,6 +25,7 @@ from ..nn import per_task
 from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
 from ..nn.model_gates import in_parallel
+from ..nn.shards import shard_of
 from . import alike
 from .unreduced import Unreduced
 
@@ -51,6 +52,11 @@ class Parallel:
         self._settled: object = None  # what the averages depend on
         self._unreduced = Unreduced()
         self._trained_in: ProcessGroup | None = None  # the processes that train the task in progress
+
+    @property
+    def sharded(self) -> ProcessGroup | None:
+        """The processes that hold the shards of the model; None if it is whole."""
+        return None
 
     # --- forward passes
     def before_forward(self, wsn: WSN) -> None:
@@ -95,9 +101,9 @@ class Parallel:
         ddp.parameters_to_ignore |= {f"{self._path}{name}" for name in leave_alone(wsn)}
         if self._begun != wsn._generation:
             self._trained_in = ddp.process_group
-            drawn = {id(tensor): tensor for tensor in _drawn(wsn)}
+            drawn = {id(tensor): tensor for tensor in drawn_by_processes(wsn)}
             alike.send(ddp.process_group, drawn.values())
-            _check_alike(ddp.process_group, [one for one in _all_tensors(wsn) if id(one[1]) not in drawn])
+            _check_alike(ddp.process_group, [one for one in kept_of_tasks(wsn) if id(one[1]) not in drawn])
             self._begun = wsn._generation
         self._params = [*wsn.parameters()]
         mine = [p for p in self._params if p.requires_grad and id(p) not in held and id(p) not in raw]
@@ -120,7 +126,7 @@ class Parallel:
         """A task begins, which no process has trained yet. All take the heads and scores of the first one, if there is
         a wrapper that has run."""
         self._trained_in = None
-        alike.send(self.known, _drawn(wsn))
+        alike.send(self.known, drawn_by_processes(wsn))
 
     def send(self, tensors: Iterable[Tensor]) -> None:
         """Send ``tensors``, which all processes have drawn anew, if there is a wrapper that has run."""
@@ -216,7 +222,7 @@ def _scores_of_raw(parts: ModelParts) -> set[int]:
 
 
 # --- what processes have to have in common
-def _drawn(wsn: WSN) -> Iterator[Tensor]:
+def drawn_by_processes(wsn: WSN) -> Iterator[Tensor]:
     """What each process may have drawn by itself: heads of tasks that have not ended, and scores; and live buffers,
     which the wrapper does not send."""
     for heads in wsn._parts.heads.values():
@@ -225,7 +231,8 @@ def _drawn(wsn: WSN) -> Iterator[Tensor]:
                 yield from heads.head(task).parameters()
                 yield from heads.head(task).buffers()
     for _, gate in wsn.gated():
-        yield gate.score
+        if shard_of(gate.score) is None:
+            yield gate.score
     yield from _per_task_buffers(wsn)
 
 
@@ -244,7 +251,7 @@ def _per_task_buffers(wsn: WSN) -> Iterator[Tensor]:
                 yield getattr(module, name)
 
 
-def _all_tensors(wsn: WSN) -> Iterator[alike.Named]:
+def kept_of_tasks(wsn: WSN) -> Iterator[alike.Named]:
     """Parameters, masks and what is kept of finished tasks."""
     yield from wsn.named_parameters()
     for path, module in wsn.named_modules():

@@ -131,7 +131,7 @@ class TaskRegister:
             ForgottenError: a tensor has changed. ``advice`` is the last part of its message.
             RenamedError: only names have changed.
         """
-        names = changed(self.frozen, frozen_values(parts)) if self.frozen else ()
+        names = parts.agree(changed(self.frozen, frozen_values(parts))) if self.frozen else ()
         if names:
             drifts, _ = self._drifts(parts)  # slower, and knows which tasks
             drifts = drifts or [fingerprints.Drift(self.records[-1].task, name) for name in names]
@@ -149,9 +149,11 @@ class TaskRegister:
             RenamedError: only names have changed.
         """
         drifts, tensors = self._drifts(parts, progress)
+        others = parts.agree(drift.name for drift in drifts)
+        drifts = drifts or [fingerprints.Drift(self.records[-1].task, name, "(in another process)") for name in others]
         if drifts:
             raise self._renamed(parts) or fingerprints.ForgottenError(drifts)
-        unions = fingerprints.wrong_unions(parts)
+        unions = parts.agree(fingerprints.wrong_unions(parts))
         if unions:
             last = self.records[-1].task
             raise fingerprints.ForgottenError([fingerprints.Drift(last, name, "(union of masks)") for name in unions])

@@ -10,12 +10,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..nn import per_task, rows
 from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
 from ..nn.scores import draw
+from ..nn.shards import local, shard_of
 from .model_parts import ModelParts
 
 T = TypeVar("T")
@@ -92,8 +94,9 @@ def _redraw(layer: SubnetLayer, gate: Gated, union: Tensor | None, used: Tensor 
             weights and all scores.
         undo: puts the values of now back.
     """
-    shape = gate.param.shape
-    free = torch.ones(shape, dtype=torch.bool, device=gate.param.device)
+    param, score, shard = local(gate.param), local(gate.score), shard_of(gate.param)
+    shape = param.shape
+    free = torch.ones(shape, dtype=torch.bool, device=param.device)
     if union is not None:
         free = ~ops.unpack_mask(union, shape)
     scores = torch.ones_like(free)
@@ -101,9 +104,20 @@ def _redraw(layer: SubnetLayer, gate: Gated, union: Tensor | None, used: Tensor 
         free &= ops.unpack_mask(used, shape)
         scores = free
     bound = 1 / math.sqrt(layer.fan_in(gate.name))  # as torch initialises weights and biases
-    for tensor, where in ((gate.param, free), (gate.score, scores)):
+    for tensor, where in ((param, free), (score, scores)):
         undo.callback(tensor.__setitem__, where, tensor[where])
-    fresh = torch.empty_like(gate.param).uniform_(-bound, bound)
-    gate.param.copy_(torch.where(free, fresh, gate.param))
-    draw(fresh, layer._score_init, layer.fan_in(gate.name))
-    gate.score.copy_(torch.where(scores, fresh, gate.score))
+
+    def draw_score(tensor: Tensor) -> None:
+        draw(tensor, layer._score_init, layer.fan_in(gate.name))
+
+    for tensor, where, fill in (
+        (param, free, lambda new: new.uniform_(-bound, bound)),
+        (score, scores, draw_score),
+    ):
+        if shard is not None:
+            fresh = shard.draw(tensor, fill)
+        else:
+            fresh = torch.empty_like(tensor)
+            fill(fresh)
+        tensor.copy_(torch.where(where, fresh, tensor))
+    increment_version([gate.param, gate.score])

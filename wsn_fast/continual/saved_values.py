@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..backends.updates import Plan
+from ..nn.shards import local
 
 PART = 2**28
 """The most bytes that are saved in one piece of memory, unless a single tensor takes more. A piece as large as the
@@ -86,6 +88,7 @@ class SavedValues:
         if not self.are_saved:
             return
         torch.clear_autocast_cache()  # it keeps casts of the values that were there
+        increment_version([tensor for tensor, _ in self._frozen if local(tensor) is not tensor])
         moved = self._facts != _facts(self._frozen)
         for part in self._parts:
             if not moved:
@@ -124,7 +127,7 @@ class SavedValues:
 
 def _facts(frozen: Sequence[Frozen]) -> object:
     """What of the tensors has to be the same, so that a copy of one of them fits."""
-    tensors = [tensor for tensor, _ in frozen]
+    tensors = [local(tensor) for tensor, _ in frozen]
     return [t.shape for t in tensors], [t.dtype for t in tensors], [t.device for t in tensors]
 
 
@@ -133,19 +136,21 @@ def _cut(frozen: Sequence[Frozen]) -> list[list[Frozen]]:
     parts: list[list[Frozen]] = []
     size = PART
     for one in frozen:
-        size += one[0].nbytes
+        nbytes = local(one[0]).nbytes
+        size += nbytes
         if size > PART:
             parts.append([])
-            size = one[0].nbytes
+            size = nbytes
         parts[-1].append(one)
     return parts
 
 
 def _part(frozen: Sequence[Frozen], plan: Plan) -> _Part:
     """A place for the copy of each tensor, in one piece of memory without a storage."""
-    tensors = [tensor for tensor, _ in frozen]
+    tensors = [local(tensor) for tensor, _ in frozen]
     sizes = [tensor.numel() for tensor in tensors]
     memory = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
     copies = [copy.view(tensor.shape) for copy, tensor in zip(memory.split(sizes), tensors, strict=True)]
-    orders = [ops.RestoreOrder(tensor, copy, union) for (tensor, union), copy in zip(frozen, copies, strict=True)]
+    unions = [union for _, union in frozen]
+    orders = [ops.RestoreOrder(*one) for one in zip(tensors, copies, unions, strict=True)]
     return _Part(orders, memory, memory.untyped_storage().nbytes(), plan)

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..nn.gated import SubnetLayer
+from ..nn.sharding import Sharding
 from ..nn.task_ids import TaskId
 
 PAPER_COMPRESSION = 0.78
@@ -105,14 +107,16 @@ def capacity(masks: Sequence[Tensor], sizes: Sequence[int], compressed: int | No
     )
 
 
-def warn_if_full(layers: Mapping[str, SubnetLayer]) -> None:
+def warn_if_full(layers: Mapping[str, SubnetLayer], sharding: Sharding | None = None) -> None:
     """Warn of layers of which less than ``LITTLE`` is free: a new task can do little more there than choose among the
     weights of earlier ones."""
     full = []
-    for name, layer in layers.items():
-        gates = [gate for gate in layer.gated() if gate.union is not None]
+    unions = [[gate for gate in layer.gated() if gate.union is not None] for layer in layers.values()]
+    counts = [sum(int(ops.count_packed(gate.union)) for gate in gates if gate.union is not None) for gates in unions]
+    if sharding is not None:
+        counts = sharding.sums(torch.tensor(counts, device=sharding.device)).tolist()
+    for name, gates, owned in zip(layers, unions, counts, strict=True):
         total = sum(gate.param.numel() for gate in gates)
-        owned = sum(int(ops.count_packed(gate.union)) for gate in gates if gate.union is not None)
         if total - owned < LITTLE * total:
             full.append(f"{name} ({100 * (1 - owned / total):.2f} %)")
     if full:

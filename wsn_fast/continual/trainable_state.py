@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import per_task
+from ..nn.shards import local
 from ..nn.task_ids import TaskId
 from .frozen_values import Frozen
 from .model_parts import ModelParts
@@ -70,7 +71,7 @@ def load(parts: ModelParts, state: Mapping[str, Tensor], fixed: Iterable[Tensor]
     wrong = [name for name, tensor in own.items() if tensor.shape != state[name].shape]
     if wrong:
         raise ValueError(f"state is of another model: {wrong} have other shapes")
-    changed = moved(parts, own, state, fixed)
+    changed = parts.agree(moved(parts, own, state, fixed))
     if changed:
         raise ValueError(
             "state is from before a task ended, or an average of weights (see wsn_fast.optim.averaging): it would "
@@ -93,7 +94,7 @@ def moved(
             continue
         union, then = unions[id(tensor)], state[name].to(tensor.device)
         if union is not None:
-            tensor, then = (ops.gate_packed(t.detach(), union, t.dtype) for t in (tensor, then))
+            tensor, then = (ops.gate_packed(local(t).detach(), union, t.dtype) for t in (tensor, then))
         elif any(tensor is gate.param for _, gate in parts.gated()):
             continue  # no task has ended
         if not torch.equal(tensor, then):

@@ -131,6 +131,9 @@ class WSN(FinishedTasks):
         parallel = self._guards.parallel
         with together(parallel.known, device_of(self)):
             densities = self._check_can_begin(task, density, out_features)
+        with together(parallel.known, device_of(self)):
+            self._register.check_frozen(self._parts, advice.before_task())
+            statistics.warn_if_full(self._parts.layers, self._parts.sharding)
         self._show(View(None, None))
         for heads in self._parts.heads.values():
             if task not in heads.tasks:
@@ -154,12 +157,10 @@ class WSN(FinishedTasks):
         ownership.check_owned(self._parts.owned)
         self._parts.check_initialised()
         self._parts.check_rows(len(self.tasks))
-        self._register.check_frozen(self._parts, advice.before_task())
         densities = self._parts.task_densities(density)
         self._parts.check_tied(densities)
         for heads in self._parts.heads.values():
             heads.width(task, out_features)
-        statistics.warn_if_full(self._parts.layers)
         return densities
 
     @torch.inference_mode(False)
@@ -185,9 +186,13 @@ class WSN(FinishedTasks):
             raise RuntimeError("no task is in progress: begin_task(task) first")
         task, row, parallel = self._register.current.task, len(self.tasks), self._guards.parallel
         with together(parallel.group, device_of(self)):
-            self._check_can_end(task, self._register.current)
+            self._check_can_end(self._register.current)
+        with together(parallel.group, device_of(self)):
+            self._register.check_frozen(self._parts, advice.after_task(task, self._guards.kept.ran))
         self._show(View(None, task))
         parallel.level(self)
+        if self.gates.sharding is not None:
+            self.gates.sharding.find_thresholds()
         packed = {
             name: {k: ops.pack_mask(m) for k, m in layer.masks_of_scores().items()}
             for name, layer in self._parts.layers.items()
@@ -206,14 +211,14 @@ class WSN(FinishedTasks):
         self._generation += 1
         self._fix_parameters()
         self._guards.keep_for_task(self)
-        self._register.measure_last([gate.masks for _, gate in self.gated()])
+        if self.gates.sharding is None:
+            self._register.measure_last([gate.masks for _, gate in self.gated()])
 
-    def _check_can_end(self, task: TaskId, record: Record) -> None:
+    def _check_can_end(self, record: Record) -> None:
         self._refresh()
         self.check_finite()
         fingerprints.check_frozen_buffers(self._parts, record.fingerprint)
         self._parts.check_rows(len(self.tasks))
-        self._register.check_frozen(self._parts, advice.after_task(task, self._guards.kept.ran))
 
     def use_task(self, task: TaskId | None) -> AbstractContextManager[object]:
         """Compute with the masks, head and per-task values of a finished task. None and the task in progress mean the
@@ -266,6 +271,8 @@ class WSN(FinishedTasks):
         """Call ``model(*args, **kwargs)`` as the task in use."""
         if not torch.compiler.is_compiling():
             self._guards.before_forward(self, args)
+        if self.gates.sharding is not None:
+            return self.gates.sharding.run(self._parts.scope, self.model, *args, **kwargs)
         if not self.gates.give():
             return self._parts.scope(self.model, *args, **kwargs)
         try:
@@ -279,6 +286,7 @@ class WSN(FinishedTasks):
         What is around it stays eager. There the model is given the masked weights that were made ahead or are kept,
         which ``torch.compile(wsn)`` would make anew in every forward pass.
         """
+        self._check_whole("compile()", "run it eagerly")
         self.model.compile(*args, **kwargs)
 
     @torch.no_grad()
@@ -300,6 +308,7 @@ class WSN(FinishedTasks):
             ValueError: the lengths differ, a task is unknown, B is 0, the tasks' outputs differ in shape, or
                 ``one_pass`` is not possible with this model or these tasks; the message says why.
         """
+        self._check_whole("forward_tasks()", "run the rows of each task as a batch, inside of use_task")
         ids = [check_task(t) for t in (task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids)]
         if len(ids) != x.shape[0] or not ids:
             raise ValueError(
@@ -327,7 +336,7 @@ class WSN(FinishedTasks):
             TypeError: it is no optimizer, or it is or contains LBFGS; the message gives the reason.
             ValueError: it holds no parameter of this model.
         """
-        check_guardable(optimizer, self.model.parameters())
+        check_guardable(optimizer, self.parameters(), self.gates.sharding is not None)
         self._guards.take(optimizer, self)
         return optimizer
 
@@ -347,6 +356,8 @@ class WSN(FinishedTasks):
 
     def _restore_frozen(self) -> None:
         """Put frozen values back that a step may have moved before an exception ended it."""
+        if self.gates.sharding is not None:
+            self.gates.sharding.reshard()
         self._guards.kept.restore()
 
     def _fix_parameters(self) -> None:

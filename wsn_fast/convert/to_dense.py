@@ -70,6 +70,8 @@ def to_dense(model: nn.Module, task: TaskId) -> nn.Module:
 
 def _row(layers: Sequence[SubnetLayer], task: TaskId) -> int:
     """The row of a finished task, which is the same in all layers."""
+    if any(layer.gate_state.shards is not None for layer in layers):
+        raise RuntimeError("a sharded model has parts of its weights only: load the full state in one process")
     if not layers:
         raise ValueError("model has no subnet layer, so there is nothing to bake: convert(model) comes first")
     tasks = layers[0].tasks

@@ -4,7 +4,7 @@ takes a fraction of the time of a loop in Python."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import compress, repeat
 from operator import attrgetter, is_
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .gate_state import Pass, Ready, Stamp
 from .gated import SubnetLayer
+from .shards import address
 
 VERSION, RULE, DENSITY, DTYPE = map(attrgetter, ("_version", "rule", "gate_density", "dtype"))
 _make_pass: Any = partial(tuple.__new__, Pass)  # Pass itself is code in Python
@@ -39,6 +40,8 @@ class GateColumns:
         self._ready = [layer.gate_state.ready for layer in self.layers]
         self._passes = [layer.gate_state.passes for layer in self.layers]
         self._places = [layer._parameters for layer in self.layers]
+        sharded = any(state.shards is not None for state in self._states)
+        self._address: Callable[[Tensor], int] = address if sharded else Tensor.data_ptr
         self._score_names = [f"{name}_score" for name in self.names]
 
     def those(self, chosen: Iterable[bool]) -> GateColumns:
@@ -53,7 +56,7 @@ class GateColumns:
     def stamps(self) -> Iterator[Stamp]:
         """What :func:`wsn_fast.nn.gate_state.stamp` returns for each gate now."""
         versions = map(VERSION, self.params), map(VERSION, self.scores)
-        addresses = map(Tensor.data_ptr, self.params), map(Tensor.data_ptr, self.scores)
+        addresses = map(self._address, self.params), map(self._address, self.scores)
         return zip(*versions, *addresses, map(RULE, self.layers), map(DENSITY, self.layers), strict=True)
 
     def passes(self) -> list[Pass | None]:

@@ -21,6 +21,7 @@ from ..backends import is_exporting, recording
 from ..ops.raw_gradients import RawGradient
 from .gate import Gated
 from .reads import Read, Scope
+from .shards import ShardedGate, address
 
 if TYPE_CHECKING:
     from .gated import SubnetLayer
@@ -145,7 +146,7 @@ def stamp(layer: SubnetLayer, param: Tensor, score: Tensor) -> Stamp:
     ``.data`` or NumPy."""
     density = layer.task_density
     return (
-        param._version, score._version, param.data_ptr(), score.data_ptr(), layer.rule,
+        param._version, score._version, address(param), address(score), layer.rule,
         layer._density if density is None else density,
     )  # fmt: skip
 
@@ -166,6 +167,7 @@ class GateState:
         ready: the gates that were made for the next forward pass, by gated tensor.
         given: the masked tensors for the forward pass of the model that is running, by gated tensor.
         kept: the masked tensors of the finished task in use.
+        shards: the gated tensors, if FSDP2 has cut them into shards.
         scope: whether forward passes run, in which the attributes of gated tensors are masked.
         reads: what such attributes returned in the forward pass that is running, each after what it depends on.
         compute_dtypes: the dtype of each masked tensor in the last training forward pass, while :attr:`gates_ahead`.
@@ -176,6 +178,7 @@ class GateState:
     def __init__(self, keep_masked: bool | int = True, gates_ahead: bool = False, scope: Scope | None = None) -> None:
         self.keep_masked, self.gates_ahead = keep_masked, gates_ahead
         self.scope = Scope() if scope is None else scope
+        self.shards: dict[str, ShardedGate] | None = None
         self.reads: dict[str, Read] = {}
         self._owner: weakref.ref[object] | None = None
         self.has_owner = False
@@ -213,10 +216,11 @@ class GateState:
             self._owned = set()
             for gate in gates:  # the old and the new owner need different kinds of gradients: drop both
                 gate.param.grad = gate.score.grad = None
-                if gate.param.is_leaf:  # raw gradients may stay in the compute dtype
+                watchable = self.shards is None and gate.param.is_leaf
+                if watchable:  # raw gradients may stay in the compute dtype
                     gate.param.grad_dtype = gate.param.dtype if owner is None else None
                 self._owned |= {id(gate.param), id(gate.score)}
-                watched = gate.param if owner is not None and gate.param.is_leaf else None
+                watched = gate.param if owner is not None and watchable else None
                 self.about_raw(gate.name).watch(watched, adds_in_bfloat16)
             self.passes.clear()
             self.ready.clear()

@@ -23,8 +23,10 @@ from . import refusals, rows
 from .densities import Densities, check_densities, density_of
 from .gate import Gated, check_gateable
 from .gate_state import GateState
+from .gathered import gathered
 from .reads import hooks_of_saved_tensors, reading
 from .scores import check_score_init, draw
+from .shards import shard_of
 from .task_ids import TaskId, encode_json
 from .transforms import are_active, masked_within
 
@@ -185,6 +187,9 @@ class SubnetLayer(refusals.KeepsItsWeights):
 
     def gated(self) -> Iterator[Gated]:
         """The gated tensors of this layer: the weight, and the bias if there is one."""
+        if self.gate_state.shards is not None:
+            yield from (shard.gated() for shard in self.gate_state.shards.values())
+            return
         # Optimizers call this at every step, so it avoids the slow attribute access of nn.Module where it can.
         parameters, buffers = self._parameters, self._buffers
         for name in self.GATED:
@@ -208,7 +213,9 @@ class SubnetLayer(refusals.KeepsItsWeights):
             ValueError: ``mode`` is another one.
         """
         for gate in self.gated():
-            draw(gate.score, check_score_init(mode), self.fan_in(gate.name))
+            fill = partial(draw, mode=check_score_init(mode), fan_in=self.fan_in(gate.name))
+            shard = shard_of(gate.score)
+            fill(gate.score) if shard is None else shard.redraw_score(fill)
 
     @torch.no_grad()
     def initialise(self, names: Iterable[str]) -> None:
@@ -232,7 +239,10 @@ class SubnetLayer(refusals.KeepsItsWeights):
 
     @torch.no_grad()
     def masks_of_scores(self) -> dict[str, Tensor]:
-        """The masks of the current scores by gated tensor, bool, each in the shape of its tensor."""
+        """The masks of the current scores by gated tensor, bool, each in the shape of its tensor, or of the shard of
+        this process."""
+        if self.gate_state.shards is not None:
+            return {name: shard.keep() for name, shard in self.gate_state.shards.items()}
         return {
             g.name: ops.topc_mask(g.score, self.density_of(g.name), rule=self.rule, backend=self._backend)
             for g in self.gated()
@@ -275,6 +285,8 @@ class SubnetLayer(refusals.KeepsItsWeights):
         param = parameters[name] if name in parameters else self.param(name)
         if param is None:
             return None
+        if state.shards is not None:
+            return gathered(self, name, param, dtype)
         given = state.given.get(name)
         compiling = is_compiling()
         if (
@@ -319,6 +331,8 @@ class SubnetLayer(refusals.KeepsItsWeights):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.gate_state.shards is not None:
+            raise RuntimeError("a WSN that is sharded cannot be moved or cast: do that before shard(wsn, mesh)")
         self.gate_state.drop()
         on_meta = [name for name, param in self._parameters.items() if param is not None and param.is_meta]
         super()._apply(fn, recurse)

@@ -23,6 +23,8 @@ from .ahead import Ahead
 from .gate_state import GateState, Given, Kept, Pass
 from .gated import SubnetLayer
 from .lending import Lending, Lent, Loan
+from .shards import local
+from .sharding import Sharding
 from .transforms import are_active
 
 VERSION, KEPT, BACKEND = map(attrgetter, ("_version", "kept", "_backend"))
@@ -57,7 +59,12 @@ class _Shown(NamedTuple):
 
 
 class ModelGates:
-    """The gates of the layers of one model. A copy of it knows no layers until :meth:`of` is called."""
+    """The gates of the layers of one model. A copy of it knows no layers until :meth:`of` is called.
+
+    Attributes:
+        layers: the layers.
+        sharding: how FSDP2 has cut the gated tensors into shards; None if they are whole.
+    """
 
     def __init__(self) -> None:
         self.layers: list[SubnetLayer] = []
@@ -69,6 +76,7 @@ class ModelGates:
         self._factor: Tensor | None = None
         self._clipped: Sequence[_Clipped] = ()
         self._promised: frozenset[int] = frozenset()
+        self.sharding: Sharding | None = None
 
     def __reduce__(self) -> tuple[type[ModelGates], tuple[()]]:
         return ModelGates, ()
@@ -215,7 +223,9 @@ class ModelGates:
         """
         mine = False
         for layer, name, grad, version, noted, last in self._clipped:
-            now, state = layer.param(name).grad, layer.gate_state
+            state = layer.gate_state
+            now = (layer.param(name) if state.shards is None else state.shards[name].param).grad
+            now = None if now is None else local(now)
             replaced = now is not None and state.noted == noted and state.passes.get(name) is last
             if (now is grad and grad._version != version) or (now is not grad and replaced):
                 self.forget_clipping()  # else each later step would be refused too
@@ -250,6 +260,8 @@ class ModelGates:
 
     def tensors(self) -> list[Tensor]:
         """The gated tensors and their scores."""
+        if self.sharding is not None:
+            return [tensor for gate in self.sharding.gates for tensor in (gate.param, gate.score)]
         found = []
         for layer in self.layers:
             parameters = layer._parameters

@@ -91,6 +91,8 @@ class ProductLayer(SubnetLayer):
 
     def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether :meth:`_product` can take ``x``. Where it cannot, torch's own product runs and reports bad inputs."""
+        if self.gate_state.shards is not None:  # the weight is masked already
+            return False
         if (self.one_pass and self.weight_view is None) or is_exporting() or (not is_compiling() and are_active()):
             return False
         if self._weight.dtype not in FUSED_DTYPES or self.weight_score.dtype not in FUSED_DTYPES:

@@ -12,9 +12,9 @@ from .arguments import (
     check_rule,
     check_scores,
 )
-from .gate import gate, gate_backward, gate_packed, gates, gates_backward
+from .gate import gate, gate_at, gate_backward, gate_packed, gates, gates_backward
 from .packed_masks import count_packed, pack_mask, packed_size, union_packed, unpack_mask
-from .selection import threshold, threshold_rank, topc_mask, topc_threshold
+from .selection import keep_mask, threshold, threshold_rank, topc_mask, topc_threshold
 from .updates import adamw_step, gradient_squares, restore_frozen_, restore_frozen_many, sgd_step
 
 __all__ = [
@@ -32,11 +32,13 @@ __all__ = [
     "check_scores",
     "count_packed",
     "gate",
+    "gate_at",
     "gate_backward",
     "gate_packed",
     "gates",
     "gates_backward",
     "gradient_squares",
+    "keep_mask",
     "pack_mask",
     "packed_size",
     "restore_frozen_",

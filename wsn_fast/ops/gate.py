@@ -27,6 +27,15 @@ def gate(
 
 
 @torch.no_grad()
+def gate_at(
+    weight: Tensor, scores: Tensor, tau: Tensor, rule: str, dtype: torch.dtype, backend: str | None = None
+) -> Tensor:
+    """The masked weight of :func:`gate` for a threshold that is known: that of a tensor of which these are a part."""
+    masked: Tensor = run("gate", weight.device, weight.dtype, backend).gate(weight, scores, tau, rule, dtype)
+    return masked
+
+
+@torch.no_grad()
 def gates(orders: Sequence[GateOrder], backend: str | None = None, plan: Plan | None = None) -> list[Tensor]:
     """Compute the gates of many tensors of one device and dtype in few launches. Writes each ``masked`` and returns the
     thresholds, 0-d. ``plan`` is what the backend keeps from call to call, and serves no other operation. With a plan,

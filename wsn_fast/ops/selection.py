@@ -134,6 +134,15 @@ def _check_shards(shards: Sequence[Tensor], backend: str | None) -> None:
         raise ValueError(f"backend must be None or 'torch' with a group, whose shards PyTorch counts, got {backend!r}")
 
 
+@torch.no_grad()
+def keep_mask(scores: Tensor, tau: Tensor, rule: str, backend: str | None = None) -> Tensor:
+    """The mask of ``scores`` for a threshold that is known: bool, in their shape. Arguments are not checked."""
+    if scores.numel() == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    mask: Tensor = run("keep_mask", scores.device, scores.dtype, backend).keep_mask(scores, tau, rule)
+    return mask
+
+
 def topc_mask(scores: Tensor, density: float, *, rule: str = "magnitude", backend: str | None = None) -> Tensor:
     """The mask of the top ``density`` of ``scores``.
 

@@ -16,6 +16,7 @@ from .. import ops
 from ..nn.gate_state import GateState, Pass
 from ..nn.gated import SubnetLayer
 from ..nn.model_gates import ModelGates
+from ..nn.shards import address
 from ..ops.raw_gradients import RawGradient
 
 Group = dict[str, Any]
@@ -74,7 +75,7 @@ class GatedParam:
         comes from. Compiled code does not tell."""
         last, param, score = self.state.passes.get(self.tensor), self.param, self.score
         # The last part of a stamp is the density, which may differ for the next gate.
-        now = param._version, score._version, param.data_ptr(), score.data_ptr(), self.layer.rule
+        now = param._version, score._version, address(param), address(score), self.layer.rule
         return last is not None and bool(last.stamp) and last.stamp[:-1] != now
 
     def drop_zeros(self) -> None:
@@ -107,7 +108,7 @@ class GatedParam:
                 f"the scores of {self.name} have a gradient of their own, which the one-pass mode cannot use: use "
                 "one_pass=False for a loss that reads scores"
             )
-        if not self.state.traced and self.about.came_past():
+        if self.state.shards is None and not self.state.traced and self.about.came_past():
             raise RuntimeError(
                 f"{self.name} has a gradient that did not come through its layer: some code reads it without its mask, "
                 "as a tied layer or a penalty on weights does. The one-pass mode cannot use it: let that code read "

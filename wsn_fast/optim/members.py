@@ -10,15 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..backends.updates import Gradient
 from ..nn.gate_columns import GateColumns
 from ..nn.gate_state import Pass
+from ..nn.shards import local
 from .gated_params import GatedParam
 
 GRAD, IS_TRAINED, TAU = map(attrgetter, ("grad", "requires_grad", "tau"))
 IS_AHEAD, ARRIVED, IS_FOREIGN, OPEN = map(attrgetter, ("gates_ahead", "arrived", "is_foreign", "open"))
 _make_gradient: Any = partial(tuple.__new__, Gradient)  # Gradient itself is code in Python
+
+
+def _local(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else local(gradient)
 
 
 class Members:
@@ -28,6 +34,7 @@ class Members:
         ones: the gated tensors.
         columns: their gates.
         ids: of the tensors and their scores.
+        are_sharded: whether FSDP2 has cut the tensors into shards.
         buffers, unions: the buffers of their layers, and the names of their unions there.
     """
 
@@ -41,6 +48,7 @@ class Members:
         self._states = [*dict.fromkeys(one.state for one in ones)]
         self._compute_dtypes = [one.state.compute_dtypes for one in ones]
         self._part: Members | None = None
+        self.are_sharded = any(state.shards is not None for state in self._states)
 
     def those(self, chosen: Iterable[bool]) -> Members:
         """Those of the tensors that are ``chosen``."""
@@ -111,13 +119,23 @@ class Members:
         """The gradients: raw ones of these ``passes``, or dW and dS if there are none."""
         taus = repeat(None) if passes is None else map(TAU, passes)
         columns = map(GRAD, self.columns.params), map(GRAD, self.columns.scores), taus
+        if self.are_sharded:
+            columns = map(_local, columns[0]), map(_local, columns[1]), taus
         return [*map(_make_gradient, zip(*columns, strict=False))]
+
+    def were_updated(self) -> None:
+        """An update has written to the shards of sharded tensors, of which autograd has heard nothing."""
+        increment_version([*self.columns.params, *self.columns.scores])
+        for one in self.ones:
+            one.state.passes.pop(one.tensor, None)
 
     def next_dtypes(self) -> list[torch.dtype | None]:
         """The dtypes of the masked weights that a step outside the one-pass mode prepares for the next forward pass;
         None where it prepares none."""
         columns = self.columns
         tensors = (*columns.params, *columns.scores)
+        if self.are_sharded:
+            return [None] * len(self.ones)
         if all(map(IS_AHEAD, self._states)) and all(map(Tensor.is_contiguous, tensors)):
             return [*map(dict.get, self._compute_dtypes, columns.names)]
         return [one.next_dtype() for one in self.ones]

@@ -19,9 +19,10 @@ from .. import ops
 from ..backends import moments as codes
 from ..backends.moments import Stored
 from ..backends.updates import SGD, AdamW, AdamWState, Batch, CodedAdamWState, CodedSGDState, SGDState, State
+from ..nn.shards import local
 from .gated_params import Group, Model, check_flags, param_groups
 from .step_plan import Call
-from .stored_means import check_storage, convert, mean_in, put
+from .stored_means import check_storage, convert, local_mean, put
 from .subnet_optimizer import SubnetOptimizer
 
 
@@ -130,7 +131,7 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
             for key, mean in zip(self.MEANS, means, strict=True):
                 put(state, key, mean)
         convert(state, param, self.MEANS, storage)
-        avg, avg_sq = (mean_in(state, key) for key in self.MEANS)
+        avg, avg_sq = (local_mean(state, key) for key in self.MEANS)
         assert avg is not None and avg_sq is not None
         return avg, avg_sq
 
@@ -230,9 +231,9 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
             return None
         if state.get("momentum_buffer") is None:
             put(state, "momentum_buffer", codes.zeros(param, storage, True))
-            self._new = [*self._new, state["momentum_buffer"]]
+            self._new = [*self._new, local(state["momentum_buffer"])]
         convert(state, param, self.MEANS, storage)
-        return mean_in(state, "momentum_buffer")
+        return local_mean(state, "momentum_buffer")
 
 
 def _momenta(state: object) -> tuple[Tensor | None, Tensor | None]:

@@ -16,6 +16,7 @@ from .. import ops
 from ..backends.updates import WINDOW, CallKey, Gradient, Next, Plan, State, Update
 from ..nn.gate_columns import GateColumns
 from ..nn.gated import SubnetLayer
+from ..nn.shards import local
 from .gated_params import GatedParam, Group
 from .members import Members
 
@@ -156,9 +157,10 @@ def _objects(
     """What updates are made from, beside the tensors, their places and the settings of the layers."""
     unions = map(dict.get, members.buffers, members.unions)
     momentum = [group.get("momentum") for group in groups]  # without it there are no buffers
+    shards = map(local, (*members.columns.params, *members.columns.scores)) if members.are_sharded else ()
     # All states in their order: looking one up by its parameter would take longer.
     remembered = list(states.values())
-    return [*dtypes, *unions, *momentum, *remembered, *chain.from_iterable(map(dict.values, remembered))]
+    return [*dtypes, *unions, *momentum, *shards, *remembered, *chain.from_iterable(map(dict.values, remembered))]
 
 
 def _make(
@@ -169,6 +171,8 @@ def _make(
     calls: dict[CallKey, Call] = {}
     dtype_of = dict(zip(map(id, members.ones), dtypes, strict=True))
     for place, member in enumerate(members.ones):
+        if members.are_sharded and local(member.param).numel() == 0:
+            continue  # all rows are in other processes
         key = CallKey(member.param.device, member.param.dtype, member.layer.backend)
         call = calls.setdefault(key, Call(key))
         call.add(member, place)
@@ -177,7 +181,8 @@ def _make(
             layer, dtype = member.layer, dtype_of[id(member)]
             following = None if dtype is None else _next(member, dtype)
             union = layer._buffers[f"{member.tensor}_union"]
-            call.updates.append(Update(member.param, member.score, union, layer.rule, state, following))
+            param, score = (local(one).detach() if members.are_sharded else one for one in (member.param, member.score))
+            call.updates.append(Update(param, score, union, layer.rule, state, following))
     layers = list({id(member.layer): member.layer for member in members.ones}.values())
     updates = [update for call in calls.values() for update in call.updates]
     tensors = [tensor for update in updates for tensor in _tensors(update)]
@@ -189,7 +194,7 @@ def _make(
         tensors=tensors,
         addresses=[*map(Tensor.data_ptr, tensors)],
         calls=list(calls.values()),
-        ids=frozenset(id(tensor) for update in updates for tensor in update[:2]),
+        ids=members.ids,
     )
 
 

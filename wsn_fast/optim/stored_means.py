@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import moments
 from ..backends.moments import STORAGES, Stored
+from ..nn.shards import local
 
 SCALES = "_scales"
 
@@ -55,6 +56,12 @@ def mean_in(state: State, key: str) -> Stored | None:
     """The mean of this name in a state; None if there is none."""
     values = state.get(key)
     return Stored(values, state.get(key + SCALES)) if isinstance(values, Tensor) else None
+
+
+def local_mean(state: State, key: str) -> Stored | None:
+    """What this process has of the mean of this name in a state."""
+    mean = mean_in(state, key)
+    return None if mean is None else mean._replace(values=local(mean.values))
 
 
 def is_coded(mean: Stored, param: Tensor) -> bool:

@@ -22,6 +22,7 @@ from ..backends.updates import Batch, Gradient, State
 from ..nn.gate import Gated
 from ..nn.gated import SubnetLayer
 from ..nn.model_gates import ModelGates
+from ..nn.shards import local
 from .gated_params import Model, check_accumulation, check_group, gated_params
 from .members import Members
 from .step_counts import StepCounts
@@ -57,6 +58,11 @@ class SubnetOptimizer(torch.optim.Optimizer):
     def _attach(self, wsn: Model, one_pass: bool, accumulate_in: str) -> None:
         self.one_pass, self._known_gates = ops.check_bool("one_pass", one_pass), wsn.gates
         self.accumulate_in = check_accumulation(accumulate_in, one_pass)
+        if wsn.gates.sharding is not None and self.storage.is_coded:
+            raise ValueError(
+                f"moments must be 'float32' for a WSN that is sharded, got {self.storage}: the blocks of other forms "
+                "would depend on the number of processes"
+            )
         self._has_coded = self.storage.is_coded
         self._step_supports_amp_scaling = False  # GradScaler has to unscale G, as it unscales any gradient
         wsn.guard(self)  # the guard calls claim
@@ -122,6 +128,8 @@ class SubnetOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: one of them was replaced.
         """
+        if self._gates.sharding is not None:
+            self._gates.sharding.reshard()
         places = [self._layers, *chain.from_iterable((group, *group["params"]) for group in self.param_groups)]
         known = self._members_of
         if known is None or len(known) != len(places) or not all(map(is_, known, places)):
@@ -186,8 +194,11 @@ class SubnetOptimizer(torch.optim.Optimizer):
             increment_version(rest)  # fused optimizers do not tell autograd what they have changed
         torch.clear_autocast_cache()  # it does not look at versions
         self._gates.forget_clipping()
-        for call in plan.calls:
-            call.made_ready()
+        if members.are_sharded:
+            members.were_updated()
+        else:
+            for call in plan.calls:
+                call.made_ready()
         return loss
 
     def _take_gradients(self) -> tuple[Members, list[Gradient], list[torch.dtype | None]]:
@@ -197,7 +208,8 @@ class SubnetOptimizer(torch.optim.Optimizer):
             members = self._known_members().with_both_gradients()
             return members, members.gradients(None), members.next_dtypes()
         members, passes = self._raw_members().with_passes()
-        return members, members.gradients(passes), [last.dtype for last in passes]
+        dtypes = [None] * len(passes) if members.are_sharded else [last.dtype for last in passes]
+        return members, members.gradients(passes), dtypes
 
     def _plan_of(self, members: Members, dtypes: Sequence[torch.dtype | None]) -> StepPlan:
         plan, is_new = self._planner.plan(members, dtypes, self.param_groups, self.state, self._states_of)
@@ -241,10 +253,15 @@ class SubnetOptimizer(torch.optim.Optimizer):
         plan = None if members is None else self._plan_of(members, dtypes)
         others = chain.from_iterable(group["params"] for group in self.param_groups) if plan is None else plan.others
         rest = [p.grad for p in others if p.grad is not None]
-        norms = [*map(_norm, rest)]
+        norms = [_norm(grad) for grad in rest if local(grad) is grad]
+        of_shards = [_norm(local(grad)) for grad in rest if local(grad) is not grad]
         for call in () if plan is None else plan.calls:
             batch = Batch(call.updates, call.of(gradients), before, {})
-            norms += ops.gradient_squares(batch, call.key.backend).sqrt().unbind()
+            gated = ops.gradient_squares(batch, call.key.backend).sqrt().unbind()
+            norms += () if self._gates.sharding else gated
+            of_shards += gated if self._gates.sharding else ()
+        if self._gates.sharding is not None:
+            norms.append(self._gates.sharding.norm(of_shards))
         if not norms:
             return torch.tensor(0.0)
         device, dtype = norms[0].device, max((n.dtype for n in norms), key=lambda d: d.itemsize)
@@ -252,7 +269,7 @@ class SubnetOptimizer(torch.optim.Optimizer):
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of the gradients is {norm.item()}, so it cannot be clipped")
         scale = torch.clamp(float(max_norm) / (norm + 1e-6), max=1.0)
-        for grad in rest:
+        for grad in map(local, rest):
             grad.mul_(scale.to(grad.device))
         if members is not None and members.ones:
             clipped = [(one.layer, one.tensor, raw.grad) for one, raw in zip(members.ones, gradients, strict=True)]
