@@ -44,6 +44,7 @@ class Parallel:
 
     def __init__(self) -> None:
         self._wrapper: weakref.ref[DistributedDataParallel] | None = None
+        self._eager: Any = None
         self._path = ""  # of the WSN in the module that is wrapped
         self._seen: int | None = None  # the generation of the last finished task that was shown in the wrapper
         self._begun: int | None = None  # the generation that the processes were made alike for
@@ -61,7 +62,13 @@ class Parallel:
             RuntimeError: the processes cannot stay alike; the message has the reason and a way out.
         """
         ddp = DistributedDataParallel._get_active_ddp_module() if in_parallel() else None
-        if ddp is None or not self._is_within(ddp, wsn):
+        if ddp is not None:
+            if self._eager is None:  # compiled code must not contain this
+                self._eager = torch.compiler.disable(self._before_forward)
+            self._eager(ddp, wsn)
+
+    def _before_forward(self, ddp: DistributedDataParallel, wsn: WSN) -> None:
+        if not self._is_within(ddp, wsn):
             return
         _check_options(ddp)
         if wsn._view.task is not None:
@@ -93,6 +100,7 @@ class Parallel:
         _check_held(ddp, wsn, held, raw)
         # Heads come later than the wrapper; and a module around the WSN names nothing.
         ddp.parameters_to_ignore |= {f"{self._path}{name}" for name in leave_alone(wsn)}
+        ddp._assign_modules_buffers()  # it would send an empty list if no buffer is left
         if self._begun != wsn._generation:
             self._trained_in = ddp.process_group
             drawn = {id(tensor): tensor for tensor in _drawn(wsn)}
@@ -281,6 +289,16 @@ def _check_options(ddp: DistributedDataParallel) -> None:
         )
 
 
+def check_not_wrapped() -> None:
+    """Raise ``RuntimeError`` if a wrapper runs. Compiled code calls this, because it cannot do what :class:`Parallel`
+    does. If it may break its graph, it does so here, and the forward pass of the WSN is eager."""
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        raise RuntimeError(
+            "torch.compile has compiled a WSN inside of DistributedDataParallel, where the WSN has to see each forward "
+            "pass: call wsn.compile() instead, which compiles its model"
+        )
+
+
 def _check_leaves_alone(ddp: DistributedDataParallel, wsn: WSN, path: str) -> None:
     sent = {f"{path}{name}" for name in _buffers_left_alone(wsn)} - ddp.parameters_to_ignore
     if sent:
@@ -301,7 +319,8 @@ def _check_held(ddp: DistributedDataParallel, wsn: WSN, held: set[int], raw: set
         raise RuntimeError(
             f"DistributedDataParallel waits for gradients of {alike.listed(scores)}, which have none in the one-pass "
             "mode: build the one-pass optimizer before DistributedDataParallel(wsn), or pass "
-            "find_unused_parameters=True to it, which sends zeros for them"
+            "find_unused_parameters=True to it, which sends zeros for them. If another module is wrapped, call "
+            "wsn_fast.distributed.leave_alone(module) between the two"
         )
     fixed: list[Any] = [names[id(p)] for p in ddp._module_parameters if id(p) in names and not p.requires_grad]
     if fixed:
