@@ -81,6 +81,12 @@ def in_bfloat16(ddp: DistributedDataParallel) -> None:
     distributed.reduce_in_bfloat16(ddp)
 
 
+def compiled(wsn: WSN) -> nn.Module:
+    torch.compiler.reset()
+    wsn.compile(backend="eager")
+    return wsn
+
+
 STATIC, VIEWS = {"static_graph": True}, {"gradient_as_bucket_view": True}
 IN_TURN: dict[str, Any] = {"optimizer": one_pass, "wrap": "first task"}
 
@@ -113,6 +119,10 @@ STORIES: dict[str, Story] = {
     "one pass, unused parameters": Story(optimizer=one_pass, wrapper={"find_unused_parameters": True}),
     "one pass, bfloat16": Story(**IN_TURN, hook=in_bfloat16, exact=False),
     "one pass, bfloat16, accumulated": Story(**IN_TURN, hook=in_bfloat16, exact=False, accumulate=2),
+    "one pass, two passes in one": Story(**IN_TURN, accumulate=2, summed=True),
+    "two passes in one": Story(accumulate=2, summed=True),
+    "compiled": Story(around=compiled),
+    "one pass, compiled": Story(**IN_TURN, around=compiled),
     "one pass, 8 bits": Story(optimizer=moments_in_8_bits, wrap="first task"),
     "one pass at first": Story(optimizer=first_one_pass, wrap="first task"),
 }

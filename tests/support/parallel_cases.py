@@ -14,6 +14,7 @@ from processes import counting
 from small_models import batches, convnet, logits, mlp
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from wsn_fast import WSN, FastSubnetLinear, ForgottenError, TaskHeads, distributed
@@ -135,6 +136,18 @@ def wrapped_in_use(rank: int) -> None:
     wsn = finished(2)
     with wsn.use_task(rank % 2):
         DistributedDataParallel(wsn)
+
+
+def wrapped_by_another_reducer(rank: int) -> None:
+    import torch._dynamo.config as config
+
+    with config.patch(optimize_ddp="python_reducer"):
+        DistributedDataParallel(begun())
+
+
+def stepping_in_backward(rank: int) -> None:
+    wsn = begun()
+    wsn.guard(ZeroRedundancyOptimizer(wsn.parameters(), torch.optim.Adam, lr=1e-2, overlap_with_ddp=True))
 
 
 # --- refused when a task ends
@@ -329,6 +342,8 @@ REFUSED_CASES: dict[str, Callable[[int], Any]] = {
     "mixed precision": mixed_precision,
     "join": join,
     "wrapped in use": wrapped_in_use,
+    "another reducer": wrapped_by_another_reducer,
+    "stepping in backward": stepping_in_backward,
     "different tasks in a module that says nothing": lambda rank: different_tasks(rank, Around),
 }
 RIGHT_CASES: dict[str, Callable[[int], Any]] = {

@@ -10,6 +10,7 @@ then, and before its first training pass in any case.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -209,8 +210,14 @@ def _is_left_alone(module: nn.Module, name: str) -> bool:
     return name.removesuffix("_tasks").removesuffix("_live") in per_task.marked(module)
 
 
-def check_shows_no_task(wsn: WSN) -> None:
-    """Raise ``RuntimeError`` if a finished task is in use: the wrapper would send what the first process shows."""
+def check_can_be_wrapped(wsn: WSN) -> None:
+    """Raise ``RuntimeError`` if a finished task is in use, because the wrapper would send what the first process shows;
+    or if the wrapper would run without telling that it does."""
+    if getattr(sys.modules.get("torch._dynamo.config"), "optimize_ddp", None) == "python_reducer":
+        raise RuntimeError(
+            "torch._dynamo.config.optimize_ddp must not be 'python_reducer': a WSN could not see that it runs inside "
+            "of DistributedDataParallel"
+        )
     if wsn._view.task is not None:
         raise RuntimeError(
             f"task {wsn._view.task!r} is finished and in use: leave use_task before DistributedDataParallel(wsn), "
@@ -284,8 +291,8 @@ def _check_options(ddp: DistributedDataParallel) -> None:
         )
     if ddp._join_config.enable:
         raise RuntimeError(
-            "DistributedDataParallel.join() does not know which gradients the WSN averages, and would wait for ever: "
-            "give every process as many batches"
+            "DistributedDataParallel.join() does not know which gradients the WSN averages, and processes would wait "
+            "for each other without an end: give every process as many batches"
         )
 
 
@@ -325,6 +332,6 @@ def _check_held(ddp: DistributedDataParallel, wsn: WSN, held: set[int], raw: set
     fixed: list[Any] = [names[id(p)] for p in ddp._module_parameters if id(p) in names and not p.requires_grad]
     if fixed:
         raise RuntimeError(
-            f"DistributedDataParallel waits for gradients of {alike.listed(fixed)}, which are fixed since the first "
-            f"task has ended. {_AGAIN}"
+            f"DistributedDataParallel waits for gradients of {alike.listed(fixed)}, which are not trained any more, as "
+            f"frozen parameters are not after the first task. {_AGAIN}"
         )
