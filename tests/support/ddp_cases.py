@@ -87,6 +87,12 @@ def compiled(wsn: WSN) -> nn.Module:
     return wsn
 
 
+def compiled_whole(wsn: WSN) -> nn.Module:
+    """Compiled with breaks of the graph: the forward pass of the WSN itself stays eager."""
+    torch.compiler.reset()
+    return torch.compile(wsn, backend="eager")
+
+
 STATIC, VIEWS = {"static_graph": True}, {"gradient_as_bucket_view": True}
 IN_TURN: dict[str, Any] = {"optimizer": one_pass, "wrap": "first task"}
 
@@ -122,6 +128,7 @@ STORIES: dict[str, Story] = {
     "one pass, two passes in one": Story(**IN_TURN, accumulate=2, summed=True),
     "two passes in one": Story(accumulate=2, summed=True),
     "compiled": Story(around=compiled),
+    "compiled with the WSN": Story(around=compiled_whole),
     "one pass, compiled": Story(**IN_TURN, around=compiled),
     "one pass, 8 bits": Story(optimizer=moments_in_8_bits, wrap="first task"),
     "one pass at first": Story(optimizer=first_one_pass, wrap="first task"),

@@ -4,6 +4,7 @@ found, or raise if something is wrong."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -292,6 +293,26 @@ def on_the_wire(rank: int, optimizer: Optimizer, hook: Callable[[DistributedData
     return 2 * (dist.get_world_size() - 1) * sent.bytes / weights
 
 
+def without_sync(rank: int) -> list[int]:
+    """How often something is sent in backward passes under no_sync, and in the one after them."""
+    wsn = begun()
+    ddp = DistributedDataParallel(wsn)
+    in_float32(ddp)
+    step(wsn, ddp, rank)
+    found = []
+    for context in (ddp.no_sync(), nullcontext()):
+        with context, counting() as sent:
+            ddp(X + rank).square().sum().backward()
+        found.append(len(sent.sizes))
+    return found
+
+
+def compiled_whole(rank: int) -> None:
+    wsn = begun()
+    ddp = DistributedDataParallel(torch.compile(wsn, backend="eager", fullgraph=True))
+    step(wsn, ddp, rank)
+
+
 def in_float32(ddp: DistributedDataParallel) -> None:
     ddp.register_comm_hook(None, allreduce_hook)
 
@@ -343,6 +364,7 @@ REFUSED_CASES: dict[str, Callable[[int], Any]] = {
     "join": join,
     "wrapped in use": wrapped_in_use,
     "another reducer": wrapped_by_another_reducer,
+    "compiled whole": compiled_whole,
     "stepping in backward": stepping_in_backward,
     "different tasks in a module that says nothing": lambda rank: different_tasks(rank, Around),
 }
@@ -361,6 +383,7 @@ RIGHT_CASES: dict[str, Callable[[int], Any]] = {
     "wire: standard, bfloat16": lambda rank: on_the_wire(rank, standard, in_bfloat16),
     "wire: one pass": lambda rank: on_the_wire(rank, one_pass, in_float32),
     "wire: one pass, bfloat16": lambda rank: on_the_wire(rank, one_pass, in_bfloat16),
+    "no sync": without_sync,
     "wrong arguments": wrong_arguments,
     "rounded": in_one_way_only,
 }
