@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class Story:
         wrap: "once" before the first task, or "each task", after the optimizer was made.
         around: a module around the WSN, which is wrapped.
         accumulate: how many passes a step adds up; all but the last one run under no_sync.
+        summed: whether the losses of these passes are summed, for one backward pass.
         draws: whether the processes draw other heads and scores at the start of each task.
         hook: what to do with a new wrapper.
         options: of the WSN.
@@ -75,6 +77,7 @@ class Story:
     wrap: str = "once"
     around: Callable[[WSN], nn.Module] = lambda wsn: wsn
     accumulate: int = 1
+    summed: bool = False
     draws: bool = True
     hook: Callable[[DistributedDataParallel], object] = lambda ddp: None
     options: dict[str, Any] = field(default_factory=dict)
@@ -116,22 +119,25 @@ class Story:
         for step in range(self.steps):
             optimizer.zero_grad()
             other.zero_grad()
-            for last, (x, y) in self._passes(data):
-                with nullcontext() if last else self.ddp.no_sync():
-                    F.cross_entropy(self.ddp(self.inputs(part(x))), part(y)).backward()
-                if step == 0:
-                    self._take_what_was_drawn(task)
-                F.cross_entropy(self.single(self.inputs(x)), y).backward()
+            self._backward(data, first=step == 0, task=task)
             optimizer.step()
             other.step()
             self._compare(f"task {task}, step {step}")
         self.wsn.end_task()
         self.single.end_task()
 
-    def _passes(self, data: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[bool, tuple[Tensor, Tensor]]]:
-        for i in range(self.accumulate):
-            x, y = next(data)
-            yield i == self.accumulate - 1, (x.double(), y)
+    def _backward(self, data: Iterator[tuple[Tensor, Tensor]], first: bool, task: int) -> None:
+        passes = [(x.double(), y) for x, y in islice(data, self.accumulate)]
+        mine = [(self.inputs(part(x)), part(y)) for x, y in passes]
+        if self.summed:
+            sum(F.cross_entropy(self.ddp(x), y) for x, y in mine).backward()  # type: ignore[union-attr]
+        for i, (x, y) in enumerate(() if self.summed else mine):
+            with nullcontext() if i == self.accumulate - 1 else self.ddp.no_sync():
+                F.cross_entropy(self.ddp(x), y).backward()
+        if first:
+            self._take_what_was_drawn(task)
+        for x, y in passes:
+            F.cross_entropy(self.single(self.inputs(x)), y).backward()
 
     def _take_what_was_drawn(self, task: int) -> None:
         """The single process goes on with the head and the scores of the others."""

@@ -25,8 +25,8 @@ def run_cases(module: str, world: int, folder: Path, names: list[str] | None = N
     """What each of ``world`` processes returned from the cases of a module, or the text of its error, by case.
 
     ``module`` has ``CASES``: functions by name that are called with the rank. Without ``names``, all of them run."""
-    # They are forked from a process that has imported torch, which takes each of them seconds otherwise.
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
+    # They are forked from a process that has imported what would take each of them seconds.
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
     arguments = (module, world, str(folder), names)
     torch.multiprocessing.start_processes(_work, arguments, world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

@@ -49,7 +49,7 @@ def sum_over(group: ProcessGroup | None, tensor: Tensor) -> None:
 
 def start_sum_over(group: ProcessGroup, tensor: Tensor) -> Future[list[Tensor]]:
     """:func:`sum_over`, in the background. The future has ``tensor`` in a list."""
-    return torch.distributed.all_reduce(tensor, group=group, async_op=True).get_future()  # type: ignore[union-attr]
+    return torch.distributed.all_reduce(tensor, group=group, async_op=True).get_future()
 
 
 def largest_over(group: ProcessGroup | None, tensor: Tensor) -> None:

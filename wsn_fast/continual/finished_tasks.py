@@ -128,7 +128,7 @@ class FinishedTasks(StaysInTheLibrary, Contents):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel(wsn) asks for when it is made: the names of what it must leave alone."""
-        parallel.check_shows_no_task(cast(Any, self))
+        parallel.check_can_be_wrapped(cast(Any, self))
         return parallel.leave_alone(cast(Any, self))
 
     # --- saving and loading ----------------------------------------------------------------------------------------

@@ -314,7 +314,7 @@ def check_guardable(optimizer: Any, params: Iterable[Tensor], are_sharded: bool 
     Raises:
         TypeError: it is not a ``torch.optim.Optimizer`` and has not its ``step`` and ``param_groups`` either; or it is,
             or contains, LBFGS, which evaluates the model between its own updates. Frozen values would be wrong inside
-            its line search, where there are no hooks.
+            its line search, where there are no hooks; or it steps while backward runs.
         RuntimeError: ``params`` are sharded.
         ValueError: it holds none of ``params``.
     """
@@ -327,6 +327,11 @@ def check_guardable(optimizer: Any, params: Iterable[Tensor], are_sharded: bool 
         raise TypeError(
             "optimizer must not be LBFGS: it moves the weights and evaluates the model several times inside one step, "
             "where frozen weights cannot be put back. Use a first-order optimizer."
+        )
+    if any(getattr(one, "_overlap_with_ddp", False) for one in within(optimizer)):
+        raise TypeError(
+            "optimizer must not be a ZeroRedundancyOptimizer(overlap_with_ddp=True): it moves weights while backward "
+            "runs, where frozen weights cannot be put back. Use overlap_with_ddp=False"
         )
     params = list(params)
     check_whole((f"parameter {i} of the model", param) for i, param in enumerate(params))

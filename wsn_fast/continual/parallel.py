@@ -10,6 +10,7 @@ then, and before its first training pass in any case.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ class Parallel:
 
     def __init__(self) -> None:
         self._wrapper: weakref.ref[DistributedDataParallel] | None = None
+        self._eager: Any = None
         self._path = ""  # of the WSN in the module that is wrapped
         self._seen: int | None = None  # the generation of the last finished task that was shown in the wrapper
         self._begun: int | None = None  # the generation that the processes were made alike for
@@ -67,7 +69,13 @@ class Parallel:
             RuntimeError: the processes cannot stay alike; the message has the reason and a way out.
         """
         ddp = DistributedDataParallel._get_active_ddp_module() if in_parallel() else None
-        if ddp is None or not self._is_within(ddp, wsn):
+        if ddp is not None:
+            if self._eager is None:  # compiled code must not contain this
+                self._eager = torch.compiler.disable(self._before_forward)
+            self._eager(ddp, wsn)
+
+    def _before_forward(self, ddp: DistributedDataParallel, wsn: WSN) -> None:
+        if not self._is_within(ddp, wsn):
             return
         _check_options(ddp)
         if wsn._view.task is not None:
@@ -99,6 +107,7 @@ class Parallel:
         _check_held(ddp, wsn, held, raw)
         # Heads come later than the wrapper; and a module around the WSN names nothing.
         ddp.parameters_to_ignore |= {f"{self._path}{name}" for name in leave_alone(wsn)}
+        ddp._assign_modules_buffers()  # it would send an empty list if no buffer is left
         if self._begun != wsn._generation:
             self._trained_in = ddp.process_group
             drawn = {id(tensor): tensor for tensor in drawn_by_processes(wsn)}
@@ -207,8 +216,14 @@ def _is_left_alone(module: nn.Module, name: str) -> bool:
     return name.removesuffix("_tasks").removesuffix("_live") in per_task.marked(module)
 
 
-def check_shows_no_task(wsn: WSN) -> None:
-    """Raise ``RuntimeError`` if a finished task is in use: the wrapper would send what the first process shows."""
+def check_can_be_wrapped(wsn: WSN) -> None:
+    """Raise ``RuntimeError`` if a finished task is in use, because the wrapper would send what the first process shows;
+    or if the wrapper would run without telling that it does."""
+    if getattr(sys.modules.get("torch._dynamo.config"), "optimize_ddp", None) == "python_reducer":
+        raise RuntimeError(
+            "torch._dynamo.config.optimize_ddp must not be 'python_reducer': a WSN could not see that it runs inside "
+            "of DistributedDataParallel"
+        )
     if wsn._view.task is not None:
         raise RuntimeError(
             f"task {wsn._view.task!r} is finished and in use: leave use_task before DistributedDataParallel(wsn), "
@@ -283,8 +298,18 @@ def _check_options(ddp: DistributedDataParallel) -> None:
         )
     if ddp._join_config.enable:
         raise RuntimeError(
-            "DistributedDataParallel.join() does not know which gradients the WSN averages, and would wait for ever: "
-            "give every process as many batches"
+            "DistributedDataParallel.join() does not know which gradients the WSN averages, and processes would wait "
+            "for each other without an end: give every process as many batches"
+        )
+
+
+def check_not_wrapped() -> None:
+    """Raise ``RuntimeError`` if a wrapper runs. Compiled code calls this, because it cannot do what :class:`Parallel`
+    does. If it may break its graph, it does so here, and the forward pass of the WSN is eager."""
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        raise RuntimeError(
+            "torch.compile has compiled a WSN inside of DistributedDataParallel, where the WSN has to see each forward "
+            "pass: call wsn.compile() instead, which compiles its model"
         )
 
 
@@ -308,11 +333,12 @@ def _check_held(ddp: DistributedDataParallel, wsn: WSN, held: set[int], raw: set
         raise RuntimeError(
             f"DistributedDataParallel waits for gradients of {alike.listed(scores)}, which have none in the one-pass "
             "mode: build the one-pass optimizer before DistributedDataParallel(wsn), or pass "
-            "find_unused_parameters=True to it, which sends zeros for them"
+            "find_unused_parameters=True to it, which sends zeros for them. If another module is wrapped, call "
+            "wsn_fast.distributed.leave_alone(module) between the two"
         )
     fixed: list[Any] = [names[id(p)] for p in ddp._module_parameters if id(p) in names and not p.requires_grad]
     if fixed:
         raise RuntimeError(
-            f"DistributedDataParallel waits for gradients of {alike.listed(fixed)}, which are fixed since the first "
-            f"task has ended. {_AGAIN}"
+            f"DistributedDataParallel waits for gradients of {alike.listed(fixed)}, which are not trained any more, as "
+            f"frozen parameters are not after the first task. {_AGAIN}"
         )

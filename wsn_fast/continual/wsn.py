@@ -13,7 +13,7 @@ from .. import ops
 from ..convert.patterns import Patterns, as_patterns
 from ..nn import model_owner
 from ..nn.densities import Densities
-from ..nn.model_gates import ModelGates
+from ..nn.model_gates import ModelGates, in_parallel
 from ..nn.scores import check_score_init
 from ..nn.task_ids import TaskId, check_task
 from . import advice, fingerprints, mixed_batch, ownership, state_hooks, statistics
@@ -21,7 +21,7 @@ from .finished_tasks import FinishedTasks
 from .frozen_values import after_task
 from .guard import Guards, check_guardable
 from .model_parts import Density, ModelParts
-from .parallel import device_of, together
+from .parallel import check_not_wrapped, device_of, together
 from .probe import Probe, check_reads
 from .register import Record, TaskRegister
 from .view import View
@@ -271,6 +271,8 @@ class WSN(FinishedTasks):
         """Call ``model(*args, **kwargs)`` as the task in use."""
         if not torch.compiler.is_compiling():
             self._guards.before_forward(self, args)
+        elif in_parallel():
+            check_not_wrapped()
         if self.gates.sharding is not None:
             return self.gates.sharding.run(self._parts.scope, self.model, *args, **kwargs)
         if not self.gates.give():

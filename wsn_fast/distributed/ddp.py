@@ -1,13 +1,13 @@
 """DistributedDataParallel around a WSN: what a module around the WSN has to say to it, and gradients in bfloat16."""
 
-from __future__ import annotations
-
+# Without annotations from __future__: PyTorch reads those of a communication hook, and takes no text for a class.
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import GradBucket, ProcessGroup  # type: ignore[attr-defined]
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ..backends import collectives
@@ -67,14 +67,14 @@ class _State(NamedTuple):
     gated: frozenset[int]
 
 
-def _average_in_bfloat16(state: _State, bucket: Any) -> Any:  # PyTorch reads annotations and takes no text for a class
+def _average_in_bfloat16(state: _State, bucket: GradBucket) -> Future[Tensor]:
     grads, params = bucket.gradients(), bucket.parameters()
     gated = [grad for grad, param in zip(grads, params, strict=True) if id(param) in state.gated]
     others = [grad for grad, param in zip(grads, params, strict=True) if id(param) not in state.gated]
     sums = [_Sum(state.group, gated, torch.bfloat16), _Sum(state.group, others, bucket.buffer().dtype)]
     buffer = bucket.buffer()
 
-    def take(_: Any) -> Tensor:
+    def take(_: object) -> Tensor:
         for one in sums:
             one.take()
         return buffer
@@ -87,7 +87,7 @@ class _Sum:
 
     def __init__(self, group: ProcessGroup, grads: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._grads = grads
-        self.future: Any = None
+        self.future: Future[list[Tensor]] | None = None
         if grads:
             joined = torch.cat([grad.reshape(-1).to(dtype) for grad in grads]).div_(collectives.size(group))
             self.future = collectives.start_sum_over(group, joined)
