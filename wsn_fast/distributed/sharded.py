@@ -213,15 +213,16 @@ def _fully_shard(
     layers = [*wsn._parts.layers.values()]
     gated = {layer._parameters[gate.name] for layer in layers for gate in layer.gated()}
     ignored: Any = {param for param in wsn.parameters() if param not in gated}
-    inside = {layer for module in groups for layer in module.modules() if isinstance(layer, SubnetLayer)}
+    # A layer inside of another is gathered with that one, which may read its tensors, as attention does.
+    outer_modules = [*groups, *layers]
+    inside = {layer for outer in outer_modules for layer in outer.modules() if layer is not outer}
+    inside |= {*groups}
     # Autocast casts inputs. Only what the model returns is cast, by the root.
     inner = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
-    outer = MixedPrecisionPolicy(output_dtype=policy.output_dtype, cast_forward_inputs=False)
+    of_root = MixedPrecisionPolicy(output_dtype=policy.output_dtype, cast_forward_inputs=False)
     for module in (*groups, *(layer for layer in layers if layer not in inside)):
-        fully_shard(
-            module, mesh=mesh, reshard_after_forward=reshard, mp_policy=inner, ignored_params=ignored
-        )  # fmt: skip
-    fully_shard(wsn, mesh=mesh, mp_policy=outer, ignored_params=ignored)
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=inner, ignored_params=ignored)
+    fully_shard(wsn, mesh=mesh, mp_policy=of_root, ignored_params=ignored)
 
 
 def _take_shards(layer: SubnetLayer, sharding: Sharding) -> list[ShardedGate]:

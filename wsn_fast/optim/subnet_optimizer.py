@@ -285,7 +285,12 @@ class SubnetOptimizer(torch.optim.Optimizer):
         """
         set_to_none = ops.check_bool("set_to_none", set_to_none)
         self._gates.forget_clipping()
-        super().zero_grad(set_to_none)
+        if self._gates.sharding is None or set_to_none:
+            super().zero_grad(set_to_none)
+        else:  # PyTorch cannot set DTensors and other tensors to 0 together
+            for param in chain.from_iterable(group["params"] for group in self.param_groups):
+                if param.grad is not None:
+                    local(param.grad).detach().zero_()
         if self.one_pass and not set_to_none:
             for member in self._raw_members().ones:
                 member.param.grad = None

@@ -1,0 +1,377 @@
+"""What is done with a WSN that is cut into shards, beside training it: each case raises if something is wrong, or
+returns what a test looks at."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ddp_training import across, adamw, all_equal, one_pass, part
+from sharded_training import (
+    BATCH,
+    Block,
+    Transformer,
+    logits,
+    masks_of_one,
+    mesh,
+    subnet_adamw,
+    transformer,
+    uneven,
+    whole,
+    whole_masks,
+)
+from small_models import batches
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from wsn_fast import WSN, FastSubnetLinear, ForgottenError, TaskHeads, convert, to_dense
+from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
+from wsn_fast.nn.shards import local, shard_of
+from wsn_fast.optim import SubnetAdamW, averaging
+
+Make = Callable[[], nn.Module]
+
+
+def pair(make: Make = uneven, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[WSN, WSN]:
+    """A sharded WSN and one that is not, with the same values."""
+    torch.manual_seed(1)
+    wsn, single = (WSN(make().to(dtype)) for _ in range(2))
+    single.load_state_dict(wsn.state_dict())
+    return shard(wsn, mesh(), **options), single
+
+
+def step(wsn: WSN, optimizer: torch.optim.Optimizer, task: int, of_all: bool = False, count: int = 1) -> None:
+    wsn.train()
+    for x, y in batches(task, count, BATCH):
+        x = x.to(next(wsn.parameters()).dtype)
+        optimizer.zero_grad()
+        F.cross_entropy(wsn(x if of_all else part(x)), y if of_all else part(y)).backward()
+        optimizer.step()
+
+
+def train(wsn: WSN, tasks: int, optimizer: Callable[[WSN], torch.optim.Optimizer] = one_pass, first: int = 0) -> None:
+    for task in range(first, first + tasks):
+        wsn.begin_task(task)
+        step(wsn, optimizer(wsn), task, count=3)
+        wsn.end_task()
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+# --- precision
+def in_float32(rank: int) -> None:
+    """From a common state one step gives the masks of a single process, and its values up to the order of sums."""
+    wsn, single = pair(transformer, torch.float32)
+    for one in (wsn, single):
+        one.begin_task(0)
+    for i in range(3):
+        state = full_state_dict(wsn)
+        box = [state]
+        dist.broadcast_object_list(box, 0)
+        single.load_state_dict(box[0])
+        check(all_equal([whole_masks(wsn), masks_of_one(single)]), f"step {i}: other masks")
+        mine, other = one_pass(wsn), one_pass(single)
+        step(wsn, mine, i)
+        step(single, other, i, of_all=True)
+        theirs, found = dict(single.named_parameters()), whole(wsn)
+        far = [name for name in theirs if not torch.allclose(found[name], theirs[name], rtol=1e-3, atol=1e-4)]
+        check(len(far) == 0, f"step {i}: {far}")
+
+
+def in_bfloat16(rank: int, reduce_dtype: torch.dtype) -> None:
+    """What is gathered is in bfloat16; weights, scores and masks are in float32, and have the bits of a single process
+    that makes the same update."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    wsn, single = pair(transformer, torch.float32, mp_policy=policy, groups=["blocks.0", "blocks.1"])
+    wsn.begin_task(0)
+    single.begin_task(0)
+    seen: list[torch.dtype] = []
+    wsn.model.enter.register_forward_hook(lambda m, a, y: seen.append((m._parameters["weight"].dtype, y.dtype)))
+    optimizer = one_pass(wsn)
+    for i in range(3):
+        step(wsn, optimizer, i)
+        state = [full_state_dict(wsn)]
+        dist.broadcast_object_list(state, 0)
+        single.load_state_dict(state[0])
+        check(all_equal([whole_masks(wsn), masks_of_one(single)]), f"step {i}: masks of other scores")
+        layers = wsn.subnet_layers().values()
+        kinds = {t.dtype for one in layers for g in one.gated() for t in (g.param, g.score)}
+        check(kinds == {torch.float32}, str(kinds))
+        density = [m.double().mean().item() for m in whole_masks(wsn).values()]
+        check(all(0.39 < d < 0.5 for d in density), str(density))
+    check({*seen} == {(torch.bfloat16, torch.bfloat16)}, str(seen))
+    check(all_equal(across(whole(wsn))), "the processes differ")
+    wsn.end_task()
+    kept = logits_of(wsn, 0)
+    train(wsn, 1, first=1)
+    check(torch.equal(logits_of(wsn, 0), kept), "the logits of task 0 have changed")
+    wsn.verify()
+
+
+@torch.no_grad()
+def logits_of(wsn: WSN, task: int) -> Tensor:
+    wsn.eval()
+    with wsn.use_task(task):
+        return wsn(batches(99, 1, BATCH)[0][0].to(next(wsn.parameters()).dtype)).clone()
+
+
+# --- the life of tasks
+def between_tasks(rank: int) -> None:
+    """A finished task is shown in the middle of another one, and the processes go on with the current scores."""
+    wsn, single = pair()
+    for one, of_all in ((wsn, False), (single, True)):
+        torch.manual_seed(3)
+        one.begin_task(0)
+        step(one, one_pass(one), 0, of_all, 2)
+        one.end_task()
+        one.begin_task(1)
+        optimizer = one_pass(one)
+        step(one, optimizer, 1, of_all)
+        logits(one, 0)
+        step(one, optimizer, 2, of_all)
+    theirs = dict(single.named_parameters())
+    far = [k for k, v in whole(wsn).items() if not torch.allclose(v, theirs[k], rtol=1e-9, atol=1e-11)]
+    check(not far, str(far))
+
+
+def best_epoch(rank: int) -> None:
+    wsn, _ = pair()
+    wsn.begin_task(0)
+    optimizer = one_pass(wsn)
+    step(wsn, optimizer, 0)
+    best, masks = wsn.trainable_state(), whole_masks(wsn)
+    step(wsn, optimizer, 1, count=3)
+    check(not all_equal([masks, whole_masks(wsn)]), "nothing was trained")
+    wsn.load_trainable_state(best)
+    wsn.end_task()
+    stored = {n: one.whole_masks()[0] for n, g in wsn.gated() if (one := shard_of(g.param))}
+    from wsn_fast.ops import pack_mask
+
+    check(all(torch.equal(stored[name], pack_mask(mask)) for name, mask in masks.items()), "masks of other scores")
+    wsn.begin_task(1)
+    step(wsn, one_pass(wsn), 1)
+    try:
+        wsn.load_trainable_state({**best, "0": torch.zeros(1)})
+    except ValueError:
+        pass
+    with torch.no_grad():
+        moved = {name: tensor.clone() for name, tensor in wsn.trainable_state().items()}
+        if rank == 1:
+            local(moved["1.weight"])[:] = 7
+    try:
+        wsn.load_trainable_state(moved)
+    except ValueError as error:
+        check("1.weight" in str(error), str(error))
+    else:
+        raise AssertionError("a state was loaded that changes frozen weights")
+
+
+class Moves(torch.optim.SGD):
+    """Writes to everything that it holds, after its step too."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        with torch.no_grad():
+            for param in self.param_groups[0]["params"]:
+                local(param).mul_(0.5)
+        return result
+
+
+def an_optimizer_that_moves_everything(rank: int) -> None:
+    wsn, _ = pair()
+    train(wsn, 1)
+    kept = logits(wsn, 0)
+    wsn.begin_task(1)
+    optimizer = wsn.guard(Moves(wsn.parameters(), 0.1))
+    step(wsn, optimizer, 1, count=2)
+    wsn.end_task()
+    wsn.verify()
+    check(torch.equal(kept, logits(wsn, 0)), "the logits of task 0 have changed")
+
+
+def a_written_weight(rank: int) -> str:
+    """One process writes to a weight of a finished task: all of them say so."""
+    wsn, _ = pair()
+    train(wsn, 1)
+    wsn.begin_task(1)
+    step(wsn, one_pass(wsn), 1)
+    gate = next(gate for name, gate in wsn.gated() if name == "1.weight")
+    if rank == 0:
+        local(gate.param).detach().add_(1)
+    try:
+        wsn.end_task()
+    except ForgottenError as error:
+        check(error.drifts[0].name == "1.weight", str(error))
+    else:
+        raise AssertionError("end_task was content")
+    if rank == 0:
+        local(gate.param).detach().sub_(1)
+    try:
+        wsn.verify()
+    except ForgottenError as error:
+        return error.drifts[0].name
+    return ""
+
+
+def a_written_head(rank: int) -> str:
+    wsn, _ = pair()
+    train(wsn, 1)
+    with torch.no_grad():
+        next(wsn.heads[0].parameters()).add_(rank)
+    try:
+        wsn.verify()
+    except ForgottenError as error:
+        return error.drifts[0].name
+    return ""
+
+
+def removal(rank: int) -> None:
+    wsn, single = pair()
+    for one, of_all in ((wsn, False), (single, True)):
+        for task in range(3):
+            torch.manual_seed(task)
+            one.begin_task(task)
+            step(one, one_pass(one), task, of_all, 2)
+            one.end_task()
+    kept = {task: logits(wsn, task) for task in (0, 2)}
+    for one in (wsn, single):
+        torch.manual_seed(7 + (rank if one is wsn else 0))
+        one.remove_task(1)
+    wsn.verify()
+    for task, then in kept.items():
+        check(torch.equal(then, logits(wsn, task)), f"the logits of task {task} have changed")
+    theirs = dict(single.named_parameters())
+    if rank == 0:
+        far = [k for k, v in whole(wsn).items() if not torch.allclose(v, theirs[k], rtol=1e-9, atol=1e-11)]
+        check(not far, f"other numbers were drawn: {far}")
+    else:
+        whole(wsn)
+    train(wsn, 1, first=1)
+    check(torch.equal(kept[0], logits(wsn, 0)), "the logits of task 0 have changed after another task")
+
+
+def loading(rank: int) -> None:
+    """A state of a single process is loaded, and training goes on; and a WSN with tasks is cut."""
+    torch.manual_seed(5)
+    single = WSN(uneven().double())
+    for task in range(2):
+        single.begin_task(task)
+        step(single, one_pass(single), task, True, 2)
+        single.end_task()
+    state = single.state_dict()
+    torch.manual_seed(6)
+    wsn, cut = shard(WSN(uneven().double()), mesh()), WSN(uneven().double())
+    load_full_state_dict(wsn, state)
+    cut.load_state_dict(state)
+    shard(cut, mesh())
+    for one in (wsn, cut):
+        check(one.tasks == [0, 1], str(one.tasks))
+        one.verify()
+        for task in range(2):
+            check(torch.equal(logits(one, task), logits(single, task)), f"other logits of task {task}")
+    again = full_state_dict(wsn)
+    same = all(torch.equal(again[name], state[name]) for name in state) if rank == 0 else True
+    check(same, "the state is another one")
+    train(wsn, 1, first=2)
+    wsn.verify()
+    for task in range(2):
+        check(torch.equal(logits(wsn, task), logits(single, task)), f"task {task} was forgotten")
+    wrong = {**state, "model.1.weight": state["model.1.weight"][:3]}
+    try:
+        load_full_state_dict(wsn, wrong)
+    except RuntimeError as error:
+        check("model.1.weight" in str(error), str(error))
+    else:
+        raise AssertionError("a state of another shape was loaded")
+
+
+class Checkpointed(Transformer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x.flatten(1, 2))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(x.mean(1))
+
+
+def checkpointing(rank: int, reshard: bool) -> None:
+    """Activation checkpointing changes no bit."""
+    runs = []
+    for kind in (Transformer, Checkpointed):
+        torch.manual_seed(1)
+        wsn = WSN(convert(kind().double(), density=0.4, heads="head"))
+        shard(wsn, mesh(), groups=["blocks.0", "blocks.1"], reshard_after_forward=reshard)
+        torch.manual_seed(2)
+        for optimizer in (one_pass, subnet_adamw):
+            train(wsn, 1, optimizer, first=len(wsn.tasks))
+        runs.append(whole(wsn))
+    check(all_equal(runs), "checkpointing changes the weights")
+
+
+def autocast(rank: int) -> None:
+    """Autocast around a WSN whose weights are gathered in float32."""
+    wsn, _ = pair(transformer, torch.float32)
+    wsn.begin_task(0)
+    optimizer = one_pass(wsn)
+    x, y = batches(0, 1, BATCH)[0]
+    before = whole(wsn)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = wsn(part(x))
+        loss = F.cross_entropy(out.float(), part(y))
+    loss.backward()
+    optimizer.step()
+    check(out.dtype is torch.bfloat16, str(out.dtype))
+    check(not torch.equal(before["model.enter.weight"], whole(wsn)["model.enter.weight"]), "nothing was trained")
+
+
+def an_embedding(rank: int) -> None:
+    """A gated tensor that a module of any kind reads."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(11, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.words(x.flatten(1).abs().mul(3).long() % 11).mean(1))
+
+    runs: dict[int, dict[str, Tensor]] = {}
+    for i, optimizer in enumerate((one_pass, adamw)):
+        torch.manual_seed(1)
+        wsn = shard(WSN(convert(Words().double(), density=0.5, heads="head")), mesh())
+        single = WSN(convert(Words().double(), density=0.5, heads="head"))
+        state = [full_state_dict(wsn)]
+        dist.broadcast_object_list(state, 0)
+        single.load_state_dict(state[0])
+        for one, of_all in ((wsn, False), (single, True)):
+            torch.manual_seed(2)
+            one.begin_task(0)
+            step(one, optimizer(one), 0, of_all, 3)
+        theirs, runs[i] = dict(single.named_parameters()), whole(wsn)
+        far = [k for k, v in runs[i].items() if not torch.allclose(v, theirs[k], rtol=1e-9, atol=1e-11)]
+        check(not far, str(far))
+
+
+CASES: dict[str, Callable[[int], Any]] = {
+    "in float32": in_float32,
+    "in bfloat16, sums in float32": lambda rank: in_bfloat16(rank, torch.float32),
+    "in bfloat16": lambda rank: in_bfloat16(rank, torch.bfloat16),
+    "a finished task in the middle of another": between_tasks,
+    "the best epoch": best_epoch,
+    "an optimizer that moves everything": an_optimizer_that_moves_everything,
+    "a written weight": a_written_weight,
+    "a written head": a_written_head,
+    "removal": removal,
+    "loading": loading,
+    "checkpointing": lambda rank: checkpointing(rank, True),
+    "checkpointing, kept between the passes": lambda rank: checkpointing(rank, False),
+    "autocast": autocast,
+    "an embedding": an_embedding,
+}
