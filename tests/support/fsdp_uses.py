@@ -3,9 +3,10 @@ returns what a test looks at."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,11 @@ import torch.nn.functional as F
 from ddp_training import across, adamw, all_equal, one_pass, part
 from sharded_training import (
     BATCH,
-    Block,
     Transformer,
     logits,
     masks_of_one,
     mesh,
+    sgd,
     subnet_adamw,
     transformer,
     uneven,
@@ -26,13 +27,12 @@ from sharded_training import (
 )
 from small_models import batches
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from wsn_fast import WSN, FastSubnetLinear, ForgottenError, TaskHeads, convert, to_dense
+from wsn_fast import WSN, ForgottenError, convert
 from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
 from wsn_fast.nn.shards import local, shard_of
-from wsn_fast.optim import SubnetAdamW, averaging
 
 Make = Callable[[], nn.Module]
 
@@ -78,11 +78,11 @@ def in_float32(rank: int) -> None:
         dist.broadcast_object_list(box, 0)
         single.load_state_dict(box[0])
         check(all_equal([whole_masks(wsn), masks_of_one(single)]), f"step {i}: other masks")
-        mine, other = one_pass(wsn), one_pass(single)
+        mine, other = sgd(wsn), sgd(single)  # AdamW would make the sign of what is 0 but for rounding a whole step
         step(wsn, mine, i)
         step(single, other, i, of_all=True)
         theirs, found = dict(single.named_parameters()), whole(wsn)
-        far = [name for name in theirs if not torch.allclose(found[name], theirs[name], rtol=1e-3, atol=1e-4)]
+        far = [name for name in theirs if not torch.allclose(found[name], theirs[name], rtol=1e-5, atol=1e-6)]
         check(len(far) == 0, f"step {i}: {far}")
 
 
@@ -94,7 +94,8 @@ def in_bfloat16(rank: int, reduce_dtype: torch.dtype) -> None:
     wsn.begin_task(0)
     single.begin_task(0)
     seen: list[torch.dtype] = []
-    wsn.model.enter.register_forward_hook(lambda m, a, y: seen.append((m._parameters["weight"].dtype, y.dtype)))
+    wsn.model.enter.register_forward_pre_hook(lambda m, a: seen.append(m._parameters["weight"].dtype))
+    wsn.model.enter.register_forward_hook(lambda m, a, y: seen.append(y.dtype))
     optimizer = one_pass(wsn)
     for i in range(3):
         step(wsn, optimizer, i)
@@ -105,9 +106,7 @@ def in_bfloat16(rank: int, reduce_dtype: torch.dtype) -> None:
         layers = wsn.subnet_layers().values()
         kinds = {t.dtype for one in layers for g in one.gated() for t in (g.param, g.score)}
         check(kinds == {torch.float32}, str(kinds))
-        density = [m.double().mean().item() for m in whole_masks(wsn).values()]
-        check(all(0.39 < d < 0.5 for d in density), str(density))
-    check({*seen} == {(torch.bfloat16, torch.bfloat16)}, str(seen))
+    check({*seen} == {torch.bfloat16}, str(seen))
     check(all_equal(across(whole(wsn))), "the processes differ")
     wsn.end_task()
     kept = logits_of(wsn, 0)
@@ -121,6 +120,57 @@ def logits_of(wsn: WSN, task: int) -> Tensor:
     wsn.eval()
     with wsn.use_task(task):
         return wsn(batches(99, 1, BATCH)[0][0].to(next(wsn.parameters()).dtype)).clone()
+
+
+# --- what is sent
+def on_the_wire(rank: int, policy: MixedPrecisionPolicy) -> float:
+    """The bytes that a step of a sharded WSN sends, by those of a dense model under FSDP2."""
+    width = 1024
+
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = (nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False), nn.ReLU())
+        return nn.Sequential(*layers, nn.Linear(width, 4))
+
+    x, y = torch.randn(4, width), torch.randint(4, (4,))
+    dense = net()
+    for i in (0, 2):
+        fully_shard(dense[i], mesh=mesh(), mp_policy=policy)
+    fully_shard(dense, mesh=mesh(), mp_policy=policy)
+    wsn = shard(WSN(convert(net(), density=0.3, heads="4")), mesh(), mp_policy=policy)
+    wsn.begin_task(0)
+    sums = []
+    for model, optimizer in ((dense, torch.optim.SGD(dense.parameters(), 0.1)), (wsn, one_pass(wsn))):
+        for _ in range(2):
+            with wired() as sent:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x).float(), y).backward()
+                optimizer.step()
+        sums.append(sum(sent))
+    return sums[1] / sums[0]
+
+
+@contextmanager
+def wired() -> Iterator[list[int]]:
+    """Count the bytes that this process sends to the others, if each collective sends the least that it has to."""
+    sent: list[int] = []
+
+    def counted(name: str, call: Any) -> Any:
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            tensors = [*args, *kwargs.values()]
+            tensors = [t for one in tensors for t in (one if isinstance(one, list) else [one]) if isinstance(t, Tensor)]
+            largest = max(t.nbytes for t in tensors)
+            rounds = 2 if name == "all_reduce" else 1
+            sent.append(rounds * largest * (dist.get_world_size() - 1) // dist.get_world_size())
+            return call(*args, **kwargs)
+
+        return collective
+
+    names = ("all_reduce", "all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "broadcast")
+    names = (*names, "reduce_scatter_tensor", "all_gather")
+    calls = {name: counted(name, getattr(dist, name)) for name in names if hasattr(dist, name)}
+    with patch.multiple(dist, **calls):
+        yield sent
 
 
 # --- the life of tasks
@@ -359,10 +409,16 @@ def an_embedding(rank: int) -> None:
         check(not far, str(far))
 
 
+POLICIES = {
+    "float32": MixedPrecisionPolicy(),
+    "bfloat16, sums in float32": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+    "bfloat16": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16),
+}
 CASES: dict[str, Callable[[int], Any]] = {
     "in float32": in_float32,
     "in bfloat16, sums in float32": lambda rank: in_bfloat16(rank, torch.float32),
     "in bfloat16": lambda rank: in_bfloat16(rank, torch.bfloat16),
+    **{f"wire {name}": lambda rank, p=policy: on_the_wire(rank, p) for name, policy in POLICIES.items()},
     "a finished task in the middle of another": between_tasks,
     "the best epoch": best_epoch,
     "an optimizer that moves everything": an_optimizer_that_moves_everything,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ddp_training import across, adamw, all_equal, one_pass, part
+from ddp_training import across, all_equal, one_pass, part
 from small_models import batches
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -222,5 +221,3 @@ def logits(wsn: WSN, task: int) -> Tensor:
     wsn.eval()
     with wsn.use_task(task):
         return wsn(batches(99, 1, BATCH)[0][0].double()).clone()
-
-

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import model_owner
-from ..nn.model_gates import ModelGates
 from ..nn.refusals import StaysInTheLibrary
 from ..nn.task_ids import TaskId, check_task
 from . import fingerprints, parallel, removal, renames, shown_values, state_hooks, statistics

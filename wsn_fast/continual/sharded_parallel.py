@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._C import _current_graph_task_id as _backward_in_progress
 
-from ..nn.shards import shard_of
 from ..nn.sharding import Sharding
+from ..nn.shards import shard_of
 from . import alike
 from .parallel import Parallel, drawn_by_processes, kept_of_tasks
 

@@ -25,7 +25,9 @@ def register(wsn: WSN) -> None:
 
 def _before_save(wsn: WSN, prefix: str, keep_vars: bool) -> None:
     if not wsn.__dict__.get("_is_exported", False):
-        wsn._check_whole("state_dict()", "wsn_fast.distributed.full_state_dict(wsn) returns the state of the whole model")
+        wsn._check_whole(
+            "state_dict()", "wsn_fast.distributed.full_state_dict(wsn) returns the state of the whole model"
+        )
     wsn._restore_frozen()
 
 
@@ -43,7 +45,9 @@ def _before_load(wsn: WSN, state: dict[str, Any], prefix: str, metadata: dict[st
     strict = wsn.__dict__.get("_strict", False)
     assign = bool(metadata.get("assign_to_params_buffers", False))
     if not wsn.__dict__.get("_is_exported", False):
-        wsn._check_whole("load_state_dict()", "wsn_fast.distributed.load_full_state_dict(wsn, state) loads a whole state")
+        wsn._check_whole(
+            "load_state_dict()", "wsn_fast.distributed.load_full_state_dict(wsn, state) loads a whole state"
+        )
     wsn._restore_frozen()
     loading.check(wsn, state, prefix, strict, assign)
     wsn.__dict__["_checked"] = True

@@ -23,8 +23,8 @@ from .ahead import Ahead
 from .gate_state import GateState, Given, Kept, Pass
 from .gated import SubnetLayer
 from .lending import Lending, Lent, Loan
-from .shards import local
 from .sharding import Sharding
+from .shards import local
 from .transforms import are_active
 
 VERSION, KEPT, BACKEND = map(attrgetter, ("_version", "kept", "_backend"))

@@ -85,7 +85,8 @@ class Sharding:
     def norm(self, of_shards: Sequence[Tensor]) -> Tensor:
         """The 2-norm of what all processes have together, given the norms of the shards of this one: 0-d."""
         squares = [one.to(torch.float64).square() for one in of_shards]
-        return self.sums(torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)).sqrt()
+        nothing = torch.zeros((), dtype=torch.float64, device=self.device)
+        return self.sums(torch.stack(squares).sum() if squares else nothing).sqrt()
 
 
 def _kind(pair: tuple[ShardedGate, object]) -> tuple[str, str]:

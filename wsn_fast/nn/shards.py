@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class GatedShard(Tensor):
         gate: what is known about the whole tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     gate: ShardedGate
 
     def fsdp_pre_all_gather(
@@ -102,7 +103,7 @@ class ShardedGate:
         size, rank, inner = collectives.size(group), group.rank(), prod(param.shape[1:])
         chunk = -(-param.shape[0] // size)
         borders = [min(i * chunk, param.shape[0]) for i in range(size + 1)]
-        self.counts = [(end - start) * inner for start, end in zip(borders, borders[1:], strict=False)]
+        self.counts = [(end - start) * inner for start, end in pairwise(borders)]
         self.first = borders[rank] * inner
         self.rows = slice(borders[rank], borders[rank + 1])
         self.tau: Tensor | None = None

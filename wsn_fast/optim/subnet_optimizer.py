@@ -208,7 +208,7 @@ class SubnetOptimizer(torch.optim.Optimizer):
             members = self._known_members().with_both_gradients()
             return members, members.gradients(None), members.next_dtypes()
         members, passes = self._raw_members().with_passes()
-        dtypes = [None] * len(passes) if members.are_sharded else [last.dtype for last in passes]
+        dtypes = [None if members.are_sharded else last.dtype for last in passes]
         return members, members.gradients(passes), dtypes
 
     def _plan_of(self, members: Members, dtypes: Sequence[torch.dtype | None]) -> StepPlan:
