@@ -75,9 +75,7 @@ def joined(group: ProcessGroup | None, part: Tensor) -> Tensor:
     torch.distributed.all_gather(every, every[0].new_tensor([part.numel()]), group=group)
     counts: list[int] = torch.cat(every).tolist()
     longest = max(counts) * part.element_size()
-    mine = torch.zeros(
-        longest, dtype=torch.uint8, device=part.device
-    )  # bytes, because not every backend has all dtypes
+    mine = torch.zeros(longest, dtype=torch.uint8, device=part.device)  # not every backend has all dtypes
     own = part.contiguous().view(torch.uint8)
     mine[: own.numel()] = own
     parts = [torch.empty_like(mine) for _ in counts]

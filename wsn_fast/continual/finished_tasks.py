@@ -48,7 +48,7 @@ class FinishedTasks(StaysInTheLibrary, Contents):
             UnmaskedReadError: a task reads something outside of its mask; the message names the tensors.
         """
         if probe is not None:
-            self._check_whole("a probe", "load the full state in one process and verify it there")
+            self._check_whole("a probe", "load the full state in one process, and verify(probe=...) there")
         self._refresh()
         report = self._register.verify(self._parts, progress)
         with parallel.together(self._guards.parallel.sharded, parallel.device_of(cast(Any, self))):
@@ -127,6 +127,7 @@ class FinishedTasks(StaysInTheLibrary, Contents):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel(wsn) asks for when it is made: the names of what it must leave alone."""
+        self._check_whole("DistributedDataParallel", "its processes average all gradients already")
         parallel.check_can_be_wrapped(cast(Any, self))
         return parallel.leave_alone(cast(Any, self))
 

@@ -32,7 +32,7 @@ def check_whole(params: Iterable[tuple[str, Tensor]]) -> None:
     for name, param in params if kind is not None else ():
         if isinstance(param, kind) and shard_of(param) is None:
             raise RuntimeError(
-                f"{name} is a DTensor: after fully_shard alone, or with tensor parallelism, each process would choose a "
-                "mask of its own shard. Shard the WSN with wsn_fast.distributed.shard(wsn, mesh), or wrap it whole: "
+                f"{name} is a DTensor: after fully_shard alone, or with tensor parallelism, each process would choose "
+                "a mask of its own shard. Shard the WSN with wsn_fast.distributed.shard(wsn, mesh), or wrap it whole: "
                 "DistributedDataParallel(wsn)"
             )

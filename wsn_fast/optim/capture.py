@@ -118,7 +118,7 @@ def capture_step(
 
     Raises:
         TypeError: ``wsn`` is not a WSN, or ``loss_fn`` cannot be called.
-        ValueError: ``max_norm`` is not positive.
+        ValueError: ``max_norm`` is not positive, or ``wsn`` is sharded.
     """
     return CapturedStep(wsn, optimizer, loss_fn, max_norm)
 
@@ -151,6 +151,8 @@ class CapturedStep:
     ) -> None:
         if not isinstance(wsn, WSN):
             raise TypeError(f"wsn must be a wsn_fast.WSN, got {type(wsn).__name__}")
+        if wsn.gates.sharding is not None:
+            raise ValueError("wsn must be whole: steps of a sharded WSN cannot be captured")
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
         if max_norm is not None and not max_norm > 0:
