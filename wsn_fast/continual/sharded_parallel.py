@@ -84,8 +84,8 @@ class ShardedParallel(Parallel):
         for gate in self._sharding.gates:
             if gate.score.requires_grad and not gate.param.requires_grad:
                 raise RuntimeError(
-                    f"scores of {type(gate.layer).__name__} are trained and their {gate.name} is not: FSDP2 hands over "
-                    "gradients of tensors that are trained only. Train both, or none"
+                    f"the scores of {gate.path} are trained, and it is not: FSDP2 hands over gradients of tensors that "
+                    "are trained only. Train both, or none"
                 )
         drawn = {id(tensor): tensor for tensor in drawn_by_processes(wsn)}
         if self._begun != wsn._generation:

@@ -86,8 +86,8 @@ def shard(
     _fully_shard(wsn, mesh, modules, policy, reshard_after_forward)
     sharding = Sharding(group, [m for m in wsn.modules() if isinstance(m, FSDPModule)], policy.param_dtype)
     sharding.device = device
-    for layer in layers:
-        sharding.gates += _take_shards(layer, sharding)
+    for path, layer in wsn._parts.layers.items():
+        sharding.gates += _take_shards(path, layer, sharding)
     wsn.gates.sharding = wsn._parts.sharding = sharding
     wsn._guards.parallel = ShardedParallel(sharding)
     for module in sharding.modules:
@@ -225,11 +225,12 @@ def _fully_shard(
     fully_shard(wsn, mesh=mesh, mp_policy=of_root, ignored_params=ignored)
 
 
-def _take_shards(layer: SubnetLayer, sharding: Sharding) -> list[ShardedGate]:
+def _take_shards(path: str, layer: SubnetLayer, sharding: Sharding) -> list[ShardedGate]:
     """Let ``layer`` know its shards, and keep this process's parts of its masks."""
     gates = []
     for gate in [*layer.gated()]:
-        one = ShardedGate(layer, gate.name, gate.param, gate.score, sharding.group, sharding.common)
+        named = f"{path}.{gate.name}".lstrip(".")
+        one = ShardedGate(named, layer, gate.name, gate.param, gate.score, sharding.group, sharding.common)
         layer._buffers[f"{gate.name}_masks"] = one.part_of_masks(gate.masks)
         layer._buffers[f"{gate.name}_union"] = None
         gates.append(one)

@@ -78,6 +78,7 @@ class ShardedGate:
     """A gated tensor of which this process holds some rows, with its scores, and the gate that all processes agree on.
 
     Args:
+        path: its name in the model.
         layer: its layer.
         name: its name there.
         param, score: the DTensors that optimizers hold.
@@ -95,9 +96,16 @@ class ShardedGate:
     """
 
     def __init__(
-        self, layer: SubnetLayer, name: str, param: Tensor, score: Tensor, group: ProcessGroup, state: CommonState
+        self,
+        path: str,
+        layer: SubnetLayer,
+        name: str,
+        param: Tensor,
+        score: Tensor,
+        group: ProcessGroup,
+        state: CommonState,
     ) -> None:
-        self.layer, self.name, self.param, self.score = layer, name, param, score
+        self.path, self.layer, self.name, self.param, self.score = path, layer, name, param, score
         self.group, self.state = group, state
         self.shape = param.shape
         size, rank, inner = collectives.size(group), group.rank(), prod(param.shape[1:])
@@ -142,7 +150,7 @@ class ShardedGate:
     def _fresh_tau(self) -> Tensor:
         if self.tau is None or self.tau_stamp != self.stamp():
             raise RuntimeError(
-                f"the scores of {self._described()} have changed since the threshold was found: {CALL_THE_WSN}"
+                f"the scores of {self.path} have changed since the threshold was found: {CALL_THE_WSN}"
             )
         return self.tau
 
@@ -150,7 +158,7 @@ class ShardedGate:
         """This process's rows of the masked tensor, to be sent."""
         layer = self.layer
         if layer._active_row != self.state.row:
-            raise RuntimeError(f"the processes have not agreed on the task of {self._described()}: {CALL_THE_WSN}")
+            raise RuntimeError(f"the processes have not agreed on the task of {self.path}: {CALL_THE_WSN}")
         tau = self._fresh_tau() if layer._active_row is None else None
         self.sent = self.state.passes
         if weight.numel() == 0:
@@ -169,19 +177,16 @@ class ShardedGate:
         """
         if hasattr(param, "_local_tensor"):
             raise RuntimeError(
-                f"{self._described()} is read while it is cut into shards: FSDP2 gathers it for the forward pass of "
+                f"{self.path} is read while it is cut into shards: FSDP2 gathers it for the forward pass of "
                 "its group only. Name a module around all modules that read it in shard(wsn, mesh, groups=[...])"
             )
         if self.sent != self.state.passes:
-            raise RuntimeError(f"{self._described()} was not gathered for this forward pass: {CALL_THE_WSN}")
+            raise RuntimeError(f"{self.path} was not gathered for this forward pass: {CALL_THE_WSN}")
         self._version = self.param._version
         if self._gathered is None or self._gathered() is not param:
             self._gathered = weakref.ref(param)
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(self._note)
-
-    def _described(self) -> str:
-        return f"{self.name} of {type(self.layer).__name__}"
 
     # --- gradients
     def _note(self, _: Tensor) -> None:
@@ -193,7 +198,7 @@ class ShardedGate:
         any other optimizer it becomes dW, and the scores get dS."""
         if not self._arrived:
             raise RuntimeError(
-                f"{self._described()} has a gradient that did not come through its layer: some code reads it without "
+                f"{self.path} has a gradient that did not come through its layer: some code reads it without "
                 "its mask, as a penalty on weights does. Let that code read layer.masked(name, dtype) in the forward "
                 "pass of the group"
             )
@@ -203,7 +208,7 @@ class ShardedGate:
             self._made = None
             return
         if self.param._version != self._version:
-            raise RuntimeError(f"{self._described()} has changed between the forward and the backward pass")
+            raise RuntimeError(f"{self.path} has changed between the forward and the backward pass")
         grad, scores = local(self.param.grad), local(self.score).detach()  # type: ignore[arg-type]
         union = layer._buffers[f"{self.name}_union"]
         mask = Mask(scores, self._fresh_tau(), layer.rule, union=union)
@@ -222,7 +227,7 @@ class ShardedGate:
         if made is not None and made[0]() is self.param.grad and ds.numel():
             if before is None or made[1]() is not before:
                 raise RuntimeError(
-                    f"the gradients of {self._described()} and of its scores were not set to None, or to 0, together"
+                    f"the gradients of {self.path} and of its scores were not set to None, or to 0, together"
                 )
             trained = self.keep()
             if mask.union is not None:
