@@ -3,6 +3,7 @@ returns what a test looks at."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from wsn_fast import WSN, ForgottenError, convert
+from wsn_fast import WSN, ForgottenError, convert, explain
 from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
 from wsn_fast.nn.shards import local, shard_of
 
@@ -407,6 +408,65 @@ def an_embedding(rank: int) -> None:
         check(not far, str(far))
 
 
+def resumed(rank: int) -> None:
+    """An optimizer goes on with the state of another one, with as many processes."""
+    runs = []
+    for again in (False, True):
+        torch.manual_seed(1)
+        wsn = shard(WSN(uneven().double()), mesh())
+        torch.manual_seed(2)
+        wsn.begin_task(0)
+        optimizer = one_pass(wsn)
+        step(wsn, optimizer, 0, count=2)
+        if again:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = one_pass(wsn)
+            optimizer.load_state_dict(state)
+        step(wsn, optimizer, 1, count=2)
+        runs.append(whole(wsn))
+    check(all_equal(runs), "the weights are others")
+
+
+def evaluated_in_inference_mode(rank: int) -> None:
+    wsn, _ = pair()
+    train(wsn, 1)
+    kept = logits(wsn, 0)
+    with torch.inference_mode():
+        check(torch.equal(kept, logits(wsn, 0)), "other logits")
+        wsn(batches(0, 1, BATCH)[0][0].double())
+    train(wsn, 1, first=1)
+    check(torch.equal(kept, logits(wsn, 0)), "the logits have changed")
+
+
+def a_step_that_fails(rank: int) -> None:
+    """An exception after the update leaves finished tasks as they are."""
+    wsn, _ = pair()
+    train(wsn, 1)
+    kept = logits(wsn, 0)
+    wsn.begin_task(1)
+    optimizer = adamw(wsn)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    handle = optimizer.register_step_post_hook(fail)
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    with suppress(ZeroDivisionError):
+        step(wsn, optimizer, 1)
+    check(torch.equal(kept, logits(wsn, 0)), "the logits have changed")
+    handle.remove()
+    step(wsn, optimizer, 1)
+    wsn.end_task()
+    wsn.verify()
+
+
+def described(rank: int) -> None:
+    wsn, _ = pair()
+    train(wsn, 2)
+    check("SubnetLinear" in repr(wsn) and "model.1" in str(explain(wsn)), str(explain(wsn)))
+    check([one.task for one in wsn.task_stats()] == [0, 1], str(wsn.task_stats()))
+
+
 POLICIES = {
     "float32": MixedPrecisionPolicy(),
     "bfloat16, sums in float32": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
@@ -428,4 +488,8 @@ CASES: dict[str, Callable[[int], Any]] = {
     "checkpointing, kept between the passes": lambda rank: checkpointing(rank, False),
     "autocast": autocast,
     "an embedding": an_embedding,
+    "a resumed optimizer": resumed,
+    "inference mode": evaluated_in_inference_mode,
+    "a step that fails": a_step_that_fails,
+    "what is said of it": described,
 }

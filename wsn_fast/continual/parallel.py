@@ -42,7 +42,13 @@ _AGAIN = "Wrap the WSN again: DistributedDataParallel(wsn)"
 
 
 class Parallel:
-    """The wrapper of one WSN."""
+    """The wrapper of one WSN.
+
+    Attributes:
+        WRAPPED_IN: where the processes are, for messages.
+    """
+
+    WRAPPED_IN = " of DistributedDataParallel"
 
     def __init__(self) -> None:
         self._wrapper: weakref.ref[DistributedDataParallel] | None = None
@@ -159,7 +165,7 @@ class Parallel:
         if found:
             names = sorted({name.partition(" ")[2] for name in found})
             raise RuntimeError(
-                f"the processes of DistributedDataParallel have different values of {alike.listed(names)}: something "
+                f"the processes{self.WRAPPED_IN} have different values of {alike.listed(names)}: something "
                 "has changed them in one process and not in the others. The task is still in progress"
             )
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class ShardedParallel(Parallel):
     """The processes of one WSN that :func:`wsn_fast.distributed.shard` has cut into shards."""
 
+    WRAPPED_IN = ""
+
     def __init__(self, sharding: Sharding) -> None:
         super().__init__()
         self._sharding = sharding

@@ -160,6 +160,8 @@ def _obstacle_of(
         return "it is on the meta device: wsn_fast.materialize(model, device) gives it memory"
     if param.device.type != mesh.device_type:
         return f"it is on {param.device}, and the mesh is of {mesh.device_type}"
+    if param.is_cuda and param.device.index != torch.cuda.current_device():
+        return f"it is on {param.device}, which is not the current device: call torch.cuda.set_device before"
     if param.ndim == 0 or not (param.is_contiguous() and score.is_contiguous()):
         return "FSDP2 takes contiguous tensors with rows only"
     return "" if param.dtype is score.dtype else f"it is {param.dtype}, and its scores are {score.dtype}"

@@ -57,6 +57,7 @@ class Sharding:
         if row is None:
             self.find_thresholds()
 
+    @torch.inference_mode(False)  # training reads them too
     def find_thresholds(self) -> None:
         """Find the thresholds of all scores, if some have changed."""
         stamps = [gate.stamp() for gate in self.gates]
