@@ -1,4 +1,4 @@
-"""The script of the page on several processes runs under torchrun as it stands there."""
+"""The scripts of the page on several processes run under torchrun as they stand there."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ ROOT = Path(__file__).parents[2]
 pytestmark = needs_gloo
 
 
-def test_the_script_runs_under_torchrun(tmp_path: Path) -> None:
+def said_by(script: int, folder: Path) -> list[tuple[str, str]]:
+    """The processes and tasks of which a script of the page prints results, sorted. It runs in ``folder``."""
     page = (ROOT / "docs" / "how-to" / "distributed.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "train.py").write_text(code)
+    (folder / "train.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[script])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    said = sorted(re.findall(r"process (\d): task (\d), \d+% right", ran.stdout))
-    assert said == [("0", "0"), ("1", "1")]
+    return sorted(re.findall(r"process (\d): task (\d), \d+% right", ran.stdout))
+
+
+def test_the_script_with_ddp_runs_under_torchrun(tmp_path: Path) -> None:
+    assert said_by(0, tmp_path) == [("0", "0"), ("1", "1")]
     assert torch.load(tmp_path / "model.pt")["model.0.weight_masks"].shape[0] == 3
+
+
+def test_the_script_with_shards_runs_under_torchrun(tmp_path: Path) -> None:
+    assert said_by(1, tmp_path) == [(process, task) for process in "01" for task in "012"]
+    assert torch.load(tmp_path / "model.pt")["model.0.weight_masks"].shape == (3, 160)
