@@ -42,9 +42,6 @@ class TestInProcesses:
         for one in seen:
             assert one[f"{dtype} {rule}"] == []
 
-    def test_it_is_counted_alike_on_a_gpu(self, seen: list[dict[str, Any]]) -> None:
-        assert [one["as on a GPU"] for one in seen] == [[]] * len(seen)
-
     @pytest.mark.parametrize("case", ["strided", "parts", "groups"])
     def test_it_is_that_of_one_whole_tensor(self, case: str, seen: list[dict[str, Any]]) -> None:
         assert [one[case] for one in seen] == [False] * len(seen)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,6 @@ from processes import counting
 from torch import Tensor
 
 from wsn_fast import topc_threshold
-from wsn_fast.backends import digits
 
 DENSITIES = (1e-6, 0.03, 0.3, 0.5, 0.999, 1.0)
 SIZES = (1, 3, 33, 1000)
@@ -38,11 +36,6 @@ def differ(found: Tensor, expected: Tensor) -> bool:
         return not bool(found.isnan())
     bits = _BITS[found.element_size()]
     return not torch.equal((found + 0.0).view(bits), (expected + 0.0).view(bits))
-
-
-def as_on_a_gpu() -> Any:
-    """In the block, counting waits for nothing."""
-    return patch.object(digits, "may_wait_for", lambda tensor: False)
 
 
 def of_lists(dtype: torch.dtype, rule: str, rank: int) -> list[str]:
@@ -78,18 +71,13 @@ def on_the_wire(dtype: torch.dtype, rank: int) -> tuple[int, int]:
 
 def without_waiting(rank: int) -> None:
     shards = [torch.randn(50), torch.randn(rank), torch.randn(7)]
-    with as_on_a_gpu(), RefusesHostWaits():
+    with RefusesHostWaits():
         topc_threshold(shards, [0.3, 0.5, 0.3], rule="value", group=dist.group.WORLD)
 
 
 def of_nothing(rank: int) -> list[float]:
     taus = topc_threshold([torch.empty(0), torch.empty(0)], 0.5, rule="value", group=dist.group.WORLD)
     return [*map(float, taus), len(topc_threshold([], 0.5, group=dist.group.WORLD))]
-
-
-def of_lists_as_on_a_gpu(rank: int) -> list[str]:
-    with as_on_a_gpu():
-        return [*of_lists(torch.float32, "value", rank), *of_lists(torch.bfloat16, "magnitude", rank)]
 
 
 def in_a_group_without_this_process(rank: int) -> Any:
@@ -122,7 +110,6 @@ def of_two_dtypes(rank: int) -> None:
 
 CASES: dict[str, Callable[[int], Any]] = {
     **{f"{dtype} {rule}": lambda r, d=dtype, u=rule: of_lists(d, u, r) for dtype in DTYPES for rule in RULES},
-    "as on a GPU": of_lists_as_on_a_gpu,
     "strided": of_one_strided_tensor,
     "parts": of_more_than_a_part,
     "groups": in_two_groups,

@@ -3,7 +3,7 @@
 A code has as many bits as the score. Read as an unsigned number it orders as the key does: ``|S|`` or ``S``, -0.0 equal
 to +0.0, and every NaN last. It is held in an int64, which wraps around for float64.
 
-Nothing here waits for a GPU. ``bincount`` and a selection by a mask would, so they serve the CPU only.
+Nothing here waits for a device. So counting takes no ``bincount`` and no selection by a mask: on a GPU both do.
 """
 
 from __future__ import annotations
@@ -59,18 +59,10 @@ def count(scores: Tensor, rule: str, prefix: Tensor, known: int, width: int, cou
     shift = 8 * scores.element_size() - known - width
     for part in scores.detach().reshape(-1).split(_CPU_PART if scores.is_cpu else _PART):
         codes = encode(part, rule)
-        begins = codes >> (shift + width) & (1 << known) - 1 == prefix if known else None
-        if not may_wait_for(codes):
-            matches = torch.ones_like(codes) if begins is None else begins
-            counts.scatter_add_(0, codes >> shift & (1 << width) - 1, matches.to(torch.int32))
-            continue
-        counted = codes if begins is None else codes[begins]
-        counts += torch.bincount(counted >> shift & (1 << width) - 1, minlength=1 << width)
-
-
-def may_wait_for(tensor: Tensor) -> bool:
-    """Whether the size of a result may depend on the values of ``tensor``."""
-    return tensor.is_cpu
+        matches = torch.ones_like(codes, dtype=torch.int32)
+        if known:
+            matches = (codes >> (shift + width) & (1 << known) - 1 == prefix).to(torch.int32)
+        counts.scatter_add_(0, codes >> shift & (1 << width) - 1, matches)
 
 
 def _half(size: int) -> int:
