@@ -1,4 +1,4 @@
-"""An operation is checked before it is trusted: the first time that it is chosen on a device and a dtype, its results on
+"""An operation is checked before it is trusted. The first time that it is chosen on a device and a dtype, its results on
 a few awkward tensors are compared with those of the torch backend.
 
 What passed is remembered in the user's folder (:mod:`wsn_fast.backends.cache_folder`) for this device, driver, code and
@@ -101,7 +101,7 @@ class _Memory:
 @functools.cache
 def _memory(kind: str, index: int) -> _Memory:
     device = {"device": cuda.get_device_name(index), "driver": _driver()} if kind == "cuda" else {"device": _cpu()}
-    return _Memory({**device, **{package: _version(package) for package in PACKAGES}, "code": _code()})
+    return _Memory({**device, **{package: _version_of(package) for package in PACKAGES}, "code": _code()})
 
 
 def _index(device: Device) -> int:
@@ -110,7 +110,7 @@ def _index(device: Device) -> int:
     return cuda.current_device() if device.index is None else device.index
 
 
-def _version(package: str) -> str:
+def _version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
