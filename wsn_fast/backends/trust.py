@@ -1,5 +1,5 @@
-"""An operation is checked before it is trusted. The first time that it is chosen on a device and a dtype, its results on
-a few awkward tensors are compared with those of the torch backend.
+"""An operation is checked before it is trusted. The first time that it is chosen on a device and a dtype, its results
+on a few awkward tensors are compared with those of the torch backend.
 
 What passed is remembered in the user's folder (:mod:`wsn_fast.backends.cache_folder`) for this device, driver, code and
 these versions, so that the next process checks nothing. What failed is not remembered.
