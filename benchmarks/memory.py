@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from .competitors import Competitor
+from wsn_fast.doctor.measuring.competitors import Competitor
+from wsn_fast.doctor.measuring.shapes import LinearShape
+
 from .ours import COMPETITORS
 from .problem import Problem
 from .provenance import ROOT
-from .shapes import LinearShape
 
 NOTE = "peak bytes per weight"
 LEAST_WEIGHTS = 1 << 22

@@ -68,9 +68,7 @@ _TILE = _object({"rows": _count, "config": _numbers, "splits": _positive, "us": 
 _LINEAR = _object(
     {**_WAY, "n": _positive, "k": _positive, "max_rows": _count, "tiles": _list_of(_TILE)}, tasks=_positive
 )
-_CONV = _object(
-    {**_WAY, "shape": _by_name(_count), "config": _numbers, "us": _time, "us_dense": _time, "wins": _flag}
-)
+_CONV = _object({**_WAY, "shape": _by_name(_count), "config": _numbers, "us": _time, "us_dense": _time, "wins": _flag})
 _BACKEND = _object({"choose": _text, "times": _by_name(_by_name(_time))})
 _PARTS: Mapping[str, Check] = {
     "format": _count,

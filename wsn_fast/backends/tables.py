@@ -1,10 +1,10 @@
 """Tables of what was measured on a device: tiles of the Triton kernels, and the faster backend for each operation.
 
-The package has tables in ``kernels/tuning``, and ``python -m wsn_fast.doctor --tune`` writes a user's own into the cache
-folder. Where both have an entry, the user's is used. A user's table holds for the versions of wsn_fast, torch and (for
-a GPU) triton that it was measured with, because they decide what is timed; the driver does not, because Triton compiles
-down to machine code. The package's tables are chosen with each version of the package. A table that cannot be used is
-ignored, and :attr:`Tables.notes` says why.
+The package has tables in ``kernels/tuning``, and ``python -m wsn_fast.doctor --tune`` writes a user's own into the
+cache folder. Where both have an entry, the user's is used. A user's table holds for the versions of wsn_fast, torch and
+(for a GPU) triton that it was measured with, because they decide what is timed; the driver does not, because Triton
+compiles down to machine code. The package's tables are chosen with each version of the package. A table that cannot be
+used is ignored, and :attr:`Tables.notes` says why.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def read(name: str, packaged: Path | None = PACKAGED, users: Path | None = None)
         found, obstacle = ({}, "") if path is None else _read(path, name, checked)
         if path is not None and (found or obstacle):
             notes.append(f"{whose} table {path.name} is " + (f"ignored: {obstacle}" if obstacle else "used"))
-        data = _merged(data, {} if obstacle else found)
+        data = merged(data, {} if obstacle else found)
     return Tables(data, tuple(notes), digest_of(data))
 
 
@@ -165,17 +165,17 @@ def _foreign(data: Mapping[str, Any], name: str, checked: bool) -> str:
     return ""
 
 
-def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Both; where they have the same entry, that of ``second``."""
-    merged: dict[str, Any] = {}
+    both: dict[str, Any] = {}
     for name in LISTS:
         later = second.get(name, [])
         known = {key_of(entry) for entry in later}
-        merged[name] = [*later, *(entry for entry in first.get(name, []) if key_of(entry) not in known)]
-    merged["elementwise"] = {**first.get("elementwise", {}), **second.get("elementwise", {})}
+        both[name] = [*later, *(entry for entry in first.get(name, []) if key_of(entry) not in known)]
+    both["elementwise"] = {**first.get("elementwise", {}), **second.get("elementwise", {})}
     ours, theirs = (data.get("backends", {}) for data in (first, second))
-    merged["backends"] = {name: {**ours.get(name, {}), **theirs.get(name, {})} for name in {**ours, **theirs}}
-    return {name: value for name, value in merged.items() if value}
+    both["backends"] = {name: {**ours.get(name, {}), **theirs.get(name, {})} for name in {**ours, **theirs}}
+    return {name: value for name, value in both.items() if value}
 
 
 # --- what the choice between backends asks
