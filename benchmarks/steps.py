@@ -10,6 +10,7 @@ import torch
 from wsn_fast.backends.tables import dtype_name
 from wsn_fast.doctor.measuring.checks import check_close
 from wsn_fast.doctor.measuring.competitors import Competitor
+from wsn_fast.doctor.measuring.peak_memory import bytes_per_weight
 from wsn_fast.doctor.measuring.shapes import ConvShape
 from wsn_fast.doctor.measuring.weights import compute_dtype, input_sets
 
@@ -59,7 +60,7 @@ def _prepare(kind: type[Competitor], shape: StepShape, device: torch.device) -> 
         competitor.settle()
 
     def notes() -> dict[str, float]:
-        return memory.on_gpu(kind, problem) if device.type == "cuda" else memory.on_cpu(kind, shape)
+        return {memory.NOTE: bytes_per_weight(kind, problem)} if device.type == "cuda" else memory.on_cpu(kind, shape)
 
     return Prepared(
         [c.step for c in competitors],

@@ -1,8 +1,7 @@
-"""Candidates are tried until the time is up, and a failure costs one candidate."""
+"""Candidates for a table: each is checked before it is timed."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measuring.scrub import scrubbed
+from ..measuring.attempts import Attempts
 from ..measuring.timing import Call
 
 Found = Callable[[str, Any], None]
@@ -19,28 +18,21 @@ Clock = Callable[[Sequence[Call]], float]
 """Microseconds of a call."""
 
 
-class Trials:
-    """Tries candidates until ``deadline``, of ``time.monotonic``. ``not_measured`` has a line for everything that
-    failed or that there was no time for."""
+class Trials(Attempts):
+    """Tries candidates on a device until the time is up.
+
+    Args:
+        device: where they run.
+        clock: times calls.
+        deadline: of ``time.monotonic``.
+    """
 
     def __init__(self, device: torch.device, clock: Clock, deadline: float) -> None:
-        self.device, self.clock, self.deadline = device, clock, deadline
-        self.not_measured: list[str] = []
+        super().__init__(deadline)
+        self.device, self.clock = device, clock
         self.processors = 1
         if device.type == "cuda":
             self.processors = torch.cuda.get_device_properties(device).multi_processor_count
-
-    def attempt(self, what: str, measure: Callable[[], Any]) -> Any:
-        """The result of ``measure``; None, and a line in ``not_measured``, if it failed or there is no time for it."""
-        if time.monotonic() > self.deadline:
-            self.not_measured.append(f"{what}: no time left")
-            return None
-        try:
-            torch.manual_seed(0)
-            return measure()
-        except Exception as error:  # one candidate that does not compile or is wrong must not cost the rest
-            self.not_measured.append(f"{what}: {scrubbed(f'{type(error).__name__}: {error}')[:220]}")
-            return None
 
     def time(self, calls: Sequence[Call], outputs: Sequence[Tensor], check: Callable[[], object]) -> float:
         """The time of a call. The first one has to write the right ``outputs``: they are poisoned before it."""
