@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,9 +17,11 @@ from . import masks, products, steps
 from .masks import Where
 from .tensors import SCORES, Watched
 
-__all__ = ["ALL", "FEW", "ON_BITS", "PRODUCTS", "Where", "first_problem"]
+__all__ = ["ALL", "ANY", "FEW", "ON_BITS", "PRODUCTS", "Where", "first_problem"]
 
 ON_BITS = ("pack", "unpack", "union", "popcount")
+ANY = torch.float32
+"""The dtype to give where it does not matter, which is so for :data:`ON_BITS`."""
 PRODUCTS = ("masked_linear", "masked_linear_grad", "masked_linear_tasks", "masked_conv")
 
 FEW = partial(Where, scores=("normal", "two values", "awkward"), sizes=(63, 5003))
@@ -29,14 +30,16 @@ ALL = partial(Where, scores=tuple(SCORES), sizes=(1, 63, 1000, 5003))
 """Where to compare with time to spare."""
 
 
-def first_problem(operation: str, module: ModuleType, where: Where) -> str | None:
+def first_problem(operation: str, module: Any, where: Where) -> str | None:
     """What is wrong with an operation of a backend, or None if nothing was found.
 
     Args:
         operation: one of ``PRIMITIVES``.
-        module: the backend.
+        module: the backend, or what has its functions.
         where: device, dtype (for :data:`ON_BITS` it does not matter), and what to compare on.
     """
+    if getattr(module, "INTERPRETED", False):
+        where = where._replace(narrow=torch.float16)  # Triton's interpreter does not round to bfloat16
     watched = Watched(module)
     try:
         # What the caller has switched on must not change the torch backend's result.

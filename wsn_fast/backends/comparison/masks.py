@@ -24,12 +24,18 @@ class Where(NamedTuple):
         dtype: of the weights and scores.
         scores: names of :data:`wsn_fast.backends.comparison.tensors.SCORES`.
         sizes: numbers of elements.
+        narrow: the compute dtype of some float32 weights, as under autocast.
     """
 
     device: torch.device
     dtype: torch.dtype
     scores: Sequence[str]
     sizes: Sequence[int]
+    narrow: torch.dtype = torch.bfloat16
+
+    def compute(self, i: int) -> torch.dtype:
+        """The compute dtype of the i-th tensor."""
+        return self.narrow if self.dtype is torch.float32 and i % 2 else self.dtype
 
     def union(self, source: Source, n: int) -> Tensor:
         """A packed mask [ceil(n / 8)] of frozen elements."""
@@ -52,15 +58,13 @@ def _gates_of(where: Where, source: Source) -> Iterator[_Gate]:
         for k, n in enumerate(where.sizes):
             weight, scores = source.normal(n), SCORES[name](source, n)
             weight[:: max(1, n // 3)] = -0.0
-            # Under autocast a float32 weight is masked in a smaller dtype.
-            narrow = where.dtype is torch.float32 and (i + k) % 2 == 1
             yield _Gate(
                 f"{name}, {n} elements, {RULES[(i + k) % 2]}",
                 inside(weight.to(where.device, where.dtype)),
                 inside(scores.to(where.device, where.dtype)),
                 RULES[(i + k) % 2],
                 round(SHARES[(i + k) % len(SHARES)] * (n - 1)),
-                torch.bfloat16 if narrow else where.dtype,
+                where.compute(i + k),
             )
 
 

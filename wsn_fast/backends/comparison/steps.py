@@ -83,7 +83,7 @@ def _cases(name: str, where: Where) -> Iterator[_Case]:
     source, device = Source(), where.device
     for i, n in enumerate(where.sizes):
         scores, weight = (source.normal(n).to(device, where.dtype) for _ in range(2))
-        compute = torch.bfloat16 if where.dtype is torch.float32 and i % 2 else where.dtype
+        compute = where.compute(i)
         grad = inside(source.normal(n).to(device, compute))
         rule, rank = RULES[i % 2], n // 2
         tau, union = portable.threshold(scores, rank, rule), where.union(source, n)
