@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # Low to high: the floors of the house. A room imports from lower floors, and its files from each other.
 # "" is wsn_fast/__init__.py: it exports what lies below the driver, which uses the public names as anybody does.
 FLOORS = [
-    {"kernels", "reference"},
+    {"kernels", "reference", "page"},
     {"backends"},
     {"ops"},
     {"nn"},
