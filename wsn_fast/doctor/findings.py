@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
-from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, choose, native
+from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, candidate, choose, comparison, native
 from ..backends.native import cuda_select
 
-ON_MASKS = ("pack", "unpack", "union", "popcount")
 PACKAGES = ("torch", "numpy", "triton")
 
 
@@ -57,9 +56,10 @@ def devices() -> list[tuple[torch.device, str]]:
 
 def routes(device: torch.device) -> Iterator[Finding]:
     """The backend that runs each operation on float32 tensors of ``device``. Whether a fused product runs also depends
-    on its shape."""
+    on its shape, so it is not checked here."""
     for operation in PRIMITIVES:
-        choice = choose(operation, device, None if operation in ON_MASKS else torch.float32)
+        decide = candidate if operation in comparison.PRODUCTS else choose
+        choice = decide(operation, device, None if operation in comparison.ON_BITS else torch.float32)
         yield Finding(operation, choice.name, choice.reason)
 
 
