@@ -54,8 +54,7 @@ def obstacle(operation: str, name: str, module: ModuleType, device: Device, dtyp
 
     if dtype is None and operation not in comparison.ON_BITS:
         return ""  # somebody asks what would run, and runs nothing
-    about = f"{name} {operation}" + ("" if dtype is None else f" {str(dtype).removeprefix('torch.')}")
-    memory = _memory(device.type, _index(device))
+    about, memory = _about(operation, name, dtype), _memory(device.type, _index(device))
     if about in memory.passed:
         return ""
     where = comparison.FEW(device, dtype or comparison.ANY)
@@ -67,6 +66,15 @@ def obstacle(operation: str, name: str, module: ModuleType, device: Device, dtyp
     advice = "PyTorch runs it instead. Please report what `python -m wsn_fast.doctor --check` prints"
     warnings.warn(f"{reason}. {advice}", RuntimeWarning, stacklevel=2)
     return reason
+
+
+def has_passed(operation: str, name: str, device: Device, dtype: Dtype | None) -> bool:
+    """Whether a check of an operation is remembered; the arguments are those of :func:`obstacle`."""
+    return _about(operation, name, dtype) in _memory(device.type, _index(device)).passed
+
+
+def _about(operation: str, name: str, dtype: Dtype | None) -> str:
+    return f"{name} {operation}" + ("" if dtype is None else f" {str(dtype).removeprefix('torch.')}")
 
 
 class _Memory:
