@@ -1,4 +1,4 @@
-"""The library's parts as contenders: its backends, the native CUDA selection, and the Triton launchers themselves.
+"""The library's parts as contenders: its backends, and the Triton launchers themselves.
 
 ``wsn_fast.kernels`` is imported where it is needed, so that the rest runs on machines without Triton.
 """
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from wsn_fast.backends import NAMES, choose
-from wsn_fast.backends.native import cuda_select
 
 from .checks import UnavailableError
 from .timing import Call
@@ -30,14 +29,6 @@ def backend(name: str, operation: str, device: torch.device, dtype: torch.dtype 
     if choice.name != name:
         raise UnavailableError(choice.reason.removeprefix(f"backend={name!r}, but "))
     return choice.backend
-
-
-def native_cuda_select(device: torch.device) -> ModuleType:
-    """The native CUDA selection; ``UnavailableError`` with the reason where it is not there."""
-    library = cuda_select.load()
-    if obstacle := library.reason if library.lib is None else cuda_select.obstacle(device):
-        raise UnavailableError(obstacle)
-    return cuda_select
 
 
 def kernels(name: str, device: torch.device) -> ModuleType:
