@@ -25,8 +25,7 @@ from torch import device as Device
 from torch import dtype as Dtype
 
 from .cache_folder import folder, write_text
-from .native.binding import INTERFACE
-from .native.shared_library import package_roots
+from .native.shared_library import FILE, package_roots
 
 ENVIRONMENT_VARIABLE = "WSN_FAST_CHECK"
 """``0`` trusts every operation unchecked. It is read at the first use of each operation."""
@@ -156,4 +155,4 @@ def _files() -> Iterator[Path]:
     package = Path(__file__).parents[1]
     for part in (package / "backends", package / "kernels"):
         yield from part.rglob("*.py")
-    yield from (root / INTERFACE.file for root in package_roots())
+    yield from (root / FILE for root in package_roots())

@@ -1,5 +1,5 @@
-"""The report of ``python -m wsn_fast.doctor``: versions, native libraries, the backend that runs each operation on this
-machine and why, and advice."""
+"""The report of ``python -m wsn_fast.doctor``: versions, the native library, the backend that runs each operation on
+this machine and why, and advice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 
 from .. import __version__
 from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, candidate, comparison, native, trust
-from ..backends.native import cuda_select
 
 PACKAGES = ("torch", "numpy", "triton")
 
@@ -29,7 +28,7 @@ class Finding(NamedTuple):
 
 
 def installation() -> Iterator[Finding]:
-    """Versions, and the native libraries."""
+    """Versions, and the native library."""
     yield Finding("wsn_fast", __version__)
     yield Finding("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
     for package in PACKAGES:
@@ -37,10 +36,8 @@ def installation() -> Iterator[Finding]:
             yield Finding(package, version(package))
         except PackageNotFoundError:
             yield Finding(package, "not installed")
-    for name, library in (("native CPU library", native.load()), ("native CUDA library", cuda_select.load())):
-        yield Finding(name, "missing" if library.lib is None else "loaded", library.reason)
-    if cuda_select.load().lib is not None:
-        yield Finding("", "", "not used yet: layers use the Triton selection")
+    library = native.load()
+    yield Finding("native library", "missing" if library.lib is None else "loaded", library.reason)
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     yield Finding(ENVIRONMENT_VARIABLE, override or "not set", "it overrides the choices below" if override else "")
 
@@ -77,7 +74,7 @@ def advice() -> Iterator[str]:
             "still missing, read the build log"
         )
     if not torch.cuda.is_available():
-        yield "for the Triton and CUDA kernels: use an NVIDIA GPU and a CUDA build of torch"
+        yield "for the Triton kernels: use an NVIDIA GPU and a CUDA build of torch"
         return
     choice = candidate("gate", "cuda", torch.float32)
     if choice.name == "torch":
