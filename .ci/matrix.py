@@ -112,7 +112,7 @@ def versions_of(python: Path) -> dict[str, Any]:
         files = importlib.metadata.files("wsn-fast")
         found["native library"] = any(file.suffix == ".so" for file in files)
         print(json.dumps(found))"""
-    # Not in the copy, whose wsn_fast has no native library.
+    # Not in the copy, whose wsn_fast would hide the installed one.
     result = subprocess.run([python, "-c", code], cwd=python.parent, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(result.stdout)
     return found
@@ -123,13 +123,12 @@ def run_tests(python: Path, copy: Path, arguments: Sequence[str]) -> dict[str, A
     report = copy.parent / "report.xml"
     report.unlink(missing_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    began = time.time()
+    date, tested = time.strftime("%Y-%m-%d", time.gmtime()), commit()
     command = [python, "-m", "pytest", "-o", "junit_family=xunit1", f"--junitxml={report}", *arguments]
     code = subprocess.run(command, cwd=copy, env=environment, check=False).returncode
     if code not in (0, 1):  # pytest itself failed, or found no test
         raise SystemExit(f"pytest ended with exit code {code}")
-    date = time.strftime("%Y-%m-%d", time.gmtime(began))
-    return {"date": date, "commit": commit(), "tests": shlex.join(arguments), **read_report(report)}
+    return {"date": date, "commit": tested, "tests": shlex.join(arguments), **read_report(report)}
 
 
 def read_report(report: Path) -> dict[str, Any]:
@@ -156,6 +155,7 @@ def node(case: ET.Element) -> str:
 
 
 def commit() -> str:
+    """The commit that is tested."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -212,9 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tests", default=TESTS, metavar="ARGS", help=f"arguments of pytest (default: {TESTS!r})")
     parser.add_argument("--python", action="append", default=[], metavar="PROGRAM", help="a Python that is not on PATH")
     parser.add_argument("--failed", action="store_true", help="run only the tests that failed in the last run")
-    parser.add_argument(
-        "--keep", metavar="FOLDER", help="keep the environments in FOLDER, and use those that are there"
-    )
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the environments here, and use those that are here")
     parser.add_argument("--table", action="store_true", help="print the table of earlier results")
     options = parser.parse_args(argv)
     ok = True
