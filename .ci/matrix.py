@@ -14,6 +14,7 @@ results are in ``docs/results/versions``, one file for each cell. The exit code 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -71,9 +72,10 @@ def interpreter(version: str, programs: Iterable[str]) -> str:
     """The first of these programs that is a Python of this version, else ``pythonX.Y``."""
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     for program in (*programs, f"python{version}"):
-        found = subprocess.run([program, "-c", code], capture_output=True, text=True, check=False)
-        if found.stdout.strip() == version:
-            return program
+        with contextlib.suppress(FileNotFoundError):
+            found = subprocess.run([program, "-c", code], capture_output=True, text=True, check=False)
+            if found.stdout.strip() == version:
+                return program
     raise SystemExit(f"python{version} was not found; give it with --python PROGRAM")
 
 
