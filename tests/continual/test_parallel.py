@@ -113,6 +113,10 @@ def test_nothing_is_sent_under_no_sync(seen: list[dict[str, Any]]) -> None:
     assert [one["no sync"] for one in seen] == [[0, buckets + head]] * 2
 
 
+def test_without_a_wrapper_the_whole_wsn_is_compiled(seen: list[dict[str, Any]]) -> None:
+    assert [one["compiled without a wrapper"] for one in seen] == [True, True]
+
+
 def test_only_gradients_of_gated_tensors_are_rounded(seen: list[dict[str, Any]]) -> None:
     for one in seen:
         assert all(one["rounded"]) and len(one["rounded"]) > 4

@@ -313,6 +313,11 @@ def compiled_whole(rank: int) -> None:
     step(wsn, ddp, rank)
 
 
+def compiled_without_a_wrapper(rank: int) -> bool:
+    wsn = begun()
+    return torch.equal(torch.compile(wsn, backend="eager", fullgraph=True)(X), wsn(X))
+
+
 def in_float32(ddp: DistributedDataParallel) -> None:
     ddp.register_comm_hook(None, allreduce_hook)
 
@@ -384,6 +389,7 @@ RIGHT_CASES: dict[str, Callable[[int], Any]] = {
     "wire: one pass": lambda rank: on_the_wire(rank, one_pass, in_float32),
     "wire: one pass, bfloat16": lambda rank: on_the_wire(rank, one_pass, in_bfloat16),
     "no sync": without_sync,
+    "compiled without a wrapper": compiled_without_a_wrapper,
     "wrong arguments": wrong_arguments,
     "rounded": in_one_way_only,
 }
