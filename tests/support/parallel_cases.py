@@ -86,6 +86,12 @@ def different_weights(rank: int) -> None:
     step(wsn, ddp, rank)
 
 
+def different_densities(rank: int) -> None:
+    wsn = made()
+    wsn.begin_task(0, density={"1.*": 0.3 + 0.1 * rank})
+    step(wsn, DistributedDataParallel(wsn), rank)
+
+
 def different_masks(rank: int) -> None:
     wsn = finished(1)
     wsn.begin_task(1)
@@ -361,6 +367,7 @@ REFUSED_CASES: dict[str, Callable[[int], Any]] = {
     "sharded after begin_task": lambda rank: sharded(rank, "after begin_task"),
     "sharded after guard": lambda rank: sharded(rank, "after guard"),
     "different weights": different_weights,
+    "different densities": different_densities,
     "different masks": different_masks,
     "other tensors": other_tensors,
     "one pass after the wrapper": one_pass_too_late,
