@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from wsn_fast import FastSubnetConv2d, FastSubnetLinear, backends, convert, explain, ops, topc_mask, topc_threshold
-from wsn_fast.backends import availability, choice, choose, native, parse_override
+from wsn_fast.backends import availability, choice, choose, forget, native, parse_override
 from wsn_fast.backends import torch as portable
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +27,13 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> object:
     """Choices are remembered for the life of a process: forget them around each test."""
-    caches = (choose, choice._environment, availability._module, availability._obstacle)
+    caches = (availability._module, availability._obstacle)
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    forget()
     for cache in caches:
         cache.cache_clear()
     yield
+    forget()
     for cache in caches:
         cache.cache_clear()
 
@@ -252,12 +254,12 @@ def test_steps_over_stored_means_take_triton_on_a_gpu(kind: str, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     monkeypatch.setattr(availability, "_obstacle", functools.cache(lambda index: ""))
-    choose.cache_clear()
+    forget()
     try:
         assert choose(f"{kind}_coded_step", "cuda", torch.float32).name == "triton"
         assert choose(f"{kind}_coded_step", "cuda", torch.float64).name == "torch"
     finally:
-        choose.cache_clear()
+        forget()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -300,4 +302,19 @@ def test_doctor_names_every_operation_and_says_why() -> None:
     found = list(findings.routes(torch.device("cpu")))
     assert [finding.subject for finding in found] == [*backends.PRIMITIVES]
     assert all(finding.reason for finding in found)
-    assert "native CPU library" in findings.report()
+    assert "native library" in findings.report()
+
+
+@needs_triton
+def test_no_operation_of_a_backend_needs_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a backend has is chosen where it can run. Layers ask for the products where a table says so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(availability, "_obstacle", functools.cache(lambda index: ""))
+    from wsn_fast.backends import triton
+
+    for operation in backends.PRIMITIVES:
+        assert (choose(operation, "cuda", torch.float32).name == "triton") == hasattr(triton, operation), operation
+        if native.load().lib is not None:
+            assert (choose(operation, "cpu", torch.float32).name == "native") == (operation in native.OPERATIONS)

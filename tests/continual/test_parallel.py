@@ -19,7 +19,8 @@ REFUSED = {
     "sharded before begin_task": r"is a DTensor: FSDP2.*Train on one process",
     "sharded after guard": r"is a DTensor: FSDP2.*Train on one process",
     "sharded after begin_task": r"is a DTensor: FSDP2.*Train on one process",
-    "different weights": r"different values of model.1.weight: .*one seed before begin_task",
+    "different weights": r"different values of model.1.weight: .*with one seed, or load one state",
+    "different densities": r"different values of the density or rule of 1: .*in the same way",
     "different masks": r"different values of model.1.weight_masks: .*load one state",
     "other tensors": r"different values of model.more: ",
     "one pass after the wrapper": r"waits for gradients of model.1.weight_score, .*build the one-pass optimizer before",
@@ -111,6 +112,10 @@ def test_bytes_of_a_step_for_each_weight(case: str, most: float, seen: list[dict
 def test_nothing_is_sent_under_no_sync(seen: list[dict[str, Any]]) -> None:
     buckets, head = 1, 1
     assert [one["no sync"] for one in seen] == [[0, buckets + head]] * 2
+
+
+def test_without_a_wrapper_the_whole_wsn_is_compiled(seen: list[dict[str, Any]]) -> None:
+    assert [one["compiled without a wrapper"] for one in seen] == [True, True]
 
 
 def test_only_gradients_of_gated_tensors_are_rounded(seen: list[dict[str, Any]]) -> None:

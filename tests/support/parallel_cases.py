@@ -86,6 +86,12 @@ def different_weights(rank: int) -> None:
     step(wsn, ddp, rank)
 
 
+def different_densities(rank: int) -> None:
+    wsn = made()
+    wsn.begin_task(0, density={"1.*": 0.3 + 0.1 * rank})
+    step(wsn, DistributedDataParallel(wsn), rank)
+
+
 def different_masks(rank: int) -> None:
     wsn = finished(1)
     wsn.begin_task(1)
@@ -313,6 +319,11 @@ def compiled_whole(rank: int) -> None:
     step(wsn, ddp, rank)
 
 
+def compiled_without_a_wrapper(rank: int) -> bool:
+    wsn = begun()
+    return torch.equal(torch.compile(wsn, backend="eager", fullgraph=True)(X), wsn(X))
+
+
 def in_float32(ddp: DistributedDataParallel) -> None:
     ddp.register_comm_hook(None, allreduce_hook)
 
@@ -356,6 +367,7 @@ REFUSED_CASES: dict[str, Callable[[int], Any]] = {
     "sharded after begin_task": lambda rank: sharded(rank, "after begin_task"),
     "sharded after guard": lambda rank: sharded(rank, "after guard"),
     "different weights": different_weights,
+    "different densities": different_densities,
     "different masks": different_masks,
     "other tensors": other_tensors,
     "one pass after the wrapper": one_pass_too_late,
@@ -384,6 +396,7 @@ RIGHT_CASES: dict[str, Callable[[int], Any]] = {
     "wire: one pass": lambda rank: on_the_wire(rank, one_pass, in_float32),
     "wire: one pass, bfloat16": lambda rank: on_the_wire(rank, one_pass, in_bfloat16),
     "no sync": without_sync,
+    "compiled without a wrapper": compiled_without_a_wrapper,
     "wrong arguments": wrong_arguments,
     "rounded": in_one_way_only,
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wsn_fast.train import __main__ as cli
-from wsn_fast.train import checkpoint
+from wsn_fast.train import checkpoint, commands
 from wsn_fast.train.run import Run
 
 SMALL = ["--tasks", "2", "--epochs", "2", "--batch-size", "128", "--device", "cpu"]
@@ -79,7 +79,10 @@ ERRORS = [
     (["train", "--out", "{used}"], "--resume {used}"),
     (["train", "--data", "mnist", "--out", "{new}"], "'mnist' is read from a folder"),
     (["train", "--data", "mnist", "--data-dir", "{new}", "--out", "{new}"], "{new}: not a folder"),
-    (["train", "split", "--tasks", "3", "--out", "{new}"], "3 does not divide the 10 classes"),
+    (
+        ["train", "split", "--tasks", "3", "--out", "{new}"],
+        "3 does not divide the 10 classes of 'digits'; 1, 2, 5, 10 do",
+    ),
     (["train", "--resume", "{new}"], "{new} holds no run"),
     (["train", "--resume", "{used}", "--epochs", "9"], "epochs"),
     (["train", "--resume", "{used}", "--checkpoint", "000099.safetensors"], "'000099.safetensors'"),
@@ -120,7 +123,7 @@ def test_a_cpu_without_memory_is_one_line_too(
     def too_much(*_: object, **__: object) -> None:
         torch.empty(1 << 55)
 
-    monkeypatch.setattr(cli, "evaluate_run", too_much)
+    monkeypatch.setattr(commands, "evaluate_run", too_much)
     assert cli.main(["eval", str(copy)]) == 2
     assert "allocate memory" in capsys.readouterr().err
 

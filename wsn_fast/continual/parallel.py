@@ -118,7 +118,7 @@ class Parallel:
             self._trained_in = ddp.process_group
             drawn = {id(tensor): tensor for tensor in drawn_by_processes(wsn)}
             alike.send(ddp.process_group, drawn.values())
-            _check_alike(ddp.process_group, [one for one in kept_of_tasks(wsn) if id(one[1]) not in drawn])
+            _check_alike(ddp.process_group, wsn, [one for one in kept_of_tasks(wsn) if id(one[1]) not in drawn])
             self._begun = wsn._generation
         self._params = [*wsn.parameters()]
         mine = [p for p in self._params if p.requires_grad and id(p) not in held and id(p) not in raw]
@@ -281,12 +281,14 @@ def kept_of_tasks(wsn: WSN) -> Iterator[alike.Named]:
                 yield f"{path}.{name}", buffer
 
 
-def _check_alike(group: ProcessGroup, tensors: list[alike.Named]) -> None:
-    names = alike.different_tensors(group, tensors, tensors[0][1].device)
+def _check_alike(group: ProcessGroup, wsn: WSN, tensors: list[alike.Named]) -> None:
+    settings = {f"the density or rule of {n}": f"{x.gate_density} {x.rule}" for n, x in wsn._parts.layers.items()}
+    names = alike.different_texts(group, settings, device_of(wsn))
+    names += alike.different_tensors(group, tensors, device_of(wsn))
     if names:
         raise RuntimeError(
             f"the processes of DistributedDataParallel have different values of {alike.listed(names)}: their masks "
-            "would differ. Use one seed before begin_task, or load one state, in all of them"
+            "would differ. Make the model in the same way and with one seed, or load one state, in all of them"
         )
 
 
