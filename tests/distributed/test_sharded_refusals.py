@@ -62,6 +62,7 @@ REFUSED = {
     "scores changed": r"RuntimeError: the scores of 1.weight have changed since the threshold was found",
     "other tasks in use": r"RuntimeError: the processes use different tasks",
     "another task": r"RuntimeError: the processes use different tasks",
+    "other densities": r"RuntimeError: the processes have different values of the density or rule of 1",
     "untrained weights": r"RuntimeError: the scores of 1.weight are trained, and it is not",
     "half of the gradients": r"RuntimeError: the gradients of .* were not set to None, or to 0, together",
     "NaN": r"(FloatingPointError|RuntimeError: another process .*): 1.weight_score has values that are not finite",

@@ -1,5 +1,5 @@
-"""What is done with shards beside training them: precision, bytes, tasks that come and go, states. Two processes run all
-cases of :mod:`fsdp_uses` once."""
+"""What is done with shards beside training them: precision, bytes, tasks that come and go, states. Two processes run
+all cases of :mod:`fsdp_uses` once."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wsn_fast.backends.comparison.tensors import Allocations
@@ -616,6 +619,45 @@ def proxies() -> None:
     assert seen[0] is not None and proxy_tensor.get_proxy_mode() is None
 
 
+@contextmanager
+def alone() -> Iterator[Any]:
+    """A mesh of one process."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+class Doubled(Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):  # type: ignore[no-untyped-def]
+        return (2 * self.detach(),), None
+
+    def fsdp_post_all_gather(self, outputs, metadata, dtype, *, out=None):  # type: ignore[no-untyped-def]
+        return None if out is not None else (outputs[0].view(1, 1), ())
+
+
+def shards() -> None:
+    """What takes the place of a shard is asked for what to gather, and hooks hear of its gradients."""
+    assert type(torch.ones(1).as_subclass(Doubled) + 1) is Tensor
+    with alone() as mesh:
+        layer, seen = nn.Linear(1, 1, bias=False), []
+        value = layer.weight.item()
+        fully_shard(layer, mesh=mesh)
+        param: Any = layer.weight
+        assert param._local_tensor is param._local_tensor
+        param._local_tensor = param._local_tensor.as_subclass(Doubled)
+        param.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad._local_tensor.item()))
+        for x in (1.0, 3.0):
+            out = layer(torch.full((1, 1), x))
+            assert out.item() == 2 * value * x
+            out.sum().backward()
+        assert seen == [1, 4] and layer.weight is param and type(param._local_tensor) is Doubled
+
+
 CHECKS: dict[str, Callable[[], object]] = {
     "__prepare_scriptable__": scripting_and_quantization,
     "qconfig": scripting_and_quantization,
@@ -687,6 +729,10 @@ CHECKS: dict[str, Callable[[], object]] = {
     "inspect.unwrap": unwrapped_step,
     "__wrapped__": layers_of_a_step,
     "_dynamo_marked_constant": constant_while_compiling,
+    "DTensor._local_tensor": shards,
+    "torch._C._disabled_torch_function_impl": shards,
+    "fsdp_pre_all_gather": shards,
+    "register_post_accumulate_grad_hook": shards,
 }
 
 

@@ -28,8 +28,8 @@ STORIES: dict[str, Story] = {
     "guarded, cut in a task": Story(optimizer=adamw, after_begin=True),
     "guarded, accumulated": Story(optimizer=adamw, accumulate=3),
     "kept between the passes": Story(options=lambda: {"reshard_after_forward": False}, accumulate=2),
-    "blocks": Story(make=transformer, options=lambda: {"groups": ["blocks.0", "blocks.1"]}, steps=3),
-    "attention by itself": Story(make=transformer, steps=3),
+    "blocks": Story(make=transformer, options=lambda: {"groups": ["blocks.0", "blocks.1"]}),
+    "attention by itself": Story(make=transformer),
 }
 
 CASES: dict[str, Callable[[int], Any]] = {name: story.run for name, story in STORIES.items()}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from ddp_training import adamw, one_pass, part
 from fsdp_uses import pair, step, train
@@ -184,6 +183,13 @@ def a_task_in_one_process(rank: int) -> None:
     wsn(x_of(wsn))
 
 
+def other_densities(rank: int) -> None:
+    wsn, *_ = in_training()
+    wsn(x_of(wsn))
+    wsn.model[1].task_density = 0.2 + 0.1 * rank
+    wsn(x_of(wsn))
+
+
 def weights_that_are_not_trained(rank: int) -> None:
     wsn, *_ = in_training()
     for _, gate in wsn.gated():
@@ -266,6 +272,7 @@ CASES: dict[str, Case] = {
     "scores changed": scores_that_change_before_backward,
     "other tasks in use": other_tasks_in_use,
     "another task": a_task_in_one_process,
+    "other densities": other_densities,
     "untrained weights": weights_that_are_not_trained,
     "half of the gradients": gradients_that_do_not_go_together,
     "NaN": a_wrong_batch,

@@ -132,7 +132,7 @@ class Story:
     clip: float | None = None
     zero: bool = False
     tasks: int = 2
-    steps: int = 4
+    steps: int = 3
 
     def run(self, rank: int) -> list[str]:
         """What was wrong; nothing if all was right."""
@@ -173,7 +173,8 @@ class Story:
                 self.problems.append(f"task {task}, step {step}: norms {norms}")
             optimizer.step()
             other.step()
-            self._compare(f"task {task}, step {step}")
+            if step in (0, self.steps - 1):  # a comparison takes longer than a step
+                self._compare(f"task {task}, step {step}")
         self.wsn.end_task()
         self.single.end_task()
 

@@ -32,7 +32,7 @@ class ShardedParallel(Parallel):
     def __init__(self, sharding: Sharding) -> None:
         super().__init__()
         self._sharding = sharding
-        self._agreed: object = None  # the task in use that all processes have agreed on
+        self._agreed: object = None  # the task in use, densities and rules that all processes have agreed on
 
     @property
     def sharded(self) -> ProcessGroup | None:
@@ -70,10 +70,15 @@ class ShardedParallel(Parallel):
         super().send(tensor for tensor in tensors if shard_of(tensor) is None)
 
     def _agree(self, wsn: WSN) -> None:
-        now = wsn._generation, wsn._view
+        settings = {name: (layer.gate_density, layer.rule) for name, layer in wsn._parts.layers.items()}
+        now = wsn._generation, wsn._view, settings
         if now != self._agreed:
-            task = {"the task in use": repr((wsn._view, wsn.current_task, wsn.tasks))}
-            if alike.different_texts(self._sharding.group, task, self._sharding.device):
+            texts = {f"the density or rule of {name}": repr(one) for name, one in settings.items()}
+            texts["the task in use"] = repr((wsn._view, wsn.current_task, wsn.tasks))
+            found = alike.different_texts(self._sharding.group, texts, self._sharding.device)
+            if found and "the task in use" not in found:
+                raise RuntimeError(f"the processes have different values of {alike.listed(found)}: their masks differ")
+            if found:
                 raise RuntimeError(
                     f"the processes use different tasks, this one {wsn._view}: each would mask its shard for a task of "
                     "its own. Let all of them call begin_task, end_task and use_task alike"

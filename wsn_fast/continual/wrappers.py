@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..nn.shards import shard_of
+from ..nn.shards import is_dtensor, shard_of
 
 _WAY_OUT = "Train on one process, or wrap the whole WSN: DistributedDataParallel(wsn)"
 
@@ -28,9 +27,8 @@ def check_model(model: nn.Module) -> None:
 def check_whole(params: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ``RuntimeError`` if a parameter is a DTensor, as those of FSDP2 and of tensor parallelism are, unless
     :func:`wsn_fast.distributed.shard` made it."""
-    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    for name, param in params if kind is not None else ():
-        if isinstance(param, kind) and shard_of(param) is None:
+    for name, param in params:
+        if is_dtensor(param) and shard_of(param) is None:
             raise RuntimeError(
                 f"{name} is a DTensor: after fully_shard alone, or with tensor parallelism, each process would choose "
                 "a mask of its own shard. Shard the WSN with wsn_fast.distributed.shard(wsn, mesh), or wrap it whole: "

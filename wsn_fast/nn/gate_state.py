@@ -1,8 +1,7 @@
 """What a subnet layer keeps from one forward pass to the next: gates that were made ahead, the passes whose raw
 gradients a one-pass optimizer takes, and the masked tensors of the finished task in use.
 
-docs/design.md draws the states of a gate and the transitions between them. :class:`ModelGates
-<wsn_fast.nn.model_gates.ModelGates>` is the same for all layers of a model together.
+docs/design.md draws the states of a gate and the transitions. :mod:`wsn_fast.nn.model_gates` is the same for a model.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ class Ready:
 
 
 class Kept(NamedTuple):
-    """A masked tensor of a finished task, and what it was made from: the tensor, its version and address, the packed
-    mask and its version, and the backend."""
+    """A masked tensor of a finished task, and what it was made from, with versions, addresses and the backend."""
 
     masked: Tensor
     param: Tensor
@@ -89,7 +87,7 @@ class KeptTask(dict[str, Kept]):
     """The masked tensors of a finished task, by gated tensor.
 
     Attributes:
-        of_model: what :class:`ModelGates <wsn_fast.nn.model_gates.ModelGates>` knows of those of all layers together.
+        of_model: what :class:`ModelGates <wsn_fast.nn.model_gates.ModelGates>` knows of those of all layers.
     """
 
     of_model: Any = None
@@ -368,9 +366,7 @@ class GateState:
         if not compiling and recording():
             return None
         self.compute_dtypes[name] = dtype
-        if compiling:
-            return None
-        ready = self.ready_gate(layer, name, param, score)
+        ready = None if compiling else self.ready_gate(layer, name, param, score)
         return None if ready is None or ready.next.dtype is not dtype else (ready.masked, ready.next.tau)
 
     def packed(self, name: str, masks: Tensor, row: int) -> Tensor:

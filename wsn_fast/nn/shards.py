@@ -7,6 +7,7 @@ travel. FSDP2 hands over this process's rows of G, the gradient of the masked te
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _disabled_torch_function_impl
 from torch.autograd.graph import increment_version
 
 from .. import ops
@@ -30,10 +32,18 @@ if TYPE_CHECKING:
 CALL_THE_WSN = "let the forward pass of the WSN gather it: wsn(x), and no unshard() and no call of its parts"
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a DTensor. Who has one has imported the class, which takes long."""
+    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: its shard of a DTensor, else the tensor itself."""
-    shard: Tensor | None = getattr(tensor, "_local_tensor", None)
-    return tensor if shard is None else shard
+    if not is_dtensor(tensor):
+        return tensor
+    shard: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return shard
 
 
 def address(tensor: Tensor) -> int:
@@ -54,7 +64,7 @@ class GatedShard(Tensor):
         gate: what is known about the whole tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = _disabled_torch_function_impl  # type: ignore[assignment]
     gate: ShardedGate
 
     def fsdp_pre_all_gather(
@@ -149,9 +159,7 @@ class ShardedGate:
 
     def _fresh_tau(self) -> Tensor:
         if self.tau is None or self.tau_stamp != self.stamp():
-            raise RuntimeError(
-                f"the scores of {self.path} have changed since the threshold was found: {CALL_THE_WSN}"
-            )
+            raise RuntimeError(f"the scores of {self.path} have changed since the threshold was found: {CALL_THE_WSN}")
         return self.tau
 
     def masked_shard(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,7 +183,7 @@ class ShardedGate:
         Raises:
             RuntimeError: it is a shard, or FSDP2 has not asked for the masked rows.
         """
-        if hasattr(param, "_local_tensor"):
+        if is_dtensor(param):
             raise RuntimeError(
                 f"{self.path} is read while it is cut into shards: FSDP2 gathers it for the forward pass of "
                 "its group only. Name a module around all modules that read it in shard(wsn, mesh, groups=[...])"
