@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from wsn_fast import ops
+from wsn_fast.doctor.measuring.checks import UnavailableError, WrongResultError
+from wsn_fast.doctor.measuring.launchers import threshold
+from wsn_fast.doctor.measuring.timing import Call
+from wsn_fast.doctor.measuring.weights import DENSITY, RULE, input_sets, rank
 from wsn_fast.reference.trainer import ClarenaGate, PaperGate
 
-from .cases import Case, Prepared, Work, input_sets
-from .checks import UnavailableError, WrongResultError, check_threshold
-from .data import DENSITY, DISTRIBUTIONS, RULE, rank, scores
-from .library import BACKENDS, backend, threshold
+from .cases import Case, Prepared, Work
+from .checks import check_threshold
+from .data import DISTRIBUTIONS, scores
+from .library import BACKENDS, backend
 from .shapes import Shapes
-from .timing import Call
 
 Select = Callable[[Tensor, int], Tensor]
 """From scores and rank to the threshold."""

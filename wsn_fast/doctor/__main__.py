@@ -6,16 +6,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import checking, findings
+from . import __doc__ as about
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report, or the verdicts of a check. Return 1 if an override or an operation is wrong, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m wsn_fast.doctor", description=findings.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m wsn_fast.doctor", description=about)
     parser.add_argument(
         "--check", action="store_true", help="compare every operation on every device with PyTorch, in a minute"
     )
-    return checking.main() if parser.parse_args(arguments).check else findings.main()
+    options = parser.parse_args(arguments)
+    from . import checking, findings  # and PyTorch, which the parser does not need
+
+    return checking.main() if options.check else findings.main()
 
 
 if __name__ == "__main__":

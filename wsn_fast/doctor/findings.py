@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
-from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, choose, native
+from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, candidate, comparison, native, trust
 
-ON_MASKS = ("pack", "unpack", "union", "popcount")
 PACKAGES = ("torch", "numpy", "triton")
 
 
@@ -53,11 +52,15 @@ def devices() -> list[tuple[torch.device, str]]:
 
 
 def routes(device: torch.device) -> Iterator[Finding]:
-    """The backend that runs each operation on float32 tensors of ``device``. Whether a fused product runs also depends
-    on its shape."""
+    """The backend that runs each operation on float32 tensors of ``device``, if it passes its check. Whether a fused
+    product runs also depends on its shape."""
     for operation in PRIMITIVES:
-        choice = choose(operation, device, None if operation in ON_MASKS else torch.float32)
-        yield Finding(operation, choice.name, choice.reason)
+        dtype = None if operation in comparison.ON_BITS else torch.float32
+        choice, reason = candidate(operation, device, dtype), ""
+        if choice.name != "torch":
+            passed = trust.has_passed(operation, choice.name, device, dtype)
+            reason = "; checked" if passed else "; its first use checks it" if trust.wanted() else "; not checked"
+        yield Finding(operation, choice.name, choice.reason + reason)
 
 
 def advice() -> Iterator[str]:
@@ -73,7 +76,7 @@ def advice() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "for the Triton kernels: use an NVIDIA GPU and a CUDA build of torch"
         return
-    choice = choose("gate", "cuda", torch.float32)
+    choice = candidate("gate", "cuda", torch.float32)
     if choice.name == "torch":
         yield f"the Triton kernels do not run: {choice.reason}"
 

@@ -3,135 +3,61 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from wsn_fast.reference import specification
-
-from .cases import compute_dtype, name_of
-from .checks import WrongResultError, check_same, check_threshold
-from .data import RULE, Weight, rank
+from ...backends.tables import dtype_name
+from ..measuring import oracle
+from ..measuring.checks import UnavailableError, WrongResultError, check_same
+from ..measuring.launchers import kernels, threshold
+from ..measuring.weights import RULE, Weight, compute_dtype, rank
 from .gradients import GradientProduct
-from .library import kernels, threshold
 from .products import WAYS, ConvProduct, LinearProduct, Product, TaskProduct
-from .shapes import ConvShape
-from .timing import Call
+from .sweeps import Precision, Size, Sweep
+from .trials import Found, Trials
 
 GIVE_UP = 1.5
 """A fused product that is this many times slower than the way by memory is not tried with still more rows."""
-Clock = Callable[[Sequence[Call]], float]
-"""Microseconds of a call."""
-Size = tuple[int, int]
-"""[outputs, inputs] of a weight."""
 Measured = dict[str, Any]
 """The best tile at a number of rows, or an entry of a table."""
 
 
-class Precision(NamedTuple):
-    """A compute dtype, and how float32 is multiplied. 16-bit types are listed under "tf32", which they do not use."""
-
-    dtype: torch.dtype
-    name: str
-
-    def __str__(self) -> str:
-        return f"{name_of(self.dtype)} {self.name}"
-
-
-BF16, FP16 = Precision(torch.bfloat16, "tf32"), Precision(torch.float16, "tf32")
-TF32, IEEE = Precision(torch.float32, "tf32"), Precision(torch.float32, "ieee")
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What is measured. The first of ``precisions`` is measured in everything, the others in linear layers."""
-
-    elementwise: int
-    precisions: tuple[Precision, ...]
-    sizes: tuple[Size, ...]
-    rows: tuple[int, ...]
-    grad_sizes: tuple[Size, ...]
-    grad_rows: tuple[int, ...]
-    tasks: int
-    task_sizes: tuple[Size, ...]
-    task_rows: tuple[int, ...]
-    convs: tuple[ConvShape, ...]
-
-
-class Trials:
-    """Tries candidates until ``deadline``, of ``time.monotonic``. ``not_measured`` has a line for everything that
-    failed or that there was no time for."""
-
-    def __init__(self, device: torch.device, clock: Clock, deadline: float) -> None:
-        self.device, self.clock, self.deadline = device, clock, deadline
-        self.not_measured: list[str] = []
-        self.processors = 1
-        if device.type == "cuda":
-            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
-
-    def attempt(self, what: str, measure: Callable[[], Any]) -> Any:
-        """The result of ``measure``; None, and a line in ``not_measured``, if it failed or there is no time for it."""
-        if time.monotonic() > self.deadline:
-            self.not_measured.append(f"{what}: no time left")
-            return None
-        try:
-            torch.manual_seed(0)
-            return measure()
-        except Exception as error:  # one candidate that does not compile or is wrong must not cost the rest
-            self.not_measured.append(f"{what}: {type(error).__name__}: {str(error)[:200]}")
-            return None
-
-    def time(self, calls: Sequence[Call], outputs: Sequence[Tensor], check: Callable[[], object]) -> float:
-        """The time of a call. The first one has to write the right ``outputs``: they are poisoned before it."""
-        for output in outputs:
-            output.fill_(torch.nan)
-        calls[0]()
-        check()
-        return self.clock(calls)
-
-    def best(self, what: str, candidates: Sequence[Any], time_one: Callable[[Any], float]) -> tuple[Any, float] | None:
-        """The fastest candidate and its time; None if there is none."""
-        times = [(c, self.attempt(f"{what}, {c}", partial(time_one, c))) for c in candidates]
-        measured = [(c, us) for c, us in times if us is not None]
-        return min(measured, key=lambda pair: pair[1]) if measured else None
-
-    def splits(self, programs: int, steps: int) -> list[int]:
-        """Numbers of parts of a sum that keep the device about busy; each part has at least two steps."""
-        busy = self.processors / programs
-        return sorted({1} | {max(1, min(round(busy * factor), steps // 2, 32)) for factor in (0.5, 1, 2)})
-
-
 # --- the tables
-def tables(trials: Trials, sweep: Sweep) -> dict[str, Any]:
-    """The tables of a tuning file, one entry after the other until the time is up."""
+def measure_tiles(trials: Trials, sweep: Sweep, found: Found) -> None:
+    """The tiles of the elementwise kernels."""
+    for name, tile in elementwise(trials, sweep.elementwise):
+        found("elementwise", {name: tile})
+
+
+def measure_products(trials: Trials, sweep: Sweep, found: Found) -> None:
+    """The tables of the products, one entry after the other until the time is up."""
     first, *others = sweep.precisions
-    result: dict[str, Any] = {
-        "elementwise": elementwise(trials, sweep.elementwise),
-        "linear": list(linear(trials, sweep, first)),
-        "linear_grad": list(gradients(trials, sweep, first)),
-        "linear_tasks": list(mixed_tasks(trials, sweep, first)),
-        "conv": list(convolutions(trials, sweep, first)),
-    }
-    for precision in others:
-        result["linear"] += linear(trials, sweep, precision)
-        result["linear_grad"] += gradients(trials, sweep, precision)
-    return result
+    tables = {"linear": linear, "linear_grad": gradients, "linear_tasks": mixed_tasks, "conv": convolutions}
+    order = [(table, first) for table in tables]
+    order += [(table, precision) for precision in others for table in ("linear", "linear_grad")]
+    for table, precision in order:
+        for one in tables[table](trials, sweep, precision):
+            found(table, one)
 
 
-def elementwise(trials: Trials, n: int) -> dict[str, Any]:
+def elementwise(trials: Trials, n: int) -> Iterator[tuple[str, Any]]:
     """The tile of gate and gradient masking, and the tile sizes of the selection, for n weights."""
+    try:
+        kernels("gate", trials.device)
+    except UnavailableError as reason:
+        trials.not_measured.append(f"tiles of gate, gradients and selection: {reason}")
+        return
     device, dtype = trials.device, compute_dtype(trials.device)
     w = Weight.random((n,), device)
     gates, grads, select = (kernels(name, device) for name in ("gate", "gate_gradients", "threshold_table"))
     out, dw, ds = torch.empty_like(w.weight, dtype=dtype), torch.empty_like(w.weight), torch.empty_like(w.scores)
-    masked = w.as_specified(dtype)
-    expected = specification.gate_backward(w.grad.float(), w.weight, w.scores, w.mask, w.frozen)
+    masked = w.as_defined(dtype)
+    expected = oracle.gate_backward(w.grad.float(), w.weight, w.scores, w.mask, w.frozen)
 
     def check_gradients() -> None:
         for got, right in zip((dw, ds), expected, strict=True):
@@ -148,22 +74,25 @@ def elementwise(trials: Trials, n: int) -> dict[str, Any]:
 
     def selection(config: Any) -> float:
         call, tau = threshold([w.scores], [rank(n)], RULE, config)
-        return trials.time([call], [tau], lambda: check_threshold(tau[0], w.scores, rank(n), RULE))
+        return trials.time([call], [tau], lambda: check_same(tau[0], w.tau, "threshold"))
 
-    best = {
-        "gate": trials.best("gate", gates.CONFIGS, gate),
-        "gate_backward": trials.best("gate_backward", grads.CONFIGS, gate_backward),
-        "threshold": trials.best("threshold", select.CONFIGS, selection),
+    tried: dict[str, tuple[Any, Any]] = {
+        "gate": (gates.CONFIGS, gate),
+        "gate_backward": (grads.CONFIGS, gate_backward),
+        "threshold": (select.CONFIGS, selection),
     }
-    found = {name: pair[0] for name, pair in best.items() if pair is not None}
-    return {name: vars(config) if name == "threshold" else list(astuple(config)) for name, config in found.items()}
+    for name, (configs, time_one) in tried.items():
+        best = trials.best(name, configs, time_one)
+        if best is not None:
+            yield name, vars(best[0]) if name == "threshold" else list(astuple(best[0]))
 
 
 def linear(trials: Trials, sweep: Sweep, precision: Precision) -> Iterator[Measured]:
     """An entry for each size, source of the mask and direction."""
     for size, (source, backward) in itertools.product(sweep.sizes, WAYS):
-        way = {"source": source, "backward": backward, "device": trials.device, "dtype": precision.dtype}
-        yield from entry(trials, precision, "linear", size, partial(LinearProduct, size, **way), sweep.rows)
+        way: dict[str, Any] = {"source": source, "backward": backward, "device": trials.device}
+        make = partial(LinearProduct, size, dtype=precision.dtype, **way)
+        yield from entry(trials, precision, "linear", size, make, sweep.rows)
 
 
 def gradients(trials: Trials, sweep: Sweep, precision: Precision) -> Iterator[Measured]:
@@ -197,7 +126,7 @@ def convolutions(trials: Trials, sweep: Sweep, precision: Precision) -> Iterator
 
 # --- one entry
 def _key(precision: Precision, product: Product) -> Measured:
-    names = {"dtype": name_of(precision.dtype), "precision": precision.name}
+    names = {"dtype": dtype_name(precision.dtype), "precision": precision.name}
     return names | {"source": product.source, "backward": product.backward}
 
 
@@ -242,8 +171,8 @@ def compare(trials: Trials, precision: Precision, what: str, product: Product) -
         return trials.time(calls, outputs, lambda: check(outputs))
 
     kernels("masked_matmul", trials.device)  # it says so where there is no Triton
-    from wsn_fast.backends.triton import tuning
-    from wsn_fast.backends.triton.device import gpu_of
+    from ...backends.triton import tuning
+    from ...backends.triton.device import gpu_of
 
     key = tuning.Product(product.operation, precision.dtype, precision.name, product.source, product.backward)
     configs = product.fitting(tuning.fitting(key, gpu_of(trials.device)))

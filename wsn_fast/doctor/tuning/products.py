@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from wsn_fast.backends import torch as portable
-
-from .cases import input_sets
-from .checks import check_close
-from .data import Weight
-from .library import kernels
-from .shapes import ConvShape
+from ...backends import torch as portable
+from ..measuring.checks import check_close
+from ..measuring.launchers import kernels
+from ..measuring.shapes import ConvShape
+from ..measuring.weights import Weight, input_sets
 
 Results = Tensor | tuple[Tensor, ...]
 WAYS = tuple((source, backward) for source in ("packed", "scores") for backward in (False, True))
@@ -111,7 +109,7 @@ class LayerProduct(Product):
         return self.multiply(o.x, o.w.in_memory(self.source, self.dtype))
 
     def definition(self, o: Operands, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (self.multiply(o.x.to(dtype), o.w.as_specified(self.dtype).to(dtype)),)
+        return (self.multiply(o.x.to(dtype), o.w.as_defined(self.dtype).to(dtype)),)
 
     def launched_mask(self, o: Operands) -> dict[str, Any]:
         """The mask as arguments of a launcher."""
@@ -186,7 +184,7 @@ class TaskProduct(LinearProduct):
     def definition(self, o: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
         def masked(task: int) -> Tensor:
             keep = portable.unpack(o.w.task_masks[task], o.w.weight.numel()).view(self.weight_size)
-            return o.w.as_specified(self.dtype, keep)
+            return o.w.as_defined(self.dtype, keep)
 
         return (self._in_turn(o, masked, dtype),)
 

@@ -1,4 +1,4 @@
-"""The one timing of all benchmarks: medians with quantiles, and how they were taken.
+"""The one timing of doctor and benchmarks: medians with quantiles, and how they were taken.
 
 On a GPU the calls are captured in a CUDA graph and its replays are timed with events, which leaves out the gaps between
 launches. What cannot be captured is timed with events around eager calls, or by the host's clock if the call waits for
@@ -8,8 +8,10 @@ clock is used.
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,8 +46,8 @@ def time_calls(
         capture: whether they can be captured in a CUDA graph. Without it the host's clock is used.
         loop: whether to time eager calls in a row between two events, as a training loop makes them.
     """
-    if device.type == "cpu":
-        return _clocked(calls, seconds, lambda: None, "host")
+    if device.type != "cuda":
+        return _clocked(calls, seconds, _nothing, "host")
     if not capture and not loop:
         return _clocked(calls, seconds, torch.cuda.synchronize, "wall")
     once = _once(calls)
@@ -57,9 +59,92 @@ def time_calls(
         graph = capture_graph(list(calls) * loops)
     except Exception as error:  # any kind: a library's refusal to be captured is a reason, not the end of the row
         torch.cuda.synchronize()
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        return _evented(_in_turn(calls), len(calls), once, seconds, f"events (no graph: {reason})")
+        return _evented(_in_turn(calls), len(calls), once, seconds, _not_captured(error))
     return _evented(graph.replay, len(calls) * loops, once * loops, seconds, "graph")
+
+
+class Turns(NamedTuple):
+    """Microseconds per call of contenders that took turns, one list with a time for each round; and how each was timed,
+    as in :class:`Timing`."""
+
+    times: dict[str, list[float]]
+    how: dict[str, str]
+
+    def timing(self, name: str) -> Timing:
+        """The quantiles of a contender."""
+        return _quantiles(self.times[name], self.how[name])
+
+    def ratio(self, name: str, to: str) -> float:
+        """The median over the rounds of a contender's time over that of another one."""
+        return statistics.median(mine / other for mine, other in zip(self.times[name], self.times[to], strict=True))
+
+
+def in_turns(
+    contenders: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    *,
+    seconds: float = 0.2,
+    rounds: tuple[int, int] = (MIN_REPEATS, MAX_REPEATS),
+) -> Turns:
+    """Time contenders in turns, so that what else runs on the machine meets them all alike.
+
+    Args:
+        contenders: calls by name; those of a contender do the same work on different data, as in :func:`time_calls`.
+        device: where they work.
+        seconds: about how long to measure all of them together.
+        rounds: at least and at most so many.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    runs = {name: _run_of(calls, device) for name, calls in contenders.items()}
+    for run, _, _ in runs.values():  # the first replay uploads a graph
+        run()
+    wait()
+    start = time.perf_counter()
+    for run, _, _ in runs.values():
+        run()
+    wait()
+    count = max(rounds[0], min(rounds[1], int(seconds / max(time.perf_counter() - start, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(count):
+        for name, (run, calls, _) in runs.items():
+            times[name].append(_span(run, device) / calls)
+    return Turns(times, {name: how for name, (_, _, how) in runs.items()})
+
+
+def _run_of(calls: Sequence[Call], device: torch.device) -> tuple[Call, int, str]:
+    """What is timed as one: a call on a CPU, a graph of all calls on a GPU; how many calls that is, and how it runs."""
+    if device.type != "cuda":
+        turns = itertools.cycle(calls)
+        return lambda: next(turns)(), 1, "host"
+    loops = max(1, min(_MAX_LOOPS, int(_REPLAY_SECONDS / _once(calls))))
+    try:
+        return capture_graph(list(calls) * loops).replay, len(calls) * loops, "graph"
+    except Exception as error:  # any kind: a library's refusal to be captured is a reason, not the end of the row
+        torch.cuda.synchronize()
+        return _in_turn(calls), len(calls), _not_captured(error)
+
+
+def _span(run: Call, device: torch.device) -> float:
+    """Microseconds of one run."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e6
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) * 1e3
+
+
+def _nothing() -> None:
+    pass
+
+
+def _not_captured(error: Exception) -> str:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return f"events (no graph: {reason})"
 
 
 def capture_graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wsn_fast.backends import choose
-from wsn_fast.reference import specification
-
-from .checks import WrongResultError
-from .data import RULE, Weight
+from ...backends import choose
+from ..measuring import oracle
+from ..measuring.checks import WrongResultError
+from ..measuring.weights import RULE, Weight
 from .products import Product, Results
 
 
@@ -49,7 +48,7 @@ class GradientProduct(Product):
     def definition(self, o: Operands, dtype: torch.dtype) -> tuple[Tensor, ...]:
         wide = torch.promote_types(dtype, torch.float32)
         g = (o.dy.to(dtype).t() @ o.x.to(dtype)).to(wide)
-        return specification.gate_backward(g, o.w.weight.to(wide), o.w.scores.to(wide), o.w.mask, o.w.frozen, RULE)
+        return oracle.gate_backward(g, o.w.weight.to(wide), o.w.scores.to(wide), o.w.mask, o.w.frozen, RULE)
 
     def checker(self, o: Operands) -> Callable[[tuple[Tensor, ...]], None]:
         """The 2x rule; and dW is zero to the bit where nothing may be learnt."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 
-_FOLDER = Path(__file__).parent
 CELLS = 100_000  # of a table
 
 
@@ -38,9 +37,14 @@ def fill(template: str, **values: object) -> Html:
     return Html(Template(template).substitute({name: escape(value) for name, value in values.items()}))
 
 
-def load(name: str) -> str:
-    """The template in the file ``name`` beside this module."""
-    return (_FOLDER / name).read_text("utf-8")
+def load(path: Path) -> str:
+    """The template in a file."""
+    return path.read_text("utf-8")
+
+
+def style() -> Html:
+    """The style of all pages, for a ``style`` element."""
+    return Html(load(Path(__file__).with_name("style.css")))
 
 
 def table(
@@ -84,7 +88,7 @@ def figure(svg: str, alt: str, caption: object, numbers: Html, *, wide: bool = F
     """A picture with its description, and its numbers as a table that unfolds.
 
     Args:
-        svg: from :func:`wsn_fast.train.figures.svg`.
+        svg: an SVG element, such as those of :func:`wsn_fast.train.figures.svg`.
         alt: describes the picture in a sentence, for screen readers.
         caption: what the picture shows.
         numbers: the table.
@@ -104,3 +108,11 @@ def figure(svg: str, alt: str, caption: object, numbers: Html, *, wide: bool = F
 def unfold(summary: object, content: Html) -> Html:
     """Content that unfolds at a click."""
     return fill("<details>\n<summary>$summary</summary>\n$content</details>\n", summary=summary, content=content)
+
+
+def notes(title: str, lines: Iterable[str]) -> Html:
+    """A notice with a list; empty if there are no lines."""
+    items = join(fill("<li>$line</li>\n", line=line) for line in lines)
+    if not items:
+        return items
+    return fill('<div class="note" role="note">\n<p>$title</p>\n<ul>\n$items</ul>\n</div>\n', title=title, items=items)
