@@ -13,6 +13,7 @@ import torch
 
 from ...backends import tables
 from .. import checking, findings
+from ..advice import advice
 from ..measuring import machine
 from ..measuring.attempts import Attempts
 from ..measuring.scrub import scrubbed
@@ -83,7 +84,7 @@ def collect(
     for i, device in enumerate(devices):
         attempts.deadline = begin + 60 * minutes * (i + 1) / len(devices)
         report["devices"].append(_device(device, attempts, plan(device), say))
-    report["advice"] = [scrubbed(line) for line in findings.advice()]
+    report["advice"] = [scrubbed(line) for line in advice()]
     report["not_measured"] = attempts.not_measured
     report["seconds"] = round(time.monotonic() - begin, 1)
     return report
