@@ -181,7 +181,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, folder: Path) -> bool:
     print(cell.name, json.dumps({"versions": versions, **run}, indent=2))
     if options.failed or not any(word.startswith("tests") for word in arguments):
         runs = [*record["runs"], run] if options.failed else [run]
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         cell.file.write_text(json.dumps({"cell": cell._asdict(), "versions": versions, "runs": runs}, indent=2) + "\n")
     return not run["failed"]
 
