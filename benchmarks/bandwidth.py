@@ -14,19 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wsn_fast.backends import moments, native
+from wsn_fast.backends import native
 from wsn_fast.backends import torch as portable
-from wsn_fast.backends.mask import GateOrder, GradientOrder
-from wsn_fast.backends.updates import WINDOW, AdamW, AdamWState, Batch, CodedAdamWState, Gradient, Next, Update
+from wsn_fast.doctor.measuring.checks import check_same
+from wsn_fast.doctor.measuring.operations import OPERATIONS, Operands
+from wsn_fast.doctor.measuring.timing import Call, time_calls
+from wsn_fast.doctor.measuring.weights import Weight
 
-from .checks import check_same
 from .provenance import provenance
 from .tables import table, where
 from .tables import three_digits as digits
-from .timing import Call, time_calls
-
-RULE = "magnitude"
-SETTINGS = AdamW(1e-5, 0.9, 0.999, 1e-8, 0.0, True)
 
 
 class Kernel(NamedTuple):
@@ -37,51 +34,44 @@ class Kernel(NamedTuple):
     bytes: float
 
 
+NAMES = {
+    "threshold": "threshold",
+    "gates": "threshold and gate",
+    "gates_backward": "gradients of Eq. 4 and 5",
+    "adamw_step": "one-pass AdamW with the next gate",
+    "adamw_coded_step": "the same, means in 8 bits",
+}
+"""The primitives that are measured, and what they are called in the table."""
+READ_AGAIN = {"gates": 4}
+"""Bytes for each element that are read again: the threshold of scores that nothing is known of takes a pass."""
+
+
 def kernels(n: int) -> list[Kernel]:
     """Everything that is measured, on ``n`` elements in float32; what can be compared with torch is compared first."""
     source, target = torch.randn(n), torch.empty(n)
-    grad, weight, scores = (torch.randn(n) for _ in range(3))
-    masked, dweight, dscores = (torch.empty(n) for _ in range(3))
-    union, rank = portable.pack(torch.rand(n) < 0.3), n // 2
-    tau = native.threshold(scores, rank, RULE)
-    gate = [GateOrder(weight, scores, rank, RULE, masked)]
-    gradients = [GradientOrder(grad, weight, scores, tau, union, RULE, dweight, dscores)]
-    check(gate, gradients)
-    state = AdamWState(*(torch.zeros(n) for _ in range(4)), torch.ones(()), torch.ones(()))
-    means = [moments.zeros(weight, "8bit", signed) for signed in (True, False, True, False)]
-    coded = CodedAdamWState(*means, torch.ones(()), torch.ones(()))
-    following = Next(masked, tau.clone(), rank, torch.zeros(WINDOW, dtype=torch.int64))
-    batch, coded_batch = (
-        Batch([Update(weight, scores, union, RULE, one, following)], [Gradient(grad, None, following.tau)], None, {})
-        for one in (state, coded)
-    )
-    settings = [(SETTINGS, SETTINGS)]
+    o = Operands(native, Weight.random((n,), torch.device("cpu")), torch.float32, 1)
+    check(o)
     dense = nn.Parameter(torch.randn(n))
     dense.grad = torch.randn(n)
     optimizer = torch.optim.AdamW([dense], 1e-5, fused=True)
-    plan, gradient_plan = {}, {}  # type: dict[object, object], dict[object, object]
+    ours = [
+        Kernel(label, OPERATIONS[name].prepare(o), OPERATIONS[name].bytes_each(4, 4, 1) + READ_AGAIN.get(name, 0))
+        for name, label in NAMES.items()
+    ]
     return [
         Kernel("copy, torch", lambda: target.copy_(source), 8),
-        Kernel("threshold", lambda: native.threshold(scores, rank, RULE), 4),
-        Kernel("threshold and gate", lambda: native.gates(gate, plan), 16),
-        Kernel("gradients of Eq. 4 and 5", lambda: native.gates_backward(gradients, gradient_plan), 20.125),
-        Kernel("one-pass AdamW with the next gate", lambda: native.adamw_step(batch, settings), 56.125),
-        Kernel("the same, means in 8 bits", lambda: native.adamw_coded_step(coded_batch, settings), 32.25),
+        *ours,
         Kernel("dense AdamW, torch, fused", optimizer.step, 28),
     ]
 
 
-def check(gate: list[GateOrder], gradients: list[GradientOrder]) -> None:
+def check(o: Operands) -> None:
     """Raise ``WrongResultError`` where a result is not that of the torch backend, to the bit."""
-    for run, orders, names in (
-        (native.gates, gate, ("masked",)),
-        (native.gates_backward, gradients, ("weight_grad", "score_grad")),
-    ):
-        run(orders)  # type: ignore[operator]
-        found: list[Tensor] = [getattr(orders[0], name).clone() for name in names]  # type: ignore[index]
-        (portable.gates if run is native.gates else portable.gates_backward)(orders)  # type: ignore[operator]
-        for one, name in zip(found, names, strict=True):
-            check_same(one, getattr(orders[0], name), name)  # type: ignore[index]
+    for name in ("threshold", "gates", "gates_backward"):
+        found, expected = (OPERATIONS[name].prepare(o._replace(module=m))() for m in (native, portable))
+        pairs = zip(*((r,) if isinstance(r, Tensor) else r for r in (found, expected)), strict=True)
+        for one, right in pairs:
+            check_same(one, right, name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

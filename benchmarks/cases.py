@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,9 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .timing import Call
-
-MAX_SETS = 160
+from wsn_fast.doctor.measuring.timing import Call
 
 
 class Work(NamedTuple):
@@ -71,21 +68,3 @@ def _poisoned_memory() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(False)
-
-
-def input_sets(bytes_each: float, device: torch.device) -> int:
-    """How many sets of inputs of this size keep a GPU's L2 cache from holding the next one; 1 on a CPU."""
-    if device.type == "cpu":
-        return 1
-    l2: int = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(MAX_SETS, math.ceil(3 * l2 / max(bytes_each, 1.0))))
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, as autocast has it; fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """``"bfloat16"`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import input_sets
+from wsn_fast.doctor.measuring.weights import input_sets
+
 from .provenance import ROOT, provenance
 from .tables import table
 from .tables import three_digits as digits

@@ -1,25 +1,13 @@
-"""The library's parts as contenders: its backends, the native CUDA selection, and the Triton launchers themselves.
-
-``wsn_fast.kernels`` is imported where it is needed, so that the rest runs on machines without Triton.
-"""
+"""The library's backends as contenders."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from wsn_fast.backends import NAMES, choose
-from wsn_fast.backends.native import cuda_select
-
-from .checks import UnavailableError
-from .timing import Call
+from wsn_fast.doctor.measuring.checks import UnavailableError
 
 BACKENDS = NAMES
 
@@ -30,30 +18,3 @@ def backend(name: str, operation: str, device: torch.device, dtype: torch.dtype 
     if choice.name != name:
         raise UnavailableError(choice.reason.removeprefix(f"backend={name!r}, but "))
     return choice.backend
-
-
-def native_cuda_select(device: torch.device) -> ModuleType:
-    """The native CUDA selection; ``UnavailableError`` with the reason where it is not there."""
-    library = cuda_select.load()
-    if obstacle := library.reason if library.lib is None else cuda_select.obstacle(device):
-        raise UnavailableError(obstacle)
-    return cuda_select
-
-
-def kernels(name: str, device: torch.device) -> ModuleType:
-    """The module ``wsn_fast.kernels.<name>``; ``UnavailableError`` where Triton kernels cannot run on ``device``."""
-    if importlib.util.find_spec("triton") is None:
-        raise UnavailableError("triton is not installed")
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UnavailableError("Triton kernels need a GPU (or TRITON_INTERPRET=1, for their results alone)")
-    return importlib.import_module(f"wsn_fast.kernels.{name}")
-
-
-def threshold(scores: Sequence[Tensor], ranks: Sequence[int], rule: str, config: Any = None) -> tuple[Call, Tensor]:
-    """One launch of the Triton selection over all of ``scores``: the call, and the thresholds [T] that it writes."""
-    tables, launchers = (kernels(name, scores[0].device) for name in ("threshold_table", "threshold"))
-    tensors = [s.detach() for s in scores]
-    table = tables.make_table(tensors, list(ranks), config or tables.CONFIGS[0])
-    tau = tensors[0].new_empty(len(tensors))
-    workspace = torch.empty(tables.workspace_size(table), dtype=torch.int64, device=tau.device)
-    return lambda: launchers.select(table=table, tau=tau, workspace=workspace, rule=rule), tau

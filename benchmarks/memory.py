@@ -20,27 +20,19 @@ from pathlib import Path
 
 import torch
 
-from .competitors import Competitor
+from wsn_fast.doctor.measuring.competitors import Competitor
+from wsn_fast.doctor.measuring.peak_memory import train
+from wsn_fast.doctor.measuring.shapes import LinearShape
+
 from .ours import COMPETITORS
 from .problem import Problem
 from .provenance import ROOT
-from .shapes import LinearShape
 
 NOTE = "peak bytes per weight"
 LEAST_WEIGHTS = 1 << 22
 """Below this a layer is not measured on a CPU: pages and small blocks would be seen beside it."""
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
-_STEPS = 4  # enough for whatever captures itself
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def on_gpu(kind: type[Competitor], problem: Problem) -> dict[str, float]:
-    """The note of a competitor on a GPU: parameters, moments, gradients, activations and its copy of the batch."""
-    device = problem.device
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    _train(kind, problem)
-    return {NOTE: (torch.cuda.max_memory_allocated(device) - before) / problem.numel}
 
 
 def on_cpu(kind: type[Competitor], shape: object) -> dict[str, float]:
@@ -55,12 +47,6 @@ def on_cpu(kind: type[Competitor], shape: object) -> dict[str, float]:
     if done.returncode:
         raise RuntimeError(f"the process that measures memory: {done.stderr.strip()[-400:]}")
     return {NOTE: json.loads(done.stdout)}
-
-
-def _train(kind: type[Competitor], problem: Problem) -> None:
-    competitor = kind(problem)
-    for _ in range(_STEPS):
-        competitor.step()
 
 
 def _resident(what: str) -> int:
@@ -84,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(on_cpu(kind, shape).get(NOTE)))
         return 0
     problem = Problem(shape, torch.device("cpu"))
-    _train(kind, problem)
+    train(kind, problem)
     gc.collect()
     before = _resident("VmRSS")
     _RESET.write_text("5", "ascii")
-    _train(kind, problem)
+    train(kind, problem)
     print(json.dumps((_resident("VmHWM") - before) / problem.numel))
     return 0
 

@@ -1,152 +1,48 @@
-"""A layer or a net in the middle of a continual-learning run: the data that every competitor's step starts from."""
+"""A layer or a net in the middle of a continual-learning run, measured by the reference."""
 
 from __future__ import annotations
-
-import copy
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from wsn_fast.doctor.measuring import problem
+from wsn_fast.doctor.measuring.shapes import ConvShape, LinearShape
 from wsn_fast.reference import specification
 from wsn_fast.train import nets
 
-from .cases import compute_dtype
-from .checks import WrongResultError, check_close
-from .data import FROZEN
-from .shapes import ConvShape, LinearShape, NetShape
+from .shapes import NetShape
 
 StepShape = LinearShape | ConvShape | NetShape
-HEAD = "head"
-"""The name of a net's head, which is not gated."""
-Results = dict[str, Tensor]
-"""What a forward and a backward give: "y", "dx" where inputs require gradients, and the gradient of every parameter by
-its name, such as "features.1.weight", "features.1.scores" and "head.weight"."""
 
 
-class _Seed(torch.autograd.Function):
-    """A loss of zero whose gradient is given: a layer alone has no loss, and computing one would be timed."""
+class Problem(problem.Problem):
+    """The second task of a single layer, whose results are compared with those of the reference."""
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, dy: Tensor) -> Tensor:
-        ctx.save_for_backward(dy)
-        return dy.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (dy,) = ctx.saved_tensors
-        return dy, None
+    oracle = specification
 
 
-class Problem:
-    """The second task of a net or of a single layer. There are no biases, as in the paper's nets, and no dropout.
+class NetProblem(Problem):
+    """The second task of a net, without dropout. The target are labels."""
 
-    Attributes:
-        net: the dense net; competitors take copies.
-        gated: the names of its gated layers, in order.
-        start: every parameter's first value by name, fp32, as PyTorch and the paper initialise them; scores too.
-        old_scores: by layer, those at the end of the first task; their top ``FROZEN`` is in ``unions``, boolean.
-        x, target: the batch, and labels. For a single layer ``target`` is the gradient of its result, x requires one,
-            and both are in the compute dtype.
-        dtype: the compute dtype: bf16 by autocast on a GPU, fp32 on a CPU.
-        numel: gated weights in all.
-    """
+    is_net = True
 
-    def __init__(self, shape: StepShape, device: torch.device) -> None:
-        self.shape, self.device, self.dtype = shape, device, compute_dtype(device)
-        self.is_net = isinstance(shape, NetShape)
-        with device:
-            self.net = _module(shape)
-        modules = {n: m for n, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and n != HEAD}
-        self.gated = list(modules)
-        self.start = {name: parameter.detach().clone() for name, parameter in self.net.named_parameters()}
-        self.old_scores: dict[str, Tensor] = {}
-        for name, module in modules.items():
-            bound = module.weight[0].numel() ** -0.5
-            for scores, key in ((self.start, f"{name}.scores"), (self.old_scores, name)):
-                scores[key] = torch.empty_like(module.weight, requires_grad=False).uniform_(-bound, bound)
-        self.unions = {name: specification.topc_mask(scores, FROZEN) for name, scores in self.old_scores.items()}
-        self.numel = sum(union.numel() for union in self.unions.values())
-        self.x = torch.randn(shape.input_size, device=device).to(self.dtype)
-        with torch.no_grad(), self.autocast():
-            y = self.net(self.x)
-        if isinstance(shape, NetShape):
-            self.x = self.x.float()  # fp32 as in data sets, of values that bf16 has
-            self.target = torch.randint(shape.classes, (shape.rows,), device=device)
-        else:
-            self.target = torch.randn_like(y) / y.shape[0]
-
-    def loss(self, y: Tensor, target: Tensor) -> Tensor:
-        """0-d: the cross-entropy of a net; zero, with the given gradient, for a layer."""
-        loss: Tensor = F.cross_entropy(y, target) if self.is_net else _Seed.apply(y, target)
-        return loss
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """bf16 on a GPU. Without its cache of cast weights, which lives longer than a captured graph."""
-        if self.dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
-
-    def results(self, masks: Mapping[str, Tensor], rule: str | None, exact: bool) -> Results:
-        """By the reference, from weights rounded to the compute dtype.
-
-        Args:
-            masks: by layer, boolean.
-            rule: how the scores were ranked; None for a dense net, without masks, unions or scores.
-            exact: compute in float64 instead of the compute dtype.
-        """
-        dtype = torch.float64 if exact else torch.float32
-        net = copy.deepcopy(self.net).to(dtype)
-        net.load_state_dict({name: self.start[name] for name in net.state_dict()})
-        x = (self.x.double() if exact else self.x.clone()).requires_grad_(not self.is_net)
-        masked = {
-            name: specification.select(masks[name], self.start[f"{name}.weight"].to(self.dtype))
-            .to(dtype)
-            .requires_grad_()
-            for name in self.gated
-        }
-        with nullcontext() if exact else self.autocast():
-            y = functional_call(net, {f"{name}.weight": weight for name, weight in masked.items()}, (x,))
-            target = self.target.to(dtype) if exact and self.target.is_floating_point() else self.target
-            loss = self.loss(y, target)
-        loss.backward()
-        found = {"y": y.detach()} | ({} if x.grad is None else {"dx": x.grad})
-        found |= {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
-        for name, leaf in masked.items():
-            weight, scores = (self.start[f"{name}.{kind}"].to(dtype) for kind in ("weight", "scores"))
-            assert leaf.grad is not None
-            union = None if rule is None else self.unions[name]
-            dw, ds = specification.gate_backward(leaf.grad, weight, scores, masks[name], union, rule or "value")
-            found |= {f"{name}.weight": dw} | ({} if rule is None else {f"{name}.scores": ds})
-        return found
-
-    def check(self, got: Results, masks: Mapping[str, Tensor], rule: str | None) -> None:
-        """The 2x rule for the result and all gradients, which are zero to the bit where they must be."""
-        torchs, exact = (self.results(masks, rule, exact) for exact in (False, True))
-        if got.keys() != exact.keys():
-            raise WrongResultError(f"gradients: {sorted(got.keys() ^ exact.keys())} are on one side alone")
-        for name, right in exact.items():
-            check_close(got[name], torchs[name], right, name if name in ("y", "dx") else f"gradient of {name}")
-        for name in self.gated if rule is not None else ():
-            if bool((got[f"{name}.weight"][~masks[name] | self.unions[name]] != 0).any()):
-                raise WrongResultError(
-                    f"gradient of {name}.weight: not zero outside of the mask or inside of the union"
-                )
-
-
-def _module(shape: StepShape) -> nn.Module:
-    if isinstance(shape, NetShape):
-        net = nets.build(shape.net, shape.inputs, shape.classes)
+    def build_net(self) -> nn.Module:
+        net = nets.build(self.shape.net, self.shape.inputs, self.shape.classes)
         for module in net.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         return net
-    if isinstance(shape, ConvShape):
-        s = shape
-        sizes = (s.channels, s.outputs, s.kernel, s.stride, s.padding, 1, s.groups)
-        return nn.Sequential(nn.Conv2d(*sizes, bias=False))
-    return nn.Sequential(nn.Linear(shape.inputs, shape.outputs, bias=False))
+
+    def make_target(self, y: Tensor) -> Tensor:
+        self.x = self.x.float()  # fp32 as in data sets, of values that bf16 has
+        return torch.randint(self.shape.classes, (self.shape.rows,), device=self.device)
+
+    def loss(self, y: Tensor, target: Tensor) -> Tensor:
+        """The cross-entropy."""
+        return F.cross_entropy(y, target)
+
+
+def problem_of(shape: StepShape, device: torch.device) -> Problem:
+    """The problem of a layer or a net."""
+    return NetProblem(shape, device) if isinstance(shape, NetShape) else Problem(shape, device)

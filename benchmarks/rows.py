@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,9 +12,11 @@ from typing import Any
 
 import torch
 
+from wsn_fast.doctor.measuring.checks import UnavailableError, WrongResultError
+from wsn_fast.doctor.measuring.scrub import scrubbed
+from wsn_fast.doctor.measuring.timing import MIN_REPEATS, time_calls
+
 from .cases import Case, Prepared, verify
-from .checks import UnavailableError, WrongResultError
-from .timing import MIN_REPEATS, time_calls
 
 _LONG_FIRST_CALL = 1.0  # seconds: it may have been a compiler's
 
@@ -35,7 +36,7 @@ class Row:
     p20_us: float | None = None
     p80_us: float | None = None
     repeats: int = 0
-    how: str = ""  # see benchmarks.timing.Timing
+    how: str = ""  # see wsn_fast.doctor.measuring.timing.Timing
     bytes: float = 0.0  # what one call must move and compute at least
     flops: float = 0.0
     notes: dict[str, float] = field(default_factory=dict)
@@ -110,11 +111,6 @@ def _timed(prepared: Prepared, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
-
-
-def scrubbed(text: object) -> str:
-    """A message as it may be published: paths down to file names, and not endless."""
-    return re.sub(r"(?:/[\w.+@-]+)+/(?=[\w.+-])", "", str(text)).strip()[:600]
 
 
 def store(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:

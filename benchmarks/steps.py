@@ -7,13 +7,18 @@ from functools import partial
 
 import torch
 
+from wsn_fast.backends.tables import dtype_name
+from wsn_fast.doctor.measuring.checks import check_close
+from wsn_fast.doctor.measuring.competitors import Competitor
+from wsn_fast.doctor.measuring.peak_memory import bytes_per_weight
+from wsn_fast.doctor.measuring.shapes import ConvShape
+from wsn_fast.doctor.measuring.weights import compute_dtype, input_sets
+
 from . import memory
-from .cases import Case, Prepared, compute_dtype, input_sets, name_of
-from .checks import check_close
-from .competitors import Competitor
+from .cases import Case, Prepared
 from .ours import COMPETITORS
-from .problem import Problem, StepShape
-from .shapes import ConvShape, NetShape
+from .problem import StepShape, problem_of
+from .shapes import NetShape
 
 INFERRING = ("ours", "dense", "best eager", "paper", "CLArena")
 _BYTES_PER_WEIGHT = 40  # of weights, scores and moments of a step: what decides whether the L2 cache holds them
@@ -26,7 +31,7 @@ def step_cases(shapes: Iterable[StepShape], device: torch.device, compiled: bool
         for kind in _competitors(shape):
             if kind.compiled is compiled:
                 prepare = partial(_prepare, kind, shape, device)
-                yield Case(f"{sort} step", kind.name, str(shape), name_of(compute_dtype(device)), prepare)
+                yield Case(f"{sort} step", kind.name, str(shape), dtype_name(compute_dtype(device)), prepare)
 
 
 def inference_cases(shapes: Iterable[StepShape], device: torch.device) -> Iterator[Case]:
@@ -35,7 +40,7 @@ def inference_cases(shapes: Iterable[StepShape], device: torch.device) -> Iterat
         for kind in _competitors(shape):
             if kind.name in INFERRING:
                 prepare = partial(_prepare_inference, kind, shape, device)
-                yield Case("inference", kind.name, str(shape), name_of(compute_dtype(device)), prepare)
+                yield Case("inference", kind.name, str(shape), dtype_name(compute_dtype(device)), prepare)
 
 
 def _competitors(shape: StepShape) -> list[type[Competitor]]:
@@ -45,7 +50,7 @@ def _competitors(shape: StepShape) -> list[type[Competitor]]:
 
 
 def _prepare(kind: type[Competitor], shape: StepShape, device: torch.device) -> Prepared:
-    problem = Problem(shape, device)
+    problem = problem_of(shape, device)
     loop = problem.is_net or kind.captures
     # One layer of a small model would stay in the L2 cache; in training the others drive it out. A net is itself.
     alone = loop or kind.waits or kind.compiled
@@ -55,7 +60,7 @@ def _prepare(kind: type[Competitor], shape: StepShape, device: torch.device) -> 
         competitor.settle()
 
     def notes() -> dict[str, float]:
-        return memory.on_gpu(kind, problem) if device.type == "cuda" else memory.on_cpu(kind, shape)
+        return {memory.NOTE: bytes_per_weight(kind, problem)} if device.type == "cuda" else memory.on_cpu(kind, shape)
 
     return Prepared(
         [c.step for c in competitors],
@@ -69,7 +74,7 @@ def _prepare(kind: type[Competitor], shape: StepShape, device: torch.device) -> 
 
 
 def _prepare_inference(kind: type[Competitor], shape: StepShape, device: torch.device) -> Prepared:
-    problem = Problem(shape, device)
+    problem = problem_of(shape, device)
     competitor = kind(problem)
     masks, _ = competitor.masks()
     competitor.finish()

@@ -9,52 +9,47 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
 
-from .competitors import Competitor, Dense
-from .ours import OursOnePass, OursOnePassCoded
+from wsn_fast.doctor.measuring.competitors import Competitor, Dense
+from wsn_fast.doctor.measuring.ours import OursOnePass, OursOnePassCoded
+from wsn_fast.doctor.measuring.shapes import LinearShape
+from wsn_fast.doctor.measuring.timing import Turns, in_turns
+
 from .problem import Problem
 from .provenance import provenance
-from .shapes import LinearShape
 from .tables import table, where
 from .tables import three_digits as digits
 
 KINDS: tuple[type[Competitor], ...] = (Dense, OursOnePass, OursOnePassCoded)
-_WARM_UP = 5
 
 
-def seconds_in_turns(kinds: Sequence[type[Competitor]], shape: LinearShape, rounds: int) -> list[list[float]]:
-    """Seconds of each step, by competitor and round. Raises ``WrongResultError`` where one is wrong."""
-    problem = Problem(shape, torch.device("cpu"))
+def times_in_turns(kinds: Sequence[type[Competitor]], shape: LinearShape, rounds: int) -> Turns:
+    """The times of each step, by competitor and round. Raises ``WrongResultError`` where one is wrong."""
+    cpu = torch.device("cpu")
+    problem = Problem(shape, cpu)
     competitors = [kind(problem) for kind in kinds]
     for competitor in competitors:
         competitor.step()
         competitor.check()
-    times: list[list[float]] = [[] for _ in competitors]
-    for turn in range(_WARM_UP + rounds):
-        for competitor, seconds in zip(competitors, times, strict=True):
-            start = time.perf_counter()
-            competitor.step()
-            if turn >= _WARM_UP:
-                seconds.append(time.perf_counter() - start)
+    turns = in_turns({one.name: [one.step] for one in competitors}, cpu, rounds=(rounds, rounds))
     for competitor in competitors:
         competitor.check_later()
-    return times
+    return turns
 
 
-def rows(kinds: Sequence[type[Competitor]], times: Sequence[Sequence[float]]) -> list[tuple[str, ...]]:
+def rows(turns: Turns) -> list[tuple[str, ...]]:
     """A line for each competitor: its quantiles in ms, and the median of its ratio to the first one in the round."""
+    first, *_ = turns.times
     lines = []
-    for kind, seconds in zip(kinds, times, strict=True):
-        quantiles = [sorted(seconds)[int(share * len(seconds))] * 1e3 for share in (0.2, 0.5, 0.8)]
-        ratio = statistics.median(mine / first for mine, first in zip(seconds, times[0], strict=True))
-        over = statistics.median(seconds) / statistics.median(times[0])
-        lines.append((kind.name, *map(digits, quantiles), f"{over:.3f}", f"{ratio:.3f}"))
+    for name in turns.times:
+        timing = turns.timing(name)
+        over = timing.median_us / turns.timing(first).median_us
+        quantiles = (timing.p20_us, timing.median_us, timing.p80_us)
+        lines.append((name, *(digits(us / 1e3) for us in quantiles), f"{over:.3f}", f"{turns.ratio(name, first):.3f}"))
     return lines
 
 
@@ -72,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"# The step of a layer\n\n{where(provenance(torch.device('cpu')))}\n")
     for size in options.sizes:
         shape = LinearShape(size, size, options.batch)
-        cells = rows(KINDS, seconds_in_turns(KINDS, shape, options.rounds))
+        cells = rows(times_in_turns(KINDS, shape, options.rounds))
         load = f"load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
         print("\n".join([*table((f"{shape}, {load}", *columns), cells), ""]), flush=True)
     return 0

@@ -13,6 +13,8 @@ import torch
 from stand_in_cuda import StandIn, obstacle, shared_folder
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Tests that plant faults and count launches would start with checks of the backends; those have tests of their own.
+os.environ.setdefault("WSN_FAST_CHECK", "0")
 # The tensors are small: two threads only wait for each other, and on a busy machine for long.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("wsn_fast", deadline=None, derandomize=True)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from wsn_fast import FastSubnetConv2d, FastSubnetLinear, backends, convert, explain, ops, topc_mask, topc_threshold
-from wsn_fast.backends import availability, choice, choose, native, parse_override
+from wsn_fast.backends import availability, choice, choose, forget, native, parse_override
 from wsn_fast.backends import torch as portable
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +27,13 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> object:
     """Choices are remembered for the life of a process: forget them around each test."""
-    caches = (choose, choice._environment, availability._module, availability._obstacle)
+    caches = (availability._module, availability._obstacle)
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    forget()
     for cache in caches:
         cache.cache_clear()
     yield
+    forget()
     for cache in caches:
         cache.cache_clear()
 
@@ -252,12 +254,12 @@ def test_steps_over_stored_means_take_triton_on_a_gpu(kind: str, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     monkeypatch.setattr(availability, "_obstacle", functools.cache(lambda index: ""))
-    choose.cache_clear()
+    forget()
     try:
         assert choose(f"{kind}_coded_step", "cuda", torch.float32).name == "triton"
         assert choose(f"{kind}_coded_step", "cuda", torch.float64).name == "torch"
     finally:
-        choose.cache_clear()
+        forget()
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -23,6 +23,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if importlib.util.find_spec("benchmarks") is None:  # pytest puts no folder of the checkout on the path
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.gradients import GradientProduct  # noqa: E402
+
 from benchmarks import device_report, forgetting, picture  # noqa: E402
 from benchmarks.cases import Case, Prepared, Work, verify  # noqa: E402
 from benchmarks.checks import (  # noqa: E402
@@ -32,7 +34,6 @@ from benchmarks.checks import (  # noqa: E402
     check_same,
     check_threshold,
 )
-from benchmarks.gradients import GradientProduct  # noqa: E402
 from benchmarks.provenance import COMMIT_VARIABLE, provenance, slug  # noqa: E402
 from benchmarks.rows import Row, load, run_case  # noqa: E402
 from benchmarks.shapes import TINY  # noqa: E402

@@ -15,9 +15,10 @@ import torch
 if importlib.util.find_spec("benchmarks") is None:  # pytest puts no folder of the checkout on the path
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import timing
 from benchmarks.gradients import GradientProduct
 from benchmarks.tuner import IEEE, Trials, entry
+
+from benchmarks import timing
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from wsn_fast import WSN
-from wsn_fast.backends import ENVIRONMENT_VARIABLE, choice, choose
+from wsn_fast.backends import ENVIRONMENT_VARIABLE, forget
 from wsn_fast.optim import SubnetAdamW, SubnetSGD
 
 Params = list[nn.Parameter]
@@ -66,13 +66,10 @@ def check_kept(
 @pytest.fixture
 def _torch_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything runs on the torch backend. Choices are remembered: forget them."""
-    caches = (choose, choice._environment)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
-    for cache in caches:
-        cache.cache_clear()
+    forget()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    forget()
 
 
 @pytest.mark.usefixtures("_torch_backend")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # "" is wsn_fast/__init__.py: it exports what lies below the driver, which uses the public names as anybody does. It
 # imports "public" when the first of them is read.
 FLOORS = [
-    {"choices", "kernels", "reference", "versions"},
+    {"choices", "kernels", "page", "reference", "versions"},
     {"backends"},
     {"ops"},
     {"nn"},

@@ -20,13 +20,13 @@ from pages import Page
 from peak_memory import peak_of
 
 from wsn_fast.nn import json_text
+from wsn_fast.page import markup
 from wsn_fast.train import __main__ as cli
 from wsn_fast.train import checkpoint, page, records, safe_files
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import resolve
 from wsn_fast.train.folder import read_config
 from wsn_fast.train.loop import make_optimizer
-from wsn_fast.train.page import markup
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
 

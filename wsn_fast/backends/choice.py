@@ -13,12 +13,14 @@ from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 # Not `import torch`: inside this package that name is the backend of the same name.
+from torch import cuda
 from torch import device as Device
 from torch import dtype as Dtype
 from torch._C import _get_tracing_state as _tracing
 from torch._C import _len_torch_dispatch_stack as _modes
+from torch.compiler import is_compiling
 
-from . import availability, native
+from . import availability, native, tables, trust
 from . import torch as portable
 from .exporting import is_exporting
 
@@ -100,9 +102,11 @@ def overridden(operation: str, backend: str | None) -> tuple[str | None, str]:
     return None, ""
 
 
-@functools.cache
 def choose(operation: str, device: Device | str, dtype: Dtype | None = None, backend: str | None = None) -> Choice:
     """Decide which backend runs ``operation`` on tensors of ``device``, and say why.
+
+    An operation of another backend than torch is compared with torch's first (:mod:`wsn_fast.backends.trust`). If
+    something is wrong with it, the torch backend runs it.
 
     Args:
         operation: the name of a primitive of :mod:`wsn_fast.backends.torch`, such as ``"threshold"`` or ``"pack"``.
@@ -114,6 +118,47 @@ def choose(operation: str, device: Device | str, dtype: Dtype | None = None, bac
     Raises:
         ValueError: for an operation that no backend has, or an unknown backend in an override.
     """
+    try:
+        return _settled(operation, device, dtype, backend)
+    except _UncheckedError as unchecked:
+        return unchecked.choice
+
+
+@functools.cache
+def _settled(operation: str, device: Device | str, dtype: Dtype | None, backend: str | None) -> Choice:
+    choice = candidate(operation, device, dtype, backend)
+    if choice.backend is not portable and trust.wanted():
+        if recording() or capturing() or is_compiling():
+            raise _UncheckedError(choice)  # which is not remembered, so that a later use checks it
+        obstacle = trust.obstacle(operation, choice.name, choice.backend, Device(device), dtype)
+        choice = Choice(portable, "torch", obstacle) if obstacle else choice
+    _settled_here[operation, Device(device).type, dtype] = choice.name
+    return choice
+
+
+_settled_here: dict[tuple[str, str, Dtype | None], str] = {}
+
+
+def chosen(device: Device) -> dict[str, str]:
+    """The backends that were chosen so far in this process for a kind of device, by the name of the operation, and its
+    dtype if it has one: ``{"gates float32": "native", "pack": "native"}``."""
+    return {
+        operation if dtype is None else f"{operation} {str(dtype).removeprefix('torch.')}": name
+        for (operation, kind, dtype), name in _settled_here.items()
+        if kind == device.type
+    }
+
+
+class _UncheckedError(Exception):
+    """An operation was chosen where nothing can be checked."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+
+
+@functools.cache
+def candidate(operation: str, device: Device | str, dtype: Dtype | None = None, backend: str | None = None) -> Choice:
+    """What :func:`choose` decides before it checks that the operation is right there."""
     _check_operation(operation)
     device = Device(device)
     wanted, source = overridden(operation, backend)
@@ -126,7 +171,17 @@ def choose(operation: str, device: Device | str, dtype: Dtype | None = None, bac
         return Choice(portable, "torch", f"{source}, but {reason}")
     automatic = "triton" if device.type == "cuda" else "native"
     module, reason = _offers(automatic, operation, device, dtype, forced=False)
+    faster = tables.tuned_backend(device, operation, dtype) if module is not None else None
+    if faster is not None:
+        return Choice(portable, *faster)
     return Choice(portable, "torch", reason) if module is None else Choice(module, automatic, reason)
+
+
+def forget() -> None:
+    """Decide everything again: the environment, a tuning table or an installation has changed."""
+    for cache in (_environment, candidate, _settled):
+        cache.cache_clear()
+    _settled_here.clear()
 
 
 def _offers(
@@ -147,6 +202,11 @@ def recording() -> bool:
     return is_exporting() or _tracing() is not None or _modes() > 0
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is captured, during which nothing may wait for the device."""
+    return cuda.is_initialized() and cuda.is_current_stream_capturing()
+
+
 def tracing() -> bool:
     """Whether ``torch.jit.trace``, or the ONNX exporter that is built on it, records."""
     return _tracing() is not None
@@ -157,4 +217,7 @@ def run(operation: str, device: Device, dtype: Dtype | None = None, backend: str
     backend, because a recorder does not see the operations of the others."""
     if recording():
         return portable
-    return choose(operation, device, dtype, backend).backend
+    try:
+        return _settled(operation, device, dtype, backend).backend
+    except _UncheckedError as unchecked:
+        return unchecked.choice.backend

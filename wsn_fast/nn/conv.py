@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import choose
+from ..backends import candidate
 from ..backends.conv_geometry import Geometry, tuning_key
 from ..ops.fusion import Fusion, conv_fusion, fuses_conv_of_any_shape
 from .gated import SubnetLayer
@@ -83,7 +83,7 @@ class _SubnetConv(ProductLayer):
         if weight.ndim > 4:
             return Fusion(0, "there is no fused convolution in 3-d")
         fusion = conv_fusion(weight.device, dtype, source, None, self._backend)
-        if fusion.rows or choose("masked_conv", weight.device, dtype, self._backend).name != "triton":
+        if fusion.rows or candidate("masked_conv", weight.device, dtype, self._backend).name != "triton":
             return fusion
         return Fusion(0, "the implicit convolution runs only at input shapes at which it was measured to be faster")
 

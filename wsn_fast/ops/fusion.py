@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..backends import choose, overridden
+from ..backends import candidate, choose, overridden
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and scores that the fused products read."""
@@ -50,12 +50,20 @@ def linear_fusion(
         k: columns of the weight.
         backend: the layer's override.
     """
-    choice = choose(operation, device, dtype, backend)
+    choice = candidate(operation, device, dtype, backend)
     if choice.name != "triton":
         return Fusion(0, choice.reason)
-    if overridden(operation, backend)[0] == "triton":
-        return Fusion(sys.maxsize, choice.reason)
-    return Fusion(*choice.backend.fused_rows(operation, device, dtype, source, n, k))
+    asked = overridden(operation, backend)[0] == "triton"
+    measured = (
+        (sys.maxsize, choice.reason) if asked else choice.backend.fused_rows(operation, device, dtype, source, n, k)
+    )
+    return _checked(Fusion(*measured), operation, device, dtype, backend)
+
+
+def _checked(fusion: Fusion, operation: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> Fusion:
+    """The same, unless the product turns out to be wrong here. A product that is not used is not checked."""
+    choice = choose(operation, device, dtype, backend) if fusion.rows else None
+    return fusion if choice is None or choice.name == "triton" else Fusion(0, choice.reason)
 
 
 @_constant_while_tracing
@@ -72,15 +80,17 @@ def conv_fusion(
     """Decide whether a convolution uses its fused product, the implicit convolution. It does if ``rows`` of the result
     is not 0. ``shape`` is the convolution as the tuning tables name it, or None if it is unknown, for example while
     ``torch.compile`` traces."""
-    choice = choose("masked_conv", device, dtype, backend)
+    choice = candidate("masked_conv", device, dtype, backend)
     if choice.name != "triton":
         return Fusion(0, choice.reason)
     if overridden("masked_conv", backend)[0] == "triton":
-        return Fusion(sys.maxsize, choice.reason)
-    if shape is None:
+        fusion = Fusion(sys.maxsize, choice.reason)
+    elif shape is None:
         return Fusion(0, "the implicit convolution has not been measured at this shape")
-    wins, reason = choice.backend.conv_wins(device, dtype, source, shape)
-    return Fusion(sys.maxsize if wins else 0, reason)
+    else:
+        wins, reason = choice.backend.conv_wins(device, dtype, source, shape)
+        fusion = Fusion(sys.maxsize if wins else 0, reason)
+    return _checked(fusion, "masked_conv", device, dtype, backend)
 
 
 @_constant_while_tracing

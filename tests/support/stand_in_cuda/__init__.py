@@ -130,17 +130,14 @@ class StandIn:
         asks = [m for name, m in sys.modules.items() if name.startswith(backend.__name__) and hasattr(m, "gpu_of")]
         for module in asks:
             monkeypatch.setattr(module, "gpu_of", lambda of: gpu)
-        caches = (choice._environment, choice.choose)
-        for cache in caches:
-            cache.cache_clear()
+        choice.forget()
         before = triton.runtime.driver._active  # reset_active would look for a GPU
         triton.runtime.driver.set_active(self.driver)
         try:
             yield self
         finally:
             triton.runtime.driver.set_active(before)
-            for cache in caches:
-                cache.cache_clear()
+            choice.forget()
 
     @contextmanager
     def empty_cache(self, monkeypatch: Any) -> Iterator[Counter[str]]:

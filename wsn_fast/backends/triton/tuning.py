@@ -1,4 +1,4 @@
-"""Tile shapes and crossovers of the Triton kernels: data in ``kernels/tuning``, measured on the GPU that it names.
+"""Tile shapes and crossovers of the Triton kernels, from the tables of the GPU (:mod:`wsn_fast.backends.tables`).
 
 Nothing is tuned at run time, so that no step pays for it and a captured graph holds none of it. On a GPU that nobody
 has measured, elementwise kernels use their default tile. A fused product is used there only if the user asks for it by
@@ -8,11 +8,9 @@ name; its tile then comes from :func:`default_tile`.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +25,8 @@ from ...kernels import (
     threshold,
 )
 from ...kernels._elementwise import Config
+from .. import tables
 
-FOLDER = Path(__file__).parents[2] / "kernels" / "tuning"
 NEAR = 1.0
 """A measurement is used for another shape if each dimension is within a factor of ``2 ** NEAR`` of the measured one."""
 BARRIERS = 64
@@ -70,7 +68,7 @@ class Product(NamedTuple):
     def configs(self) -> tuple[Any, ...]:
         """The tiles to choose from."""
         conv = implicit_conv.DX_CONFIGS if self.backward else implicit_conv.CONFIGS
-        tables = {
+        choices = {
             "masked_linear": (masked_matmul.CONFIGS, masked_matmul.TF32_CONFIGS, masked_matmul.IEEE_CONFIGS),
             "masked_linear_tasks": (
                 masked_matmul_tasks.TASKS_CONFIGS,
@@ -82,7 +80,7 @@ class Product(NamedTuple):
             ),
             "masked_conv": (conv, conv, implicit_conv.IEEE_CONFIGS),
         }  # fmt: skip
-        half, tf32, ieee = tables[self.operation]
+        half, tf32, ieee = choices[self.operation]
         if self.dtype is not torch.float32:
             return half
         return tf32 if self.precision == "tf32" else ieee
@@ -92,24 +90,27 @@ class Product(NamedTuple):
         return next((config for config in self.configs if list(astuple(config)) == numbers), None)
 
 
-def file_name(device_name: str) -> str:
-    """The file for a GPU model, such as ``nvidia-h200.json``."""
-    return "-".join(device_name.lower().split()) + ".json"
-
-
 class Table:
     """What was measured on one GPU model; empty for one that nobody has measured.
 
     Args:
         device_name: as ``torch.cuda.get_device_name`` gives it.
-        folder: where the files are.
+        found: what the tables hold; None reads those of the package and of the user.
+
+    Attributes:
+        digest: names the content in a few digits; empty if nothing was measured.
     """
 
-    def __init__(self, device_name: str, folder: Path = FOLDER) -> None:
+    def __init__(self, device_name: str, found: tables.Tables | None = None) -> None:
         self.device_name = device_name
-        path = folder / file_name(device_name)
-        self.data: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        self.data, self.notes, self.digest = tables.of(device_name) if found is None else found
         self._crossovers: dict[tuple[Product, int, int], tuple[int, str]] = {}
+
+    @property
+    def _why_empty(self) -> str:
+        """What became of tables that were found, for a reason."""
+        ignored = [note for note in self.notes if "ignored" in note]
+        return "".join(f"; {note}" for note in ignored)
 
     @functools.cached_property
     def gate(self) -> Config:
@@ -142,7 +143,8 @@ class Table:
     def _find_crossover(self, product: Product, n: int, k: int) -> tuple[int, str]:
         entry = self._nearest(product, n, k)
         if entry is None:
-            return 0, f"no crossover of {product.operation} has been measured near {n} x {k} on {self.device_name}"
+            where = f"near {n} x {k} on {self.device_name}{self._why_empty}"
+            return 0, f"no crossover of {product.operation} has been measured {where}"
         rows = entry["max_rows"]
         verdict = f"faster up to {rows} rows" if rows else "slower at every number of rows"
         return rows, f"fused is {verdict}, as measured at {entry['n']} x {entry['k']} on {self.device_name}"
@@ -173,7 +175,8 @@ class Table:
         """Whether the implicit convolution was measured to win at just this shape, and how that is known."""
         entry = self._conv(product, shape)
         if entry is None:
-            return False, f"the implicit convolution has not been measured at this shape on {self.device_name}"
+            where = f"on {self.device_name}{self._why_empty}"
+            return False, f"the implicit convolution has not been measured at this shape {where}"
         verdict = "faster" if entry["wins"] else "slower"
         return entry["wins"], f"the implicit convolution is {verdict} at this shape on {self.device_name}"
 

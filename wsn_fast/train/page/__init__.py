@@ -7,10 +7,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from wsn_fast import __version__
+from wsn_fast.page.markup import Html, fill, join, load, notes, style
 from wsn_fast.train.page import compare
-from wsn_fast.train.page.markup import Html, fill, join, load
 from wsn_fast.train.page.numbers import Entry
-from wsn_fast.train.page.single import notes, section
+from wsn_fast.train.page.single import section
 from wsn_fast.train.records import Record
 from wsn_fast.train.safe_files import write_atomic
 
@@ -36,9 +36,9 @@ def render(runs: Sequence[Record], problems: Sequence[str], made: datetime) -> H
     parts = [("summary", "Summary"), ("side-by-side", "Side by side"), ("settings", "Settings")]
     parts += [("paths", "Paths chosen"), *((f"run-{entry.number}", entry.label) for entry in entries)]
     return fill(
-        load("page.html"),
+        load(Path(__file__).with_name("page.html")),
         title=title,
-        style=Html(load("style.css")),
+        style=style(),
         iso=made.isoformat(timespec="seconds"),
         date=f"{made:%Y-%m-%d at %H:%M} UTC",
         version=__version__,

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from statistics import fmean
 
+from wsn_fast.page.markup import Html, escape, figure, fill, join, table, unfold
+from wsn_fast.page.numbers import NONE, duration, fixed, rate
 from wsn_fast.train.figures import Chart, Line, lines, owned, svg
-from wsn_fast.train.page.markup import Html, escape, figure, fill, join, table, unfold
-from wsn_fast.train.page.numbers import NONE, Entry, duration, fixed, rate, samples_per_second, total_seconds
+from wsn_fast.train.page.numbers import Entry, samples_per_second, total_seconds
 from wsn_fast.train.report import beside_paper
 
 Entries = Sequence[Entry]

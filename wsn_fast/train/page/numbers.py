@@ -1,4 +1,4 @@
-"""The format of numbers, names and runs on the page."""
+"""Runs on the page, and their numbers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from wsn_fast.page.markup import Html, fill
 from wsn_fast.train.figures import colour
-from wsn_fast.train.page.markup import Html, escape, fill
 from wsn_fast.train.records import Record
-
-NONE = Html("&ndash;")
 
 
 class Entry(NamedTuple):
@@ -36,29 +34,6 @@ class Entry(NamedTuple):
     def link(self) -> Html:
         """The whole name, as a link to the section of the run."""
         return fill('<a href="#run-$number">$name</a>', number=self.number, name=self.run.name)
-
-
-def fixed(value: float | None, digits: int = 2, *, sign: bool = False) -> Html:
-    """A number with ``digits`` digits after the point; a dash for None."""
-    if value is None:
-        return NONE
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    if not text.strip("+-0."):  # a zero has no minus
-        text = text.replace("-", "+" if sign else "")
-    return Html(text.replace("-", "&minus;"))
-
-
-def rate(value: float | None) -> Html:
-    """A whole number with separated thousands; a dash for None."""
-    return NONE if value is None else escape(f"{value:,.0f}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words; a dash for 0."""
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds else NONE
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def total_seconds(run: Record) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from wsn_fast.page.markup import Html, escape, figure, fill, join, load, notes, table, unfold
+from wsn_fast.page.numbers import NONE, fixed, rate
 from wsn_fast.train import figures
-from wsn_fast.train.page.markup import Html, escape, figure, fill, join, load, table, unfold
-from wsn_fast.train.page.numbers import NONE, Entry, fixed, rate, span
+from wsn_fast.train.page.numbers import Entry, span
 from wsn_fast.train.records import Record, TaskLog
 
 
@@ -15,7 +17,7 @@ def section(entry: Entry) -> Html:
     """The section of one run."""
     run = entry.run
     return fill(
-        load("run.html"),
+        load(Path(__file__).with_name("run.html")),
         number=entry.number,
         swatch=entry.swatch,
         name=run.name,
@@ -27,14 +29,6 @@ def section(entry: Entry) -> Html:
         figures=_figures(entry),
         paths=_paths(run),
     )
-
-
-def notes(title: str, lines: Iterable[str]) -> Html:
-    """A notice with a list; empty if there are no lines."""
-    items = join(fill("<li>$line</li>\n", line=line) for line in lines)
-    if not items:
-        return items
-    return fill('<div class="note" role="note">\n<p>$title</p>\n<ul>\n$items</ul>\n</div>\n', title=title, items=items)
 
 
 def _state(run: Record) -> str:

@@ -1,0 +1,1 @@
+"""What tuner, report and benchmarks measure with: timing, checks of results, data, and competitors of a step."""
