@@ -54,13 +54,13 @@ def linear_fusion(
     if choice.name != "triton":
         return Fusion(0, choice.reason)
     asked = overridden(operation, backend)[0] == "triton"
-    measured = (sys.maxsize, choice.reason) if asked else choice.backend.fused_rows(operation, device, dtype, source, n, k)
+    measured = (
+        (sys.maxsize, choice.reason) if asked else choice.backend.fused_rows(operation, device, dtype, source, n, k)
+    )
     return _checked(Fusion(*measured), operation, device, dtype, backend)
 
 
-def _checked(
-    fusion: Fusion, operation: str, device: torch.device, dtype: torch.dtype, backend: str | None
-) -> Fusion:
+def _checked(fusion: Fusion, operation: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> Fusion:
     """The same, unless the product turns out to be wrong here. A product that is not used is not checked."""
     choice = choose(operation, device, dtype, backend) if fusion.rows else None
     return fusion if choice is None or choice.name == "triton" else Fusion(0, choice.reason)
