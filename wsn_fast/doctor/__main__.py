@@ -21,15 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     given = [f"--{name}" for name in ("minutes", "out", "device") if getattr(options, name) is not None]
-    allowed = {"tune": ("--minutes", "--out", "--device"), "report": ("--minutes", "--out", "--device")}
-    wrong = [flag for flag in given if flag not in allowed.get(options.command, ())]
-    if wrong:
-        goes = (
-            "--tune and --report"
-            if options.command is None
-            else f"--tune and --report, and not with --{options.command}"
-        )
-        parser.error(f"{wrong[0]} goes with {goes}")
+    if given and options.command not in MINUTES:
+        instead = f", and not with --{options.command}" if options.command else ""
+        parser.error(f"{given[0]} goes with --tune and --report{instead}")
     if options.command is None:
         return findings.main()
     if options.command == "check":
@@ -54,16 +48,10 @@ def _parser() -> argparse.ArgumentParser:
         ("report", "write a page and a JSON file about this machine, to look at and to send"),
     ):
         commands.add_argument(f"--{name}", dest="command", action="store_const", const=name, help=says)
-    parser.add_argument(
-        "--minutes",
-        type=_minutes,
-        help=f"how long to measure; default {MINUTES['tune']:g}, for a report {MINUTES['report']:g}",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="a folder: of the table, by default in the user's cache; or of the report, by default this one",
-    )
+    defaults = f"default {MINUTES['tune']:g}, for a report {MINUTES['report']:g}"
+    parser.add_argument("--minutes", type=_minutes, help=f"how long to measure; {defaults}")
+    where = "a folder: of the table, by default in the user's cache; or of the report, by default this one"
+    parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--device", help='what to measure, such as "cpu", "cuda" or "cuda:1"; default "all"')
     return parser
 

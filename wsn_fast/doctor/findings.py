@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
-from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, choose, native
+from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, choose, native, tables
 from ..backends.native import cuda_select
 
 ON_MASKS = ("pack", "unpack", "union", "popcount")
@@ -63,6 +63,12 @@ def routes(device: torch.device) -> Iterator[Finding]:
         yield Finding(operation, choice.name, choice.reason)
 
 
+def tuning(device: torch.device) -> Iterator[Finding]:
+    """The tuning tables of a device: which are in use, and why others are not."""
+    found = tables.of(tables.device_name(device))
+    yield Finding("tuning table", found.digest or "none", "; ".join(found.notes) or "--tune measures one")
+
+
 def advice() -> Iterator[str]:
     """What the user can do to make the library faster on this machine."""
     if native.load().lib is None:
@@ -89,7 +95,7 @@ def _compiler() -> str | None:
 def report() -> str:
     """The whole report."""
     sections = [("installation", list(installation()))]
-    sections += [(f"{device}: {name}", list(routes(device))) for device, name in devices()]
+    sections += [(f"{device}: {name}", [*routes(device), *tuning(device)]) for device, name in devices()]
     width = max(len(finding.subject) for _, findings in sections for finding in findings)
     lines = []
     for title, findings in sections:

@@ -109,10 +109,19 @@ def _device(anchor: str, device: Mapping[str, Any]) -> Html:
         facts=_terms((name.replace("_", " "), str(value)) for name, value in device["facts"].items() if value),
         steps=_steps(device["steps"]),
         operations=_operations(device["operations"], device["copy"]),
-        choices=_lines("Backends for float32, and why", ("operation", "backend", "reason"), device["choices"]),
+        choices=_choices(device["choices"]),
         verdicts=_verdicts(device["verdicts"]),
         table=_tuning(device["table"]),
     )
+
+
+def _choices(lines: Sequence[Mapping[str, str]]) -> Html:
+    """A row for each reason, with all operations that it holds for."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        by_reason.setdefault((line["found"], line["reason"]), []).append(line["subject"])
+    rows = [[backend, reason, ", ".join(operations)] for (backend, reason), operations in by_reason.items()]
+    return table("Backends for float32, and why", ("backend", "reason", "operations"), rows, range(3))
 
 
 def _steps(rows: Sequence[Mapping[str, Any]]) -> Html:
