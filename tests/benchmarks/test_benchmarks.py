@@ -26,7 +26,7 @@ if importlib.util.find_spec("benchmarks") is None:  # pytest puts no folder of t
 from benchmarks import device_report, forgetting, picture  # noqa: E402
 from benchmarks.cases import Case, Prepared, Work, verify  # noqa: E402
 from benchmarks.checks import check_threshold  # noqa: E402
-from benchmarks.provenance import COMMIT_VARIABLE, provenance, slug  # noqa: E402
+from benchmarks.provenance import COMMIT_VARIABLE, provenance  # noqa: E402
 from benchmarks.rows import Row, load, run_case  # noqa: E402
 from benchmarks.shapes import TINY  # noqa: E402
 from benchmarks.suite import Planned, plan  # noqa: E402
@@ -236,7 +236,6 @@ def test_a_named_commit_goes_before_git(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(COMMIT_VARIABLE, "abc123+dirty")
     facts = provenance(CPU)
     assert (facts["commit"], facts["dirty"]) == ("abc123", True)
-    assert slug("NVIDIA H200") == "nvidia-h200"
 
 
 def test_the_list_of_cases_names_each_once() -> None:
