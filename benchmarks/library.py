@@ -1,4 +1,4 @@
-"""The library's parts as contenders: its backends, and the native CUDA selection."""
+"""The library's backends as contenders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from types import ModuleType
 import torch
 
 from wsn_fast.backends import NAMES, choose
-from wsn_fast.backends.native import cuda_select
 from wsn_fast.doctor.measuring.checks import UnavailableError
 
 BACKENDS = NAMES
@@ -19,11 +18,3 @@ def backend(name: str, operation: str, device: torch.device, dtype: torch.dtype 
     if choice.name != name:
         raise UnavailableError(choice.reason.removeprefix(f"backend={name!r}, but "))
     return choice.backend
-
-
-def native_cuda_select(device: torch.device) -> ModuleType:
-    """The native CUDA selection; ``UnavailableError`` with the reason where it is not there."""
-    library = cuda_select.load()
-    if obstacle := library.reason if library.lib is None else cuda_select.obstacle(device):
-        raise UnavailableError(obstacle)
-    return cuda_select

@@ -22,7 +22,7 @@ from .tables import table
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, then on stderr what breaks a rule. Return 1 if any row does, else 0."""
     sys.path.append(str(ROOT / "tests" / "support"))
-    measured, nvcc = importlib.import_module("kernel_resources"), importlib.import_module("nvcc")
+    measured = importlib.import_module("kernel_resources")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     add = parser.add_argument
     generations = (80, 86, 89, 90, 100, 120)
@@ -39,11 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     part = measured.Part(options.every, options.each)
     rows = measured.triton_rows(options.arch, options.kernel, options.jobs, not options.ptx, part)
-    if not options.kernel:
-        try:
-            rows += nvcc.rows(options.arch)
-        except (OSError, RuntimeError) as error:
-            print(f"CUDA C++ kernels not compiled: {error}", file=sys.stderr)
     cells = [["" if cell is None else str(cell) for cell in row._replace(arch=f"sm_{row.arch}")] for row in rows]
     columns = ("kernel", "arch", "registers", "spills", "local", "shared", "tensor core", "counted with", "note")
     print(*table(columns, cells, align=False), sep="\n")

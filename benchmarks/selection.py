@@ -18,10 +18,9 @@ from wsn_fast.reference.trainer import ClarenaGate, PaperGate
 from .cases import Case, Prepared, Work
 from .checks import check_threshold
 from .data import DISTRIBUTIONS, scores
-from .library import BACKENDS, backend, native_cuda_select
+from .library import BACKENDS, backend
 from .shapes import Shapes
 
-_MOVED = 1e-3
 Select = Callable[[Tensor, int], Tensor]
 """From scores and rank to the threshold."""
 Many = Callable[[list[Tensor], list[int]], Call]
@@ -51,8 +50,7 @@ def worst_cases(shapes: Shapes, device: torch.device) -> Iterator[Case]:
 
 
 def _backends() -> dict[str, Callable[..., Prepared]]:
-    found = {f"{name} backend": partial(_prepare, partial(_by_backend, name)) for name in BACKENDS}
-    return {**found, "CUDA, cold": partial(_prepare, _cuda), "CUDA, warm": _prepare_warm}
+    return {f"{name} backend": partial(_prepare, partial(_by_backend, name)) for name in BACKENDS}
 
 
 def _cases(
@@ -66,11 +64,6 @@ def _cases(
 # --- the contenders
 def _by_backend(name: str, s: Tensor, j: int) -> Tensor:
     tau: Tensor = backend(name, "threshold", s.device, s.dtype).threshold(s, j, RULE)
-    return tau
-
-
-def _cuda(s: Tensor, j: int) -> Tensor:
-    tau: Tensor = native_cuda_select(s.device).thresholds([s], [j], RULE)[0]
     return tau
 
 
@@ -108,28 +101,12 @@ def _prepare(
     return Prepared(calls, lambda tau: check(tau, sets[0], rank(n), RULE), Work(4 * n), capture=capture)
 
 
-def _prepare_warm(n: int, device: torch.device, kind: str) -> Prepared:
-    """With the state of the call before, on scores that move by a thousandth from call to call, as they do in training;
-    those of special values stay."""
-    cuda, start = native_cuda_select(device), scores(n, device, kind)
-    moved = _MOVED if kind == "normal" else 0.0
-    sets = [start + moved * torch.randn(n, device=device) for _ in range(max(2, input_sets(4 * n, device)))]
-    state = cuda.WarmStart(1, device)
-    cuda.thresholds([sets[1]], [rank(n)], RULE, state)
-    return Prepared(
-        [partial(cuda.thresholds, [s], [rank(n)], RULE, state) for s in sets],
-        lambda taus: check_threshold(taus[0], sets[0], rank(n), RULE),
-        Work(4 * n),
-        notes=lambda: {name: float(value) for name, value in state.statistics()[0]._asdict().items()},
-    )
-
-
 # --- many tensors
 def many_cases(shapes: Shapes, device: torch.device) -> Iterator[Case]:
     """Tensors of mixed sizes: all in one call, or one after the other."""
     count, smallest, largest = shapes.many
     sizes = [round(smallest * (largest / smallest) ** (i / (count - 1))) for i in range(count)]
-    ways: dict[str, Many] = {"triton, one call": _triton_many, "CUDA, one call": _cuda_many}
+    ways: dict[str, Many] = {"triton, one call": _triton_many}
     ways |= {f"{name} backend, in turn": partial(_in_turn, partial(_by_backend, name)) for name in BACKENDS}
     for contender, select in {**ways, "sort, in turn": partial(_in_turn, _sort)}.items():
         prepare = partial(_prepare_many, select, sizes, device)
@@ -153,7 +130,3 @@ def _in_turn(select: Select, tensors: list[Tensor], ranks: list[int]) -> Call:
 def _triton_many(tensors: list[Tensor], ranks: list[int]) -> Call:
     launch, tau = threshold(tensors, ranks, RULE)
     return lambda: (launch(), tau.unbind())[1]
-
-
-def _cuda_many(tensors: list[Tensor], ranks: list[int]) -> Call:
-    return partial(native_cuda_select(tensors[0].device).thresholds, tensors, ranks, RULE)

@@ -85,7 +85,7 @@ float encode_any(const float *values, uint32_t r, int64_t n, uint8_t *codes) {
     p = p < C::top ? p : C::top;
     p = a >= lowest ? p : !kSigned && a > 0 ? 1 : 0;
     p = a == kInfinity ? C::infinity : p;
-    if (kSigned) p |= (bits < 0) & (p > 0) ? 0x80 : 0;
+    if (kSigned) p |= ((bits < 0) & (p > 0)) ? 0x80 : 0;
     codes[j] = uint8_t(a > kInfinity ? C::nan : p);
   }
   return bits_as<float>(exponent << 23);

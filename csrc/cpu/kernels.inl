@@ -68,7 +68,7 @@ WSN_INLINE typename K::I key_of(typename K::I bits, typename K::I infinity) {
   if (K::transform == wsn::kKeys) return bits;
   const I magnitude = I(bits & I(typename K::U(-1) >> 1));
   if (K::transform == WSN_MAGNITUDE) return magnitude;
-  return (bits < 0) & (magnitude <= infinity) ? I(-magnitude) : magnitude;
+  return ((bits < 0) & (magnitude <= infinity)) ? I(-magnitude) : magnitude;
 }
 
 template <class K>

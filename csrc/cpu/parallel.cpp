@@ -120,7 +120,7 @@ class Pool {
   int threads_ = 0;
 };
 
-constexpr int kMaxThreads = 64;
+constexpr int kMostHelpers = 63;  // of the pool; a team has as many threads as PyTorch gave it
 
 // Never destroyed, since its threads live as long as the process. A child of fork() has the memory of the pool but not
 // its threads, and needs another.
@@ -172,9 +172,11 @@ bool run_in_team(Job &) { return false; }
 }  // namespace
 
 void wsn::run_parts(void (*part)(void *, int64_t), void *context, int64_t parts, int num_threads) {
-  Job job{part, context, parts, int(std::min<int64_t>(std::min(num_threads, kMaxThreads), parts)) - 1};
-  if (job.wanted < 1)
+  Job job{part, context, parts, int(std::min<int64_t>(num_threads, parts)) - 1};
+  if (job.wanted < 1) {
     job.work();
-  else if (!run_in_team(job))
+  } else if (!run_in_team(job)) {
+    job.wanted = std::min(job.wanted, kMostHelpers);
     pool().run(job);
+  }
 }

@@ -24,7 +24,7 @@ typedef struct buffer {
 
 static buffer make(int64_t size, int offset) {
   buffer b;
-  if (size < 0) abort();
+  if (size < 0 || size > INT32_MAX) abort();
   b.base = malloc((size_t)(size + offset) + (size + offset == 0));
   b.data = b.base + offset;
   memset(b.data, 0xAA, (size_t)size);

@@ -18,6 +18,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wsn_fast.backends.comparison.tensors import Allocations
+
 optimizers = importlib.import_module("torch.optim.optimizer")  # torch.optim has no attribute of that name
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "private-torch-apis.md"
@@ -218,6 +220,14 @@ def graph_memory() -> None:
         assert callable(torch._C._cuda_endAllocateToPool) and callable(torch._C._cuda_releasePool)
     source = inspect.getsource(torch.cuda.memory.use_mem_pool)
     assert "_cuda_endAllocateToPool(" in source and "_cuda_releasePool(" in source
+
+
+def guarded_allocations() -> None:
+    with (allocations := Allocations()):
+        made = [torch.empty(3), torch.zeros(2, 2), torch.empty_like(torch.ones(5)), torch.ones(2).new_empty(4)]
+    assert len(allocations.made) == len(made), "each factory is seen, and its result is replaced"
+    assert all(t.untyped_storage().nbytes() > t.nbytes for t in made)
+    assert made[1].eq(0).all() and made[0].isnan().all()
 
 
 def transforms() -> None:
@@ -586,6 +596,7 @@ CHECKS: dict[str, Callable[[], object]] = {
     "get_proxy_mode": proxies,
     "torch._C._get_tracing_state": tracing_state,
     "torch._C._len_torch_dispatch_stack": dispatch_stack,
+    "torch.utils._python_dispatch.TorchDispatchMode": guarded_allocations,
     "torch._C._cuda_endAllocateToPool": graph_memory,
     "torch._C._cuda_releasePool": graph_memory,
     "torch.compiler._is_exporting_flag": exporting,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wsn_fast.train import __main__ as cli
-from wsn_fast.train import checkpoint
+from wsn_fast.train import checkpoint, commands
 from wsn_fast.train.run import Run
 
 SMALL = ["--tasks", "2", "--epochs", "2", "--batch-size", "128", "--device", "cpu"]
@@ -120,7 +120,7 @@ def test_a_cpu_without_memory_is_one_line_too(
     def too_much(*_: object, **__: object) -> None:
         torch.empty(1 << 55)
 
-    monkeypatch.setattr(cli, "evaluate_run", too_much)
+    monkeypatch.setattr(commands, "evaluate_run", too_much)
     assert cli.main(["eval", str(copy)]) == 2
     assert "allocate memory" in capsys.readouterr().err
 

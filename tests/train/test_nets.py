@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from wsn_fast.train.data import DATASETS
-from wsn_fast.train.nets import NETS, alexnet, build, convnet4, default_net, lenet, mlp, resnet18
-from wsn_fast.train.streams import KINDS
+from wsn_fast.train import choices
+from wsn_fast.train.choices import DATASETS, KINDS, default_net
+from wsn_fast.train.nets import NETS, alexnet, build, convnet4, lenet, mlp, resnet18
 
 SHAPES = {name: (3, 32, 32) for name in NETS} | {
     "mlp": (1, 28, 28),
@@ -166,6 +166,10 @@ def test_unknown_net_lists_the_known_ones() -> None:
 )
 def test_default_nets(dataset: str, kind: str, net: str) -> None:
     assert default_net(dataset, kind) == net
+
+
+def test_every_net_can_be_chosen() -> None:
+    assert tuple(NETS) == choices.NETS
 
 
 def test_every_default_net_exists() -> None:

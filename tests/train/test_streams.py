@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from wsn_fast.train.choices import KINDS
 from wsn_fast.train.data import Dataset
-from wsn_fast.train.streams import KINDS, TaskData, TaskStream
+from wsn_fast.train.streams import TaskData, TaskStream
 
 CLASSES = 6
 

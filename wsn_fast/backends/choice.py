@@ -20,7 +20,7 @@ from torch._C import _get_tracing_state as _tracing
 from torch._C import _len_torch_dispatch_stack as _modes
 from torch.compiler import is_compiling
 
-from . import availability, native, trust
+from . import availability, native, tables, trust
 from . import torch as portable
 from .exporting import is_exporting
 
@@ -127,12 +127,26 @@ def choose(operation: str, device: Device | str, dtype: Dtype | None = None, bac
 @functools.cache
 def _settled(operation: str, device: Device | str, dtype: Dtype | None, backend: str | None) -> Choice:
     choice = candidate(operation, device, dtype, backend)
-    if choice.backend is portable or not trust.wanted():
-        return choice
-    if recording() or capturing() or is_compiling():
-        raise _UncheckedError(choice)  # which is not remembered, so that a later use checks it
-    obstacle = trust.obstacle(operation, choice.name, choice.backend, Device(device), dtype)
-    return Choice(portable, "torch", obstacle) if obstacle else choice
+    if choice.backend is not portable and trust.wanted():
+        if recording() or capturing() or is_compiling():
+            raise _UncheckedError(choice)  # which is not remembered, so that a later use checks it
+        obstacle = trust.obstacle(operation, choice.name, choice.backend, Device(device), dtype)
+        choice = Choice(portable, "torch", obstacle) if obstacle else choice
+    _settled_here[operation, Device(device).type, dtype] = choice.name
+    return choice
+
+
+_settled_here: dict[tuple[str, str, Dtype | None], str] = {}
+
+
+def chosen(device: Device) -> dict[str, str]:
+    """The backends that were chosen so far in this process for a kind of device, by the name of the operation, and its
+    dtype if it has one: ``{"gates float32": "native", "pack": "native"}``."""
+    return {
+        operation if dtype is None else f"{operation} {str(dtype).removeprefix('torch.')}": name
+        for (operation, kind, dtype), name in _settled_here.items()
+        if kind == device.type
+    }
 
 
 class _UncheckedError(Exception):
@@ -157,6 +171,9 @@ def candidate(operation: str, device: Device | str, dtype: Dtype | None = None, 
         return Choice(portable, "torch", f"{source}, but {reason}")
     automatic = "triton" if device.type == "cuda" else "native"
     module, reason = _offers(automatic, operation, device, dtype, forced=False)
+    faster = tables.tuned_backend(device, operation, dtype) if module is not None else None
+    if faster is not None:
+        return Choice(portable, *faster)
     return Choice(portable, "torch", reason) if module is None else Choice(module, automatic, reason)
 
 
@@ -164,6 +181,7 @@ def forget() -> None:
     """Decide everything again: the environment, a tuning table or an installation has changed."""
     for cache in (_environment, candidate, _settled):
         cache.cache_clear()
+    _settled_here.clear()
 
 
 def _offers(

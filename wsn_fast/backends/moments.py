@@ -43,8 +43,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STORAGES = ("float32", "bfloat16", "8bit")
-"""How running means can be stored. "float32" stands for the dtype of the parameter, as PyTorch stores them."""
+from ..choices import STORAGES as STORAGES
 
 BLOCK = 256
 """How many elements share a scale."""

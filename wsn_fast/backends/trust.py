@@ -1,5 +1,5 @@
-"""An operation is checked before it is trusted: the first time that it is chosen on a device and a dtype, its results on
-a few awkward tensors are compared with those of the torch backend.
+"""An operation is checked before it is trusted. The first time that it is chosen on a device and a dtype, its results
+on a few awkward tensors are compared with those of the torch backend.
 
 What passed is remembered in the user's folder (:mod:`wsn_fast.backends.cache_folder`) for this device, driver, code and
 these versions, so that the next process checks nothing. What failed is not remembered.
@@ -25,8 +25,7 @@ from torch import device as Device
 from torch import dtype as Dtype
 
 from .cache_folder import folder, write_text
-from .native.binding import INTERFACE
-from .native.shared_library import package_roots
+from .native.shared_library import FILE, package_roots
 
 ENVIRONMENT_VARIABLE = "WSN_FAST_CHECK"
 """``0`` trusts every operation unchecked. It is read at the first use of each operation."""
@@ -54,8 +53,7 @@ def obstacle(operation: str, name: str, module: ModuleType, device: Device, dtyp
 
     if dtype is None and operation not in comparison.ON_BITS:
         return ""  # somebody asks what would run, and runs nothing
-    about = f"{name} {operation}" + ("" if dtype is None else f" {str(dtype).removeprefix('torch.')}")
-    memory = _memory(device.type, _index(device))
+    about, memory = _about(operation, name, dtype), _memory(device.type, _index(device))
     if about in memory.passed:
         return ""
     where = comparison.FEW(device, dtype or comparison.ANY)
@@ -67,6 +65,15 @@ def obstacle(operation: str, name: str, module: ModuleType, device: Device, dtyp
     advice = "PyTorch runs it instead. Please report what `python -m wsn_fast.doctor --check` prints"
     warnings.warn(f"{reason}. {advice}", RuntimeWarning, stacklevel=2)
     return reason
+
+
+def has_passed(operation: str, name: str, device: Device, dtype: Dtype | None) -> bool:
+    """Whether a check of an operation is remembered; the arguments are those of :func:`obstacle`."""
+    return _about(operation, name, dtype) in _memory(device.type, _index(device)).passed
+
+
+def _about(operation: str, name: str, dtype: Dtype | None) -> str:
+    return f"{name} {operation}" + ("" if dtype is None else f" {str(dtype).removeprefix('torch.')}")
 
 
 class _Memory:
@@ -101,7 +108,7 @@ class _Memory:
 @functools.cache
 def _memory(kind: str, index: int) -> _Memory:
     device = {"device": cuda.get_device_name(index), "driver": _driver()} if kind == "cuda" else {"device": _cpu()}
-    return _Memory({**device, **{package: _version(package) for package in PACKAGES}, "code": _code()})
+    return _Memory({**device, **{package: _version_of(package) for package in PACKAGES}, "code": _code()})
 
 
 def _index(device: Device) -> int:
@@ -110,7 +117,7 @@ def _index(device: Device) -> int:
     return cuda.current_device() if device.index is None else device.index
 
 
-def _version(package: str) -> str:
+def _version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -148,4 +155,4 @@ def _files() -> Iterator[Path]:
     package = Path(__file__).parents[1]
     for part in (package / "backends", package / "kernels"):
         yield from part.rglob("*.py")
-    yield from (root / INTERFACE.file for root in package_roots())
+    yield from (root / FILE for root in package_roots())

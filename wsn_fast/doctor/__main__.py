@@ -7,10 +7,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from . import __doc__ as about
 
-from . import checking, findings
+if TYPE_CHECKING:
+    import torch
 
 MINUTES = {"tune": 5.0, "report": 1.5}
 """How long each command measures if nobody says otherwise."""
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and options.command not in MINUTES:
         instead = f", and not with --{options.command}" if options.command else ""
         parser.error(f"{given[0]} goes with --tune and --report{instead}")
+    from . import checking, findings  # and PyTorch, which the parser does not need
+
     if options.command is None:
         return findings.main()
     if options.command == "check":
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wsn_fast.doctor", description=findings.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m wsn_fast.doctor", description=about)
     commands = parser.add_mutually_exclusive_group()
     for name, says in (
         ("check", "compare every operation on every device with PyTorch, in a minute"),
@@ -65,6 +69,10 @@ def _minutes(text: str) -> float:
 
 def _devices(parser: argparse.ArgumentParser, name: str | None) -> list[torch.device]:
     """The devices of this machine that a name stands for."""
+    import torch
+
+    from . import findings
+
     here = [device for device, _ in findings.devices()]
     if name in (None, "all"):
         return here

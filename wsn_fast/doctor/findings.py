@@ -1,5 +1,5 @@
-"""The report of ``python -m wsn_fast.doctor``: versions, native libraries, the backend that runs each operation on this
-machine and why, and advice."""
+"""The report of ``python -m wsn_fast.doctor``: versions, the native library, the backend that runs each operation on
+this machine and why, and advice."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
-from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, choose, native, tables
-from ..backends.native import cuda_select
+from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, candidate, comparison, native, tables, trust
 
-ON_MASKS = ("pack", "unpack", "union", "popcount")
 PACKAGES = ("torch", "numpy", "triton")
 
 
@@ -30,7 +28,7 @@ class Finding(NamedTuple):
 
 
 def installation() -> Iterator[Finding]:
-    """Versions, and the native libraries."""
+    """Versions, and the native library."""
     yield Finding("wsn_fast", __version__)
     yield Finding("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
     for package in PACKAGES:
@@ -38,10 +36,8 @@ def installation() -> Iterator[Finding]:
             yield Finding(package, version(package))
         except PackageNotFoundError:
             yield Finding(package, "not installed")
-    for name, library in (("native CPU library", native.load()), ("native CUDA library", cuda_select.load())):
-        yield Finding(name, "missing" if library.lib is None else "loaded", library.reason)
-    if cuda_select.load().lib is not None:
-        yield Finding("", "", "not used yet: layers use the Triton selection")
+    library = native.load()
+    yield Finding("native library", "missing" if library.lib is None else "loaded", library.reason)
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     yield Finding(ENVIRONMENT_VARIABLE, override or "not set", "it overrides the choices below" if override else "")
 
@@ -56,11 +52,15 @@ def devices() -> list[tuple[torch.device, str]]:
 
 
 def routes(device: torch.device) -> Iterator[Finding]:
-    """The backend that runs each operation on float32 tensors of ``device``. Whether a fused product runs also depends
-    on its shape."""
+    """The backend that runs each operation on float32 tensors of ``device``, if it passes its check. Whether a fused
+    product runs also depends on its shape."""
     for operation in PRIMITIVES:
-        choice = choose(operation, device, None if operation in ON_MASKS else torch.float32)
-        yield Finding(operation, choice.name, choice.reason)
+        dtype = None if operation in comparison.ON_BITS else torch.float32
+        choice, reason = candidate(operation, device, dtype), ""
+        if choice.name != "torch":
+            passed = trust.has_passed(operation, choice.name, device, dtype)
+            reason = "; checked" if passed else "; its first use checks it" if trust.wanted() else "; not checked"
+        yield Finding(operation, choice.name, choice.reason + reason)
 
 
 def tuning(device: torch.device) -> Iterator[Finding]:
@@ -80,9 +80,9 @@ def advice() -> Iterator[str]:
             "still missing, read the build log"
         )
     if not torch.cuda.is_available():
-        yield "for the Triton and CUDA kernels: use an NVIDIA GPU and a CUDA build of torch"
+        yield "for the Triton kernels: use an NVIDIA GPU and a CUDA build of torch"
         return
-    choice = choose("gate", "cuda", torch.float32)
+    choice = candidate("gate", "cuda", torch.float32)
     if choice.name == "torch":
         yield f"the Triton kernels do not run: {choice.reason}"
 

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-SCORE_INITS = ("default", "N01", "U01")
+from ..choices import SCORE_INITS
 
 
 def check_score_init(mode: object) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import parse_override
+from ..choices import RULES as RULES
 
-RULES = ("magnitude", "value")
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

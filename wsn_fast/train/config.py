@@ -8,18 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
-from wsn_fast.backends.moments import STORAGES
-from wsn_fast.nn.scores import SCORE_INITS
-from wsn_fast.ops import RULES
-from wsn_fast.train.data import DATASETS
-from wsn_fast.train.nets import NETS, default_net
-from wsn_fast.train.streams import KINDS
-
-OPTIMIZERS = ("adam", "adamw", "sgd")
-DEVICES = ("auto", "cpu", "cuda")
-CUDA_GRAPH = ("auto", "off")
+from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
+from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS, default_net
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -73,7 +63,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "data": DATASETS,
         "rule": RULES,
         "score_init": SCORE_INITS,
-        "net": tuple(NETS),
+        "net": NETS,
         "optimizer": OPTIMIZERS,
         "moments": STORAGES,
         "device": DEVICES,
@@ -232,10 +222,18 @@ def resolve(
     settings: dict[str, Any] = {"stream": stream, "data": data, "preset": preset}
     settings["net"] = default_net(data, stream)
     settings |= {**FALLBACK, **table, **PRESETS[preset], **explicit}
-    # A second thread does not make the MLP faster, and it makes it many times slower when the cores are busy.
-    settings.setdefault("threads", 1 if settings["net"] == "mlp" else torch.get_num_threads())
+    if "threads" not in settings:
+        settings["threads"] = _default_threads(settings["net"])
     settings.setdefault("out", f"runs/{stream}-{data}-{preset}-seed{settings['seed']}")
     return from_dict(settings)
+
+
+def _default_threads(net: str) -> int:
+    if net == "mlp":  # a second thread does not make it faster, and many times slower when the cores are busy
+        return 1
+    import torch  # here, so that the command line can say what the settings are without PyTorch
+
+    return torch.get_num_threads()
 
 
 def from_dict(settings: Mapping[str, Any]) -> TrainConfig:

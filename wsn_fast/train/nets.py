@@ -205,23 +205,6 @@ def build(name: str, input_shape: Sequence[int], classes: int) -> Net:
     return NETS[name](input_shape, classes)
 
 
-def default_net(dataset_name: str, stream_kind: str) -> str:
-    """The name of the net for a dataset and a stream. It is the paper's net if the paper has that pair.
-
-    Permuted pixels have no neighbours, and digits are tiny, so both get the MLP.
-
-    Args:
-        dataset_name: Name of the dataset.
-        stream_kind: Kind of the stream.
-
-    Returns:
-        A key of `NETS`.
-    """
-    if stream_kind == "permuted" or dataset_name == "digits":
-        return "mlp"
-    return {"cifar10": "alexnet", "cifar100": "alexnet", "folder": "convnet4"}.get(dataset_name, "lenet")
-
-
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut. The shortcut is a 1x1 convolution where the shape changes."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wsn_fast import CapturedStep
-from wsn_fast.train import checkpoint, config
+from wsn_fast.train import checkpoint, config, paths
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
@@ -295,6 +295,7 @@ class Run:
             "config": asdict(self.settings),
             "fingerprint": self.fingerprint,
             "progress": asdict(self.progress),
+            "paths": paths.in_use(self.device),
         }
         if self._optimizer is not None:
             state["optimizer"], packed = checkpoint.pack_optimizer(self._optimizer.state_dict())
@@ -328,6 +329,9 @@ class Run:
         self.progress = Progress.from_json(loaded.state["progress"], len(self.stream))
         self.wsn.load_state_dict(_part(loaded, "model/"))
         self._best = {name: tensor.to(self.device) for name, tensor in _part(loaded, "best/").items()}
+        if "paths" in loaded.state:  # older checkpoints do not say
+            for difference in paths.take(self.wsn, loaded.state["paths"], self.device):
+                self.console.say(f"{difference}: results may differ by rounding")
         if self.progress.training:
             self._optimizer = make_optimizer(self.wsn, self.settings)
             packed = checkpoint.unpack_optimizer(loaded.state["optimizer"], _part(loaded, "optimizer/"))

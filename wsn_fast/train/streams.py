@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from wsn_fast.train.choices import KINDS
 from wsn_fast.train.data import Dataset
-
-KINDS = ("permuted", "split", "rotated")
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from wsn_fast.backends import native
-from wsn_fast.backends.native import binding
+from wsn_fast.backends.native import binding, shared_library
 from wsn_fast.backends.native.shared_library import NativeLibrary, open_file
 
 ROOT = Path(__file__).parents[3]
@@ -35,9 +35,7 @@ def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(folder: Path) -> None:
-    subprocess.run(
-        ["cmake", "-S", ROOT, "-B", folder, "-DWSN_TESTS=ON", "-DWSN_CUDA=OFF"], check=True, capture_output=True
-    )
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder, "-DWSN_TESTS=ON"], check=True, capture_output=True)
     targets = ["wsn_cpu", "abi_test", "sizes_test", "threads_test"]
     built = subprocess.run(["cmake", "--build", folder, "--target", *targets], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -46,13 +44,13 @@ def build(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def library_file(build_folder: Path) -> Path:
-    return build_folder / binding.INTERFACE.file.name
+    return build_folder / shared_library.FILE.name
 
 
 @pytest.fixture
 def library(library_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeLibrary]:
     """The bindings run on the library just built, whatever is installed."""
-    opened = open_file(library_file, binding.INTERFACE)
+    opened = open_file(library_file)
     assert opened.lib is not None, opened.reason
     for module in (native, binding):
         monkeypatch.setattr(module, "load", lambda: opened)

@@ -13,7 +13,6 @@ from ..mask import GateOrder, GradientOrder, RestoreOrder
 from .tensors import SCORES, Guarded, Source, inside, same, unsigned_zero
 
 SHARES = (0.0, 0.5, 0.97)
-RULES = ("magnitude", "value")
 
 
 class Where(NamedTuple):
@@ -24,6 +23,7 @@ class Where(NamedTuple):
         dtype: of the weights and scores.
         scores: names of :data:`wsn_fast.backends.comparison.tensors.SCORES`.
         sizes: numbers of elements.
+        rules: rules of selection, in turn.
         narrow: the compute dtype of some float32 weights, as under autocast.
     """
 
@@ -31,7 +31,12 @@ class Where(NamedTuple):
     dtype: torch.dtype
     scores: Sequence[str]
     sizes: Sequence[int]
+    rules: Sequence[str] = ("magnitude", "value")
     narrow: torch.dtype = torch.bfloat16
+
+    def rule(self, i: int) -> str:
+        """The rule of the i-th tensor."""
+        return self.rules[i % len(self.rules)]
 
     def compute(self, i: int) -> torch.dtype:
         """The compute dtype of the i-th tensor."""
@@ -59,10 +64,10 @@ def _gates_of(where: Where, source: Source) -> Iterator[_Gate]:
             weight, scores = source.normal(n), SCORES[name](source, n)
             weight[:: max(1, n // 3)] = -0.0
             yield _Gate(
-                f"{name}, {n} elements, {RULES[(i + k) % 2]}",
+                f"{name}, {n} elements, {where.rule(i + k)}",
                 inside(weight.to(where.device, where.dtype)),
                 inside(scores.to(where.device, where.dtype)),
-                RULES[(i + k) % 2],
+                where.rule(i + k),
                 round(SHARES[(i + k) % len(SHARES)] * (n - 1)),
                 where.compute(i + k),
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import torch as portable
 from ..conv_geometry import Geometry, result_shape
 from ..mask import Mask
-from .masks import RULES, Where
+from .masks import Where
 from .tensors import Source, inside, within
 
 SIZES = ((5, 24, 40), (33, 130, 70))
@@ -95,7 +95,7 @@ def linear(module: Any, where: Where) -> Iterator[str]:
     for i, (m, n, k) in enumerate(SIZES):
         for packed in (False, True):
             for backward in (False, True):
-                weight, mask = operands.normal(n, k), operands.mask((n, k), RULES[i % 2], packed)
+                weight, mask = operands.normal(n, k), operands.mask((n, k), where.rule(i), packed)
                 x = operands.normal(m, n if backward else k)
                 bias = None if backward or i == 0 else operands.normal(n)
                 what = f"the product {(m, n, k)} with a mask of {mask.source}{', backward' if backward else ''}"
@@ -109,7 +109,7 @@ def linear_grad(module: Any, where: Where) -> Iterator[str]:
     operands = _Operands(where)
     for i, (m, n, k) in enumerate(SIZES):
         grad, x, weight = operands.normal(m, n), operands.normal(m, k), operands.normal(n, k)
-        arguments = (grad, x, weight, operands.mask((n, k), RULES[i % 2]), True, True)
+        arguments = (grad, x, weight, operands.mask((n, k), where.rule(i)), True, True)
         yield from _compare(
             module.masked_linear_grad, portable.masked_linear_grad, arguments, where.dtype, f"{(m, n, k)}"
         )

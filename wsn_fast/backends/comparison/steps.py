@@ -27,7 +27,7 @@ from ..updates import (
     SGDState,
     Update,
 )
-from .masks import RULES, Where
+from .masks import Where
 from .tensors import Guarded, Source, close, inside, same, unsigned_zero
 
 STEP = AdamW(0.01, 0.9, 0.999, 1e-8, 0.01, True)
@@ -85,7 +85,7 @@ def _cases(name: str, where: Where) -> Iterator[_Case]:
         scores, weight = (source.normal(n).to(device, where.dtype) for _ in range(2))
         compute = where.compute(i)
         grad = inside(source.normal(n).to(device, compute))
-        rule, rank = RULES[i % 2], n // 2
+        rule, rank = where.rule(i), n // 2
         tau, union = portable.threshold(scores, rank, rule), where.union(source, n)
         window = torch.zeros(WINDOW, dtype=torch.int64, device=device)
         following = Next(torch.empty_like(weight, dtype=compute), tau.clone(), rank, window)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GUARD = 64
-"""How many elements lie before and behind a guarded tensor. Whatever the dtype, the tensor stays aligned to 16 bytes."""
+"""How many elements lie before and behind a guarded tensor. It stays aligned to 16 bytes, whatever the dtype."""
 _BYTE = 0x25
 
 

@@ -16,7 +16,6 @@ from .binding import (
     call,
     contiguous,
     dtype_code,
-    load,
     packed_mask,
     pointer,
     rule_code,
@@ -25,6 +24,7 @@ from .binding import (
 )
 from .many import gates, gates_backward, restore_frozen_many
 from .optimizer_steps import adamw_coded_step, adamw_step, gradient_squares, sgd_coded_step, sgd_step
+from .shared_library import load
 
 __all__ = [
     "OPERATIONS",

@@ -1,8 +1,9 @@
 """The optional native CPU library (``csrc/cpu``): its functions, the checks of their arguments, and the call.
 
-If the library is missing, :func:`load` does not raise an error; its result gives the reason. This module checks every
-pointer that reaches C for dtype, device, contiguity and size. A call uses up to ``torch.get_num_threads()`` threads.
-They come from a pool that belongs to the library and sleeps between calls.
+If the library is missing, :func:`~wsn_fast.backends.native.load` does not raise an error; its result gives the reason.
+This module checks every pointer that reaches C for dtype, device, contiguity and size. A call uses up to
+``torch.get_num_threads()`` threads: those of PyTorch's OpenMP team, or of a pool that belongs to the library and sleeps
+between calls.
 
 The checks raise ``TypeError`` or ``ValueError`` when a tensor has another kind, device or shape than the operation
 needs, and name the argument. :func:`call` raises ``RuntimeError`` if the library is missing, and says why.
@@ -10,55 +11,13 @@ needs, and name the argument. :func:`call` raises ``RuntimeError`` if the librar
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
 import torch
 from torch import Tensor
 
-from .shared_library import INT, POINTER, SIZE, Interface, NativeLibrary, load_installed
+from .shared_library import load
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _RULES = {"magnitude": 0, "value": 1}
-_INSTRUCTIONS = ("plain instructions", "AVX2", "AVX-512")
-
-
-def _instructions(lib: ctypes.CDLL) -> str:
-    lib.wsn_limit_instructions.argtypes = [INT]
-    return f", using {_INSTRUCTIONS[lib.wsn_limit_instructions(-1)]}"
-
-
-INTERFACE = Interface(
-    name="wsn_cpu",
-    prefix="wsn",
-    abi_version=6,  # WSN_ABI_VERSION of csrc/include/wsn_fast.h
-    signatures={
-        "wsn_threshold": [POINTER, INT, SIZE, SIZE, INT, POINTER, INT],
-        "wsn_keep": [POINTER, INT, POINTER, INT, POINTER, POINTER, SIZE, INT],
-        "wsn_gate": [POINTER, INT, POINTER, INT, POINTER, INT, POINTER, INT, POINTER, SIZE, INT],
-        "wsn_gates": [POINTER, SIZE, INT],
-        "wsn_gate_packed": [POINTER, INT, POINTER, POINTER, INT, SIZE, INT],
-        "wsn_gate_backward": [POINTER, INT] * 3 + [POINTER, INT, POINTER, POINTER, POINTER, SIZE, INT],
-        "wsn_gates_backward": [POINTER, SIZE, INT],
-        "wsn_restore_frozen": [POINTER, POINTER, POINTER, INT, SIZE, INT],
-        "wsn_restore_frozen_many": [POINTER, SIZE, INT],
-        "wsn_adamw_step": [POINTER, SIZE, INT],
-        "wsn_sgd_step": [POINTER, SIZE, INT],
-        "wsn_gradient_squares": [POINTER, SIZE, POINTER, INT],
-        "wsn_pack_bits": [POINTER, SIZE, POINTER, INT],
-        "wsn_unpack_bits": [POINTER, SIZE, POINTER, INT],
-        "wsn_or_bits": [POINTER, POINTER, SIZE, INT],
-        "wsn_union_bits": [POINTER, SIZE, SIZE, POINTER, INT],
-        "wsn_popcount_bits": [POINTER, SIZE, POINTER, INT],
-    },
-    describe=_instructions,
-)
-
-
-@functools.cache
-def load() -> NativeLibrary:
-    """The library of this installation; see :func:`wsn_fast.backends.native.shared_library.load_installed`."""
-    return load_installed(INTERFACE)
 
 
 # --- checks, and the call ---------------------------------------------------------------------------------------------

@@ -1,18 +1,46 @@
-"""Finds, opens and checks a shared library of ``csrc/``. If a library is missing or has another ABI version, no error
-is raised: the result has no library, and gives the reason."""
+"""Finds, opens and checks the shared library of ``csrc/``. If it is missing or has another ABI version, no error is
+raised: the result has no library, and gives the reason."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
+ABI_VERSION = 6  # WSN_ABI_VERSION of csrc/include/wsn_fast.h
+
+SIGNATURES = {
+    "wsn_threshold": [POINTER, INT, SIZE, SIZE, INT, POINTER, INT],
+    "wsn_keep": [POINTER, INT, POINTER, INT, POINTER, POINTER, SIZE, INT],
+    "wsn_gate": [POINTER, INT, POINTER, INT, POINTER, INT, POINTER, INT, POINTER, SIZE, INT],
+    "wsn_gates": [POINTER, SIZE, INT],
+    "wsn_gate_packed": [POINTER, INT, POINTER, POINTER, INT, SIZE, INT],
+    "wsn_gate_backward": [POINTER, INT] * 3 + [POINTER, INT, POINTER, POINTER, POINTER, SIZE, INT],
+    "wsn_gates_backward": [POINTER, SIZE, INT],
+    "wsn_restore_frozen": [POINTER, POINTER, POINTER, INT, SIZE, INT],
+    "wsn_restore_frozen_many": [POINTER, SIZE, INT],
+    "wsn_adamw_step": [POINTER, SIZE, INT],
+    "wsn_sgd_step": [POINTER, SIZE, INT],
+    "wsn_gradient_squares": [POINTER, SIZE, POINTER, INT],
+    "wsn_pack_bits": [POINTER, SIZE, POINTER, INT],
+    "wsn_unpack_bits": [POINTER, SIZE, POINTER, INT],
+    "wsn_or_bits": [POINTER, POINTER, SIZE, INT],
+    "wsn_union_bits": [POINTER, SIZE, SIZE, POINTER, INT],
+    "wsn_popcount_bits": [POINTER, SIZE, POINTER, INT],
+}
+"""The types of the arguments of every function that returns an error code."""
+
+_INSTRUCTIONS = ("plain instructions", "AVX2", "AVX-512")
 _PREFIX, _SUFFIX = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(sys.platform, ("lib", ".so"))
+
+FILE = Path("_lib", f"{_PREFIX}wsn_cpu{_SUFFIX}")
+"""The path of the library inside the package."""
 
 
 class NativeLibrary(NamedTuple):
@@ -22,41 +50,18 @@ class NativeLibrary(NamedTuple):
     reason: str
 
 
-class Interface(NamedTuple):
-    """What a shared library has to offer.
-
-    Attributes:
-        name: the name of the library, without the prefix and the suffix of the platform.
-        prefix: the prefix of its functions. ``<prefix>_abi_version`` and ``<prefix>_error_message`` must be among them.
-        abi_version: the version that ``<prefix>_abi_version`` must return.
-        signatures: the types of the arguments of every function that returns an error code.
-        describe: called with the library, it declares whatever else is needed, and returns what to add to the reason.
-    """
-
-    name: str
-    prefix: str
-    abi_version: int
-    signatures: Mapping[str, list[Any]]
-    describe: Callable[[ctypes.CDLL], str] = lambda lib: ""
-
-    @property
-    def file(self) -> Path:
-        """The path of the library inside the package."""
-        return Path("_lib", f"{_PREFIX}{self.name}{_SUFFIX}")
-
-
-def load_installed(interface: Interface) -> NativeLibrary:
+@functools.cache
+def load() -> NativeLibrary:
     """The library of this installation: the first file that loads, else the reason why there is none."""
-    files = [root / interface.file for root in package_roots() if (root / interface.file).is_file()]
-    found = [open_file(path, interface) for path in files]
+    found = [open_file(root / FILE) for root in package_roots() if (root / FILE).is_file()]
     for library in found:
         if library.lib is not None:
             return library
-    return found[0] if found else NativeLibrary(None, f"no native library: {interface.file} is not installed")
+    return found[0] if found else NativeLibrary(None, f"no native library: {FILE} is not installed")
 
 
-def open_file(path: Path, interface: Interface) -> NativeLibrary:
-    """Load one file, check its ABI version and declare its functions. This needs no GPU.
+def open_file(path: Path) -> NativeLibrary:
+    """Load one file, check its ABI version and declare its functions.
 
     Returns:
         The library; or ``None`` with the reason: the file cannot be loaded on this platform, its ABI version is
@@ -64,20 +69,20 @@ def open_file(path: Path, interface: Interface) -> NativeLibrary:
     """
     try:
         lib = ctypes.CDLL(str(path))
-        version = getattr(lib, f"{interface.prefix}_abi_version")()
-        if version != interface.abi_version:
-            return NativeLibrary(None, f"{path} has ABI version {version}, this package needs {interface.abi_version}")
-        message = getattr(lib, f"{interface.prefix}_error_message")
-        message.argtypes, message.restype = [INT], ctypes.c_char_p
-        for name, signature in interface.signatures.items():
+        version = lib.wsn_abi_version()
+        if version != ABI_VERSION:
+            return NativeLibrary(None, f"{path} has ABI version {version}, this package needs {ABI_VERSION}")
+        lib.wsn_error_message.argtypes, lib.wsn_error_message.restype = [INT], ctypes.c_char_p
+        for name, signature in SIGNATURES.items():
             function = getattr(lib, name)
             function.argtypes, function.restype = signature, INT
-        details = interface.describe(lib)
+        lib.wsn_limit_instructions.argtypes = [INT]
+        instructions = _INSTRUCTIONS[lib.wsn_limit_instructions(-1)]
     except OSError as error:
         return NativeLibrary(None, f"{path} cannot be loaded: {error}")
     except (AttributeError, IndexError) as error:
         return NativeLibrary(None, f"{path} lacks a function, or is another library: {error}")
-    return NativeLibrary(lib, f"loaded from {path}{details}")
+    return NativeLibrary(lib, f"loaded from {path}, using {instructions}")
 
 
 def package_roots() -> Iterator[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wsn_fast.train.choices import DATASETS
 from wsn_fast.train.data.cifar import load_cifar
 from wsn_fast.train.data.dataset import Dataset
 from wsn_fast.train.data.files import DataError
@@ -18,8 +19,6 @@ from wsn_fast.train.data.idx import load_idx
 from wsn_fast.train.data.image_folder import load_image_folder
 
 __all__ = ["DATASETS", "DataError", "Dataset", "load"]
-
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder")
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:

@@ -1,0 +1,149 @@
+"""What the commands ``train``, ``eval`` and ``report`` do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from wsn_fast import ForgottenError
+from wsn_fast.train import config, page, records
+from wsn_fast.train.checkpoint import CheckpointError
+from wsn_fast.train.evaluation import evaluate_run
+from wsn_fast.train.report import NUMBERS, Console, differences, in_words, plot, table
+from wsn_fast.train.run import Run
+from wsn_fast.train.safe_files import read_json
+
+_FAILURES = (
+    ValueError, OSError, ImportError, CheckpointError, FloatingPointError, ForgottenError, torch.OutOfMemoryError,
+    MemoryError,
+)  # fmt: skip
+# The options of `train` that are not settings.
+_NO_SETTINGS = ("command", "debug", "quiet", "resume", "checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a command; returns its exit code. A failure that a user can understand is one line, not a traceback.
+
+    Args:
+        args: what the parser of ``wsn-fast`` made; ``command`` is the name of the command.
+    """
+    try:
+        return _COMMANDS[args.command](args)
+    except BrokenPipeError:
+        raise
+    except (*_FAILURES, RuntimeError) as error:
+        # PyTorch has no class of its own for a CPU without memory.
+        if args.debug or not (isinstance(error, _FAILURES) or "allocate memory" in str(error)):
+            raise
+        print(f"wsn-fast: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, (FloatingPointError, ForgottenError)) else 2
+
+
+def _train(args: argparse.Namespace) -> int:
+    console = Console(quiet=args.quiet)
+    given = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
+    if args.resume is None:
+        if args.checkpoint is not None:
+            raise ValueError("--checkpoint: expected together with --resume RUN")
+        run = Run.start(config.resolve(**given), console)
+    else:
+        places = {"data_dir": given.pop("data_dir"), "device": given.pop("device")}
+        extra = [name for name, value in given.items() if value is not None]
+        if extra:
+            raise ValueError(f"--resume: the settings are those of the run, got {', '.join(extra)} as well")
+        run = Run.resume(Path(args.resume), console, name=args.checkpoint, **places)
+    settings = run.settings
+    console.say(
+        f"{settings.stream} {settings.data}: {settings.tasks} tasks, {settings.net}, "
+        f"density {settings.density:g}, rule {settings.rule}, {run.device}, in {run.folder}"
+    )
+    try:
+        results = run.finish()
+    except KeyboardInterrupt:
+        print(f"wsn-fast: interrupted; `wsn-fast train --resume {run.folder}` continues", file=sys.stderr)
+        return 130
+    finally:
+        console.close()
+    console.say(in_words(results))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    folder = Path(args.run)
+    measured = evaluate_run(folder, name=args.checkpoint, data_dir=args.data_dir, device=args.device)
+    tasks = len(measured["reuse"])
+    print(f"{tasks} of {measured['config']['tasks']} tasks finished, all verified to the bit")
+    for task, accuracy in zip(measured["reuse"], measured["accuracy_matrix"][-1], strict=True):
+        print(
+            f"task {task['task']}: test accuracy {accuracy:.2f} %, density {task['density']:.2f} %, "
+            f"reuse {task['reuse']:.2f} %, new {task['new']:.2f} %"
+        )
+    print(in_words(measured))
+    path = folder / "results.json"
+    if not path.is_file():
+        print(f"nothing to compare with: there is no {path}")
+        return 0
+    lines = differences(_read_results(folder), measured)
+    for line in lines:
+        print(f"wsn-fast: differs: {line}", file=sys.stderr)
+    if not lines:
+        print(f"every number is that of {path}")
+    return 1 if lines else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    runs, problems = [], []
+    for name in dict.fromkeys(args.runs):
+        try:
+            runs.append(records.read(name))
+        except Exception as error:  # whatever is wrong with one run, the others are reported
+            problems.append(str(error) if isinstance(error, (OSError, ValueError)) else f"{name}: {error!r}")
+    for run in runs:
+        try:
+            if run.finished and run.results is not None:
+                plot(run.results, Path(run.name))
+        except Exception as error:
+            problems.append(f"{run.name}: its plots cannot be drawn: {error}")
+    for line in problems:
+        print(f"wsn-fast: error: {line}", file=sys.stderr)
+    if not runs:
+        return 2
+    measured = {run.name: run.results for run in runs if run.results is not None}
+    for run in runs:
+        for note in run.notes:
+            print(f"wsn-fast: note: {note}", file=sys.stderr)
+    if measured:
+        print(table(measured))
+    for run in runs:
+        if run.results is None:
+            print(f"{run.name}: no task has been finished yet")
+    path = Path(args.html or (Path(runs[0].name) / "report.html" if len(args.runs) == 1 else "wsn-fast-report.html"))
+    page.write(path, runs, problems)
+    print(f"all of it in {path}")
+    return 2 if problems else 0
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    if not path.is_file():
+        way_on = f"; `wsn-fast train --resume {folder}` finishes it" if (folder / "config.json").is_file() else ""
+        raise FileNotFoundError(f"{folder} holds no finished run: there is no {path}{way_on}")
+    try:
+        results: dict[str, Any] = read_json(path)
+        missing = {"config", *NUMBERS} - results.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(sorted(missing))}")
+    return results
+
+
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = MappingProxyType(
+    {"train": _train, "eval": _eval, "report": _report}
+)
