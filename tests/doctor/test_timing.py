@@ -133,6 +133,11 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(times) for times in turns.times.values()] == [4, 4]
 
 
+def test_no_round_begins_after_the_end() -> None:
+    turns = timing.in_turns({"a": [lambda: None]}, CPU, seconds=1.0, until=0.0)
+    assert len(turns.times["a"]) == 1
+
+
 def test_a_ratio_is_the_median_over_the_rounds() -> None:
     turns = timing.Turns({"a": [2.0, 9.0, 6.0], "b": [1.0, 1.0, 2.0]}, {"a": "host", "b": "host"})
     assert turns.ratio("a", "b") == 3.0  # of 2, 9 and 3: the medians have the ratio 6

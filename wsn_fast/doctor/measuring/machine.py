@@ -27,6 +27,7 @@ def facts(device: torch.device) -> dict[str, object]:
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -62,13 +62,14 @@ def times(
     rows = []
     for n in sizes:
         for name in OPERATIONS:
-            measure = partial(_row, name, n, device, copy, seconds)
+            measure = partial(_row, name, n, device, copy, (seconds, attempts.deadline))
             row = attempts.attempt(f"{name} of {n} elements on {device}", measure)
             rows += [] if row is None else [row]
     return rows
 
 
-def _row(name: str, n: int, device: torch.device, copy: Copy | None, seconds: float) -> dict[str, Any]:
+def _row(name: str, n: int, device: torch.device, copy: Copy | None, time: tuple[float, float]) -> dict[str, Any]:
+    """The row of a primitive. ``time`` has the seconds of measuring, and the end of all measuring."""
     operation, dtype = OPERATIONS[name], compute_dtype(device)
     chosen = choose(name, device, torch.float32 if operation.typed else None)
     moved = operation.bytes_each(torch.float32.itemsize, dtype.itemsize, TASKS) * n
@@ -80,7 +81,7 @@ def _row(name: str, n: int, device: torch.device, copy: Copy | None, seconds: fl
             for which, module in {"chosen": chosen.backend, "torch": portable}.items()
             if which == "chosen" or chosen.name != "torch"
         }
-        turns = in_turns(calls, device, seconds=seconds)
+        turns = in_turns(calls, device, seconds=time[0], until=time[1])
     row = {
         "operation": name, "elements": n, "dtype": dtype_name(dtype if operation.typed else None),
         "backend": chosen.name, "bytes": moved, "time": quantiles(turns.timing("chosen")),

@@ -75,7 +75,7 @@ def _summary(device: Mapping[str, Any]) -> Html:
     sentences.append(
         f"The tuning table {digest} is in use."
         if digest
-        else "No tuning table is in use. python -m wsn_fast.doctor --tune measures one."
+        else Html("No tuning table is in use. <code>python -m wsn_fast.doctor --tune</code> measures one.")
     )
     return fill("<h3>$name</h3>\n$list", name=device["name"], list=_list(filter(None, sentences)))
 
@@ -128,7 +128,7 @@ def _steps(rows: Sequence[Mapping[str, Any]]) -> Html:
     if not rows:
         return Html("<p>None was measured.</p>\n")
     memory = any(row["peak_bytes_per_weight"] is not None for row in rows)
-    head = ["step", "median, ms", "p20 to p80, ms", "x dense", "x eager", *["peak bytes per weight"] * memory]
+    head = ["step", "median, ms", "x dense", "x eager", *["peak bytes per weight"] * memory, "p20 to p80, ms", "rounds"]
     tables = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         of_shape = [row for row in rows if row["shape"] == shape]
@@ -136,8 +136,8 @@ def _steps(rows: Sequence[Mapping[str, Any]]) -> Html:
         cells = [
             [
                 row["step"], _bar(row["time"]["median_us"] / 1e3, row["time"]["median_us"] / longest),
-                _span(row["time"], 1e-3), fixed(row["x_dense"]), fixed(row["x_eager"]),
-                *[fixed(row["peak_bytes_per_weight"], 1)] * memory,
+                fixed(row["x_dense"]), fixed(row["x_eager"]), *[fixed(row["peak_bytes_per_weight"], 1)] * memory,
+                _span(row["time"], 1e-3), row["time"]["repeats"],
             ]
             for row in of_shape
         ]  # fmt: skip
@@ -164,19 +164,29 @@ def _span(time: Mapping[str, Any], factor: float = 1.0) -> Html:
 def _operations(rows: Sequence[Mapping[str, Any]], copy: Mapping[str, Any] | None) -> Html:
     if not rows:
         return Html("<p>None was measured.</p>\n")
-    head = ["operation", "backend", "median, us", "p20 to p80, us", "floor, us", "x floor", "torch, us", "x torch"]
+    head = [
+        "operation",
+        "median, us",
+        "x floor",
+        "x torch",
+        "backend",
+        "p20 to p80, us",
+        "floor, us",
+        "torch, us",
+        "rounds",
+    ]
     tables = []
     for size in sorted({row["elements"] for row in rows}):
         cells = [
             [
-                row["operation"], row["backend"], _digits(row["time"]["median_us"]), _span(row["time"]),
-                _or_none(row["floor_us"]), _or_none(row["x_floor"]),
-                NONE if row["torch"] is None else _digits(row["torch"]["median_us"]), _or_none(row["x_torch"]),
+                row["operation"], _digits(row["time"]["median_us"]), _or_none(row["x_floor"]), _or_none(row["x_torch"]),
+                row["backend"], _span(row["time"]), _or_none(row["floor_us"]),
+                NONE if row["torch"] is None else _digits(row["torch"]["median_us"]), row["time"]["repeats"],
             ]
             for row in rows
             if row["elements"] == size
         ]  # fmt: skip
-        tables.append(table(f"{size:,} elements", head, cells, (0, 1)))
+        tables.append(table(f"{size:,} elements", head, cells, (0, 4)))
     speed = Html("") if copy is None else fill("<p>A large copy moves $gb GB/s.</p>\n", gb=_digits(copy["gb_per_s"]))
     return join([speed, *tables, _terms(OPERATION_TERMS)])
 
