@@ -14,7 +14,7 @@ import torch
 from ...backends import tables
 from .. import checking, findings
 from ..measuring import machine
-from ..measuring.attempts import Attempts
+from ..measuring.attempts import Attempts, Say, say_at_once
 from ..measuring.scrub import scrubbed
 from ..measuring.shapes import LinearShape
 from . import operations, steps
@@ -22,7 +22,6 @@ from . import operations, steps
 FORMAT = 1
 SHARE = 0.6
 """Of the time of a device, for training steps."""
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def plan_of(device: torch.device) -> Plan:
 def collect(
     devices: Sequence[torch.device],
     minutes: float,
-    say: Say = print,
+    say: Say = say_at_once,
     plan: Callable[[torch.device], Plan] = plan_of,
 ) -> dict[str, Any]:
     """Everything that a report says.

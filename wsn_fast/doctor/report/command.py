@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...backends.cache_folder import write_text
+from ..measuring.attempts import Say, say_at_once
 from . import page
 from .collect import Plan, collect, plan_of
 
@@ -24,7 +24,7 @@ def main(
     devices: Sequence[torch.device],
     folder: Path,
     minutes: float,
-    say: Callable[[str], Any] = print,
+    say: Say = say_at_once,
     plan: Callable[[torch.device], Plan] = plan_of,
 ) -> int:
     """Write both files. Return 1 if they cannot be written, else 0.
