@@ -134,7 +134,7 @@ def tune(
     if table.obstacle:
         say(f"nothing was measured: {table.obstacle}")
         return 1
-    say(f"{device}: {table.name}, at most {minutes:g} minutes")
+    say(f"{device}: {table.name}, for at most {minutes:.3g} min")
     status = 0
     try:
         measure(device, table, time.monotonic() + 60 * minutes, sweep)
