@@ -302,3 +302,18 @@ def test_doctor_names_every_operation_and_says_why() -> None:
     assert [finding.subject for finding in found] == [*backends.PRIMITIVES]
     assert all(finding.reason for finding in found)
     assert "native library" in findings.report()
+
+
+@needs_triton
+def test_no_operation_of_a_backend_needs_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a backend has is chosen where it can run. Layers ask for the products where a table says so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(availability, "_obstacle", functools.cache(lambda index: ""))
+    from wsn_fast.backends import triton
+
+    for operation in backends.PRIMITIVES:
+        assert (choose(operation, "cuda", torch.float32).name == "triton") == hasattr(triton, operation), operation
+        if native.load().lib is not None:
+            assert (choose(operation, "cpu", torch.float32).name == "native") == (operation in native.OPERATIONS)

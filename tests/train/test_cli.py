@@ -79,7 +79,10 @@ ERRORS = [
     (["train", "--out", "{used}"], "--resume {used}"),
     (["train", "--data", "mnist", "--out", "{new}"], "'mnist' is read from a folder"),
     (["train", "--data", "mnist", "--data-dir", "{new}", "--out", "{new}"], "{new}: not a folder"),
-    (["train", "split", "--tasks", "3", "--out", "{new}"], "3 does not divide the 10 classes"),
+    (
+        ["train", "split", "--tasks", "3", "--out", "{new}"],
+        "3 does not divide the 10 classes of 'digits'; 1, 2, 5, 10 do",
+    ),
     (["train", "--resume", "{new}"], "{new} holds no run"),
     (["train", "--resume", "{used}", "--epochs", "9"], "epochs"),
     (["train", "--resume", "{used}", "--checkpoint", "000099.safetensors"], "'000099.safetensors'"),

@@ -87,6 +87,17 @@ def test_the_table_has_the_numbers_of_run_and_paper_in_columns() -> None:
     assert lines[2].split()[-2:] == ["-", "-"]
 
 
+@pytest.mark.parametrize("columns", [30, 60, 100])
+def test_a_table_fits_a_narrow_terminal(columns: int) -> None:
+    runs = {"runs/a": results(batch_size=64), "b": results(density=0.2)}
+    text = report.table(runs, columns)
+    assert max(map(len, text.splitlines())) <= columns
+    words = " ".join(text.split())
+    assert "runs/a permuted mnist x10 paper c 0.3, ACC 94.50, BWT 0.00" in words
+    assert "CAP* 88.50, paper: ACC 96.41, paper: CAP 77.73, differs in batch_size 64 (paper: 10)" in words
+    assert report.table(runs, 1000) == report.table(runs), "a wide one has columns"
+
+
 def test_differences_are_exact_and_named() -> None:
     stored, measured = results(), results()
     assert report.differences(stored, measured) == []

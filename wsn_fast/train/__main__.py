@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -46,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return commands.run(args)
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("wsn-fast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt this line
+        print("; ".join(("wsn-fast: interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there again when it ends

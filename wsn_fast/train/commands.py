@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,8 +67,7 @@ def _train(args: argparse.Namespace) -> int:
     try:
         results = run.finish()
     except KeyboardInterrupt:
-        print(f"wsn-fast: interrupted; `wsn-fast train --resume {run.folder}` continues", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"`wsn-fast train --resume {run.folder}` continues") from None
     finally:
         console.close()
     console.say(in_words(results))
@@ -119,7 +119,7 @@ def _report(args: argparse.Namespace) -> int:
         for note in run.notes:
             print(f"wsn-fast: note: {note}", file=sys.stderr)
     if measured:
-        print(table(measured))
+        print(table(measured, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for run in runs:
         if run.results is None:
             print(f"{run.name}: no task has been finished yet")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from types import MappingProxyType
 from typing import Any
 
@@ -214,8 +216,13 @@ def beside_paper(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
     return *row, ", ".join(other)
 
 
-def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table of runs as text. A run with the paper's setting has the paper's numbers beside its own."""
+def table(runs: Mapping[str, Mapping[str, Any]], columns: int | None = None) -> str:
+    """A table of runs as text. A run with the paper's setting has the paper's numbers beside its own.
+
+    Args:
+        runs: the results of runs by name.
+        columns: characters of a line. A table that is wider becomes a paragraph for each run. None means any number.
+    """
     rows = [("run", "setting", "c", "ACC", "BWT", "FWT", "CAP", "CAP*", "paper: ACC", "CAP", "differs in")]
     for name, results in runs.items():
         settings, paper = results["config"], beside_paper(results)
@@ -228,6 +235,10 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
         beside = (f"{paper[0]:.2f}", f"{paper[1]:.2f}", paper[2]) if paper else ("-", "-", "")
         rows.append((name, stream, f"{settings['density']:g}", acc, bwt, fwt, cap, measured, *beside))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if columns is not None and sum(widths) + 2 * len(widths) - 2 > columns:
+        return "\n\n".join(
+            [*(_paragraph(rows[0], row, columns) for row in rows[1:]), "\n".join(wrap(_CAPTION, columns))]
+        )
     left = (0, 1, 10)
     lines = [
         "  ".join(
@@ -236,8 +247,25 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
         ).rstrip()
         for row in rows
     ]
-    lines.append("In percent. CAP with the paper's constant mask compression of 78 %, CAP* with the measured one.")
-    return "\n".join(lines)
+    return "\n".join([*lines, _CAPTION])
+
+
+_CAPTION = "In percent. CAP with the paper's constant mask compression of 78 %, CAP* with the measured one."
+
+
+def _paragraph(names: Sequence[str], values: Sequence[str], columns: int) -> str:
+    """A row of a table as lines of ``columns`` characters: its name, its setting, and its numbers with their names."""
+    numbers = [
+        f"{'paper: ' * (name == names[9] and i == 9)}{name} {value}"
+        for i, (name, value) in enumerate(zip(names, values, strict=True))
+        if i > 1 and value not in ("", "-")
+    ]
+    text = [values[0], values[1], ", ".join(numbers)]
+    return "\n".join(
+        line
+        for i, part in enumerate(text)
+        for line in wrap(part, columns, initial_indent="  " * (i > 0), subsequent_indent="    ")
+    )
 
 
 # --- plots ------------------------------------------------------------------------------------------------
@@ -249,7 +277,10 @@ def plot(results: Mapping[str, Any], folder: Path) -> None:
 
 # --- while it works -----------------------------------------------------------------------------------------
 class Console:
-    """Shows the progress of a run: bars on a terminal, a line per task elsewhere, and nothing if ``quiet``."""
+    """Shows the progress of a run: bars on a terminal, a line per task elsewhere, and nothing if ``quiet``.
+
+    A run goes on without words when nobody reads them any more (``wsn-fast train | head -1``).
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -257,15 +288,21 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line, unless quiet."""
-        if not self._quiet:
+        if self._quiet:
+            return
+        try:
             print(text, flush=True)
+        except BrokenPipeError:
+            self._quiet = True
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python writes the rest there when it ends
 
     def task_started(self, task: int, tasks: int, epochs: int, batches: int, done: int) -> None:
         """A task of ``epochs`` times ``batches`` steps begins, or continues after ``done`` epochs."""
         if not self._quiet and sys.stderr.isatty():
             self._bar = tqdm(
                 total=epochs * batches, initial=done * batches, desc=f"task {task} ({task + 1}/{tasks})", unit="batch",
-                leave=False,
+                leave=False, dynamic_ncols=True,
             )  # fmt: skip
 
     def step(self) -> None:

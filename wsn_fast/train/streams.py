@@ -91,7 +91,11 @@ class TaskStream(Sequence[TaskData]):
         if not isinstance(val_fraction, int | float) or not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction: expected a number in [0, 1), got {val_fraction!r}")
         if kind == "split" and dataset.classes % tasks:
-            raise ValueError(f"tasks: {tasks} does not divide the {dataset.classes} classes of {dataset.name!r}")
+            divisors = [str(n) for n in range(1, dataset.classes + 1) if dataset.classes % n == 0]
+            raise ValueError(
+                f"tasks: {tasks} does not divide the {dataset.classes} classes of {dataset.name!r}; "
+                f"{', '.join(divisors)} do"
+            )
         self.kind = kind
         self.task_ids = list(range(tasks))
         self._dataset, self._seed = dataset, seed
