@@ -128,6 +128,26 @@ def test_the_tiles_of_the_elementwise_kernels_are_checked_and_measured() -> None
     interpreted(TILES)
 
 
+CALLED = """
+import sys, torch
+from wsn_fast.backends import triton
+from wsn_fast.doctor.measuring.operations import OPERATIONS, Operands
+from wsn_fast.doctor.measuring.weights import Weight
+names = [name for name in OPERATIONS if hasattr(triton, name) and name.endswith("_step") == (sys.argv[1] == "steps")]
+for name in names:
+    operands = Operands(triton, Weight.random((100,), torch.device("cpu"), 2), torch.float32, 2)
+    call = OPERATIONS[name].prepare(operands)
+    call(), call()
+assert len(names) == (4 if sys.argv[1] == "steps" else 13), names
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("which", ["others", pytest.param("steps", marks=pytest.mark.ci)])
+def test_every_operation_can_be_called_on_the_kernels(which: str) -> None:
+    interpreted(CALLED, which)
+
+
 @needs_triton
 def test_a_kernel_that_writes_nothing_gets_no_entry(stand_in: Any, tmp_path: Path) -> None:
     """Over the stand-in Triton compiles and launches, and no result is right."""

@@ -6,7 +6,9 @@ import datetime
 import os
 import platform
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -40,6 +42,11 @@ def facts(device: torch.device) -> dict[str, object]:
             **gpu_state(getattr(properties, "uuid", None)),
         }
     return found
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which the device is the current one, as streams, events and graphs need it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def model_of(device: torch.device) -> str:

@@ -83,7 +83,8 @@ def collect(
     }
     for i, device in enumerate(devices):
         attempts.deadline = begin + 60 * minutes * (i + 1) / len(devices)
-        report["devices"].append(_device(device, attempts, plan(device), say))
+        with machine.current(device):
+            report["devices"].append(_device(device, attempts, plan(device), say))
     report["advice"] = [scrubbed(line) for line in findings.advice()]
     report["not_measured"] = attempts.not_measured
     report["seconds"] = round(time.monotonic() - begin, 1)

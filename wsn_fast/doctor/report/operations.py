@@ -17,6 +17,8 @@ from ..measuring.timing import Timing, Turns, in_turns, time_calls
 from ..measuring.weights import Weight, compute_dtype, input_sets
 
 PIECES, TASKS = 8, 5
+SETS = 4
+"""Of operands, at most: a small GPU has room for them."""
 
 
 class Copy(NamedTuple):
@@ -73,7 +75,7 @@ def _row(name: str, n: int, device: torch.device, copy: Copy | None, time: tuple
     operation, dtype = OPERATIONS[name], compute_dtype(device)
     chosen = choose(name, device, torch.float32 if operation.typed else None)
     moved = operation.bytes_each(torch.float32.itemsize, dtype.itemsize, TASKS) * n
-    weights = [Weight.random((n,), device, TASKS) for _ in range(input_sets(moved, device))]
+    weights = [Weight.random((n,), device, TASKS) for _ in range(input_sets(moved, device, SETS))]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         calls = {

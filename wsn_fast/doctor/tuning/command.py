@@ -137,7 +137,8 @@ def tune(
     say(f"{device}: {table.name}, for at most {minutes:.3g} min")
     status = 0
     try:
-        measure(device, table, time.monotonic() + 60 * minutes, sweep)
+        with machine.current(device):
+            measure(device, table, time.monotonic() + 60 * minutes, sweep)
     except KeyboardInterrupt:
         table.not_measured.append("what comes after this line: the tuner was stopped")
         status = 130
