@@ -83,7 +83,7 @@ def _summary(device: Mapping[str, Any]) -> Html:
 def _steps_in_short(steps: Sequence[Mapping[str, Any]]) -> str:
     ours = [row for row in steps if row["step"] == "ours, one pass" and row["x_dense"] is not None]
     if not ours:
-        return "No training step was measured."
+        return "The one-pass training step was not measured."
     last = ours[-1]
     beside = f" and {last['x_eager']:.2f} times as long as the best eager one" if last["x_eager"] is not None else ""
     return (
