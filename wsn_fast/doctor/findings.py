@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
-from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, candidate, comparison, native, trust
+from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, candidate, comparison, native, tables, trust
 from .advice import advice
 
 PACKAGES = ("torch", "numpy", "triton")
@@ -63,10 +63,16 @@ def routes(device: torch.device) -> Iterator[Finding]:
         yield Finding(operation, choice.name, choice.reason + reason)
 
 
+def tuning(device: torch.device) -> Iterator[Finding]:
+    """The tuning tables of a device: which are in use, and why others are not."""
+    found = tables.of(tables.device_name(device))
+    yield Finding("tuning table", found.digest or "none", "; ".join(found.notes) or "--tune measures one")
+
+
 def report() -> str:
     """The whole report."""
     sections = [("installation", list(installation()))]
-    sections += [(f"{device}: {name}", list(routes(device))) for device, name in devices()]
+    sections += [(f"{device}: {name}", [*routes(device), *tuning(device)]) for device, name in devices()]
     width = max(len(finding.subject) for _, findings in sections for finding in findings)
     lines = []
     for title, findings in sections:
