@@ -117,6 +117,7 @@ def problem(words: list[str]) -> str:
         "python",
         "python3",
         "bash",
+        "torchrun",
         "ruff",
         "mypy",
         "pytest",

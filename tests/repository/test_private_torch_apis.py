@@ -252,16 +252,42 @@ def in_parallel() -> None:
         _ddp_params_and_buffers_to_ignore = ("bias",)
         active: Any = None
 
+        def __init__(self) -> None:
+            super().__init__(1, 1)
+            self.register_buffer("other", torch.zeros(1))
+
         def forward(self, x: Tensor) -> Tensor:
             self.active = [DistributedDataParallel._get_active_ddp_module()]
             return super().forward(x)
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        ddp = DistributedDataParallel(model := Model(1, 1))
+        ddp = DistributedDataParallel(model := Model())
         ddp(torch.zeros(1, 1))
         assert model.active == [ddp] and DistributedDataParallel._get_active_ddp_module() is None
         assert [p is model.weight for p in ddp._module_parameters] == [True]
+        assert ddp.parameters_to_ignore == {"bias"} and ddp.will_sync_module_buffers()
+        ddp.parameters_to_ignore |= {"other"}
+        ddp._assign_modules_buffers()
+        assert not ddp.will_sync_module_buffers()
+        ddp(torch.zeros(1, 1))
+        assert not ddp._join_config.enable
+        with ddp.join():
+            assert ddp._join_config.enable
+        assert ddp.mixed_precision is None and not ddp.static_graph and ddp.require_backward_grad_sync
+    finally:
+        dist.destroy_process_group()
+
+
+def steps_in_backward() -> None:
+    import torch.distributed as dist
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for overlap in (False, True):
+            zero = ZeroRedundancyOptimizer(nn.Linear(1, 1).parameters(), torch.optim.Adam, overlap_with_ddp=overlap)
+            assert zero._overlap_with_ddp is overlap
     finally:
         dist.destroy_process_group()
 
@@ -614,6 +640,11 @@ CHECKS: dict[str, Callable[[], object]] = {
     ),
     "DistributedDataParallel._get_active_ddp_module": in_parallel,
     "DistributedDataParallel._module_parameters": in_parallel,
+    "DistributedDataParallel._assign_modules_buffers": in_parallel,
+    "DistributedDataParallel._join_config": in_parallel,
+    "_ddp_params_and_buffers_to_ignore": in_parallel,
+    "parameters_to_ignore": in_parallel,
+    "_overlap_with_ddp": steps_in_backward,
     "Module._apply": apply_to_all,
     "Module._buffers": buffers,
     "Module._parameters": parameters,

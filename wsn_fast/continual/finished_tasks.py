@@ -14,14 +14,12 @@ from ..nn import model_owner
 from ..nn.model_gates import ModelGates
 from ..nn.refusals import StaysInTheLibrary
 from ..nn.task_ids import TaskId, check_task
-from . import fingerprints, removal, renames, shown_values, state_hooks, statistics
+from . import fingerprints, parallel, removal, renames, shown_values, state_hooks, statistics
 from .contents import Contents
 from .guard import Guards
 from .probe import Probe, check_reads
 from .statistics import Capacity, TaskStats
 from .view import View
-
-_OF_LAYERS = ("masks", "union", "view")
 
 
 class FinishedTasks(StaysInTheLibrary, Contents):
@@ -119,14 +117,14 @@ class FinishedTasks(StaysInTheLibrary, Contents):
             self._guards.kept.forget()  # less is frozen now, and free weights have other values
             self._fix_parameters()
             self._guards.keep_for_task(cast(Any, self))
+        gated = (tensor for _, gate in self.gated() for tensor in (gate.param, gate.score))
+        self._guards.parallel.send(gated)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel(wsn) must not send: masks, and what finished tasks use. While a task is in use,
-        a buffer shares memory with its masks, and other processes may use another task."""
-        names = [f"{n}.{k}_{end}" for n, layer in self._parts.layers.items() for k in layer.GATED for end in _OF_LAYERS]
-        names += [f"{item.name}{end}" for item in self._parts.owned for end in ("_tasks", "_live")]
-        return [f"model.{name.lstrip('.')}" for name in names]
+        """What DistributedDataParallel(wsn) asks for when it is made: the names of what it must leave alone."""
+        parallel.check_can_be_wrapped(cast(Any, self))
+        return parallel.leave_alone(cast(Any, self))
 
     # --- saving and loading ----------------------------------------------------------------------------------------
     def __getstate__(self) -> dict[str, Any]:

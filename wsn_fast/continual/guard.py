@@ -202,13 +202,14 @@ class Guards:
 
     Attributes:
         kept: the copies of frozen values that the guards took.
+        parallel: what the processes that train the WSN have to do with each other.
     """
 
     def __init__(self) -> None:
         self._guards: weakref.WeakSet[OptimizerGuard] = weakref.WeakSet()
         self._without_hooks: list[weakref.ref[Any]] = []
         self.kept = KeptValues()
-        self._parallel = Parallel()
+        self.parallel = Parallel()
 
     def __reduce__(self) -> tuple[type[Guards], tuple[()]]:
         return Guards, ()
@@ -252,7 +253,7 @@ class Guards:
         """A forward pass with these arguments is about to use the frozen values: put back what was written to them
         since the last step. If there are several processes, check it."""
         check_arguments(args)
-        self._parallel.check_forward(wsn)
+        self.parallel.before_forward(wsn)
         self.settle()
 
     def settle(self) -> None:
@@ -305,7 +306,7 @@ def check_guardable(optimizer: Any, params: Iterable[Tensor]) -> None:
     Raises:
         TypeError: it is not a ``torch.optim.Optimizer`` and has not its ``step`` and ``param_groups`` either; or it is,
             or contains, LBFGS, which evaluates the model between its own updates. Frozen values would be wrong inside
-            its line search, where there are no hooks.
+            its line search, where there are no hooks; or it steps while backward runs.
         RuntimeError: ``params`` are sharded.
         ValueError: it holds none of ``params``.
     """
@@ -318,6 +319,11 @@ def check_guardable(optimizer: Any, params: Iterable[Tensor]) -> None:
         raise TypeError(
             "optimizer must not be LBFGS: it moves the weights and evaluates the model several times inside one step, "
             "where frozen weights cannot be put back. Use a first-order optimizer."
+        )
+    if any(getattr(one, "_overlap_with_ddp", False) for one in within(optimizer)):
+        raise TypeError(
+            "optimizer must not be a ZeroRedundancyOptimizer(overlap_with_ddp=True): it moves weights while backward "
+            "runs, where frozen weights cannot be put back. Use overlap_with_ddp=False"
         )
     params = list(params)
     check_whole((f"parameter {i} of the model", param) for i, param in enumerate(params))

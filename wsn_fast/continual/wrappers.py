@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-_WAY_OUT = "Train on one process, or wrap the whole WSN: DistributedDataParallel(wsn), after each begin_task"
+_WAY_OUT = "Train on one process, or wrap the whole WSN: DistributedDataParallel(wsn)"
 
 
 def check_model(model: nn.Module) -> None:
@@ -18,7 +18,7 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (DataParallel, DistributedDataParallel)) or (fsdp and isinstance(module, fsdp)):
             kind = type(module).__name__
-            reason = "its copies do not know the tasks" if kind == "DataParallel" else "it ignores heads made later"
+            reason = "its copies do not know the tasks" if kind == "DataParallel" else "it does not know later heads"
             raise RuntimeError(f"{name or 'the model'} is wrapped in {kind} inside of the WSN: {reason}. {_WAY_OUT}")
     check_whole(model.named_parameters())
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..convert.patterns import Patterns, as_patterns
 from ..nn import model_owner
-from ..nn.model_gates import ModelGates
+from ..nn.densities import Densities
+from ..nn.model_gates import ModelGates, in_parallel
 from ..nn.scores import check_score_init
 from ..nn.task_ids import TaskId, check_task
 from . import advice, fingerprints, mixed_batch, ownership, state_hooks, statistics
@@ -20,6 +21,7 @@ from .finished_tasks import FinishedTasks
 from .frozen_values import after_task
 from .guard import Guards, check_guardable
 from .model_parts import Density, ModelParts
+from .parallel import check_not_wrapped, device_of, together
 from .probe import Probe, check_reads
 from .register import Record, TaskRegister
 from .view import View
@@ -126,6 +128,27 @@ class WSN(FinishedTasks):
             UserWarning: less than 1 % of a layer is free.
         """
         task = check_task(task)
+        parallel = self._guards.parallel
+        with together(parallel.known, device_of(self)):
+            densities = self._check_can_begin(task, density, out_features)
+        self._show(View(None, None))
+        for heads in self._parts.heads.values():
+            if task not in heads.tasks:
+                heads.add(task, out_features)
+        for name, layer in self._parts.layers.items():
+            layer.task_density = densities[name]
+            if self.reinit_scores:
+                layer.reset_scores(self.score_init)
+        self._register.current = Record(task, fingerprints.frozen_buffers(self._parts))
+        self._generation += 1
+        parallel.begin(self)
+        self._show(View(None, task))
+        self._guards.kept.ran = False
+
+    def _check_can_begin(
+        self, task: TaskId, density: Density | None, out_features: int | None
+    ) -> dict[str, Densities | None]:
+        """Check that ``task`` can be begun. The result is the density of each layer."""
         self._refresh()
         self._register.check_can_begin(task)
         ownership.check_owned(self._parts.owned)
@@ -137,18 +160,7 @@ class WSN(FinishedTasks):
         for heads in self._parts.heads.values():
             heads.width(task, out_features)
         statistics.warn_if_full(self._parts.layers)
-        self._show(View(None, None))
-        for heads in self._parts.heads.values():
-            if task not in heads.tasks:
-                heads.add(task, out_features)
-        for name, layer in self._parts.layers.items():
-            layer.task_density = densities[name]
-            if self.reinit_scores:
-                layer.reset_scores(self.score_init)
-        self._register.current = Record(task, fingerprints.frozen_buffers(self._parts))
-        self._generation += 1
-        self._show(View(None, task))
-        self._guards.kept.ran = False
+        return densities
 
     @torch.inference_mode(False)
     def end_task(self, *, probe: Probe | None = None) -> None:
@@ -171,13 +183,11 @@ class WSN(FinishedTasks):
         """
         if self._register.current is None:
             raise RuntimeError("no task is in progress: begin_task(task) first")
-        self._refresh()
-        self.check_finite()
-        fingerprints.check_frozen_buffers(self._parts, self._register.current.fingerprint)
-        task, row = self._register.current.task, len(self.tasks)
-        self._parts.check_rows(row)
-        self._register.check_frozen(self._parts, advice.after_task(task, self._guards.kept.ran))
+        task, row, parallel = self._register.current.task, len(self.tasks), self._guards.parallel
+        with together(parallel.group, device_of(self)):
+            self._check_can_end(task, self._register.current)
         self._show(View(None, task))
+        parallel.level(self)
         packed = {
             name: {k: ops.pack_mask(m) for k, m in layer.masks_of_scores().items()}
             for name, layer in self._parts.layers.items()
@@ -185,8 +195,9 @@ class WSN(FinishedTasks):
 
         def prints() -> tuple[dict[str, str], dict[str, str]]:
             now = fingerprints.fingerprint(self._parts, task, row), after_task(self._parts, self._register.frozen)
-            with self._register.as_ended(*now):
+            with together(parallel.group, device_of(self)), self._register.as_ended(*now):
                 check_reads(self, self._parts, [task], probe)
+            parallel.check_ends(self, *now)
             return now
 
         with self._guards.kept.paused():
@@ -196,6 +207,13 @@ class WSN(FinishedTasks):
         self._fix_parameters()
         self._guards.keep_for_task(self)
         self._register.measure_last([gate.masks for _, gate in self.gated()])
+
+    def _check_can_end(self, task: TaskId, record: Record) -> None:
+        self._refresh()
+        self.check_finite()
+        fingerprints.check_frozen_buffers(self._parts, record.fingerprint)
+        self._parts.check_rows(len(self.tasks))
+        self._register.check_frozen(self._parts, advice.after_task(task, self._guards.kept.ran))
 
     def use_task(self, task: TaskId | None) -> AbstractContextManager[object]:
         """Compute with the masks, head and per-task values of a finished task. None and the task in progress mean the
@@ -248,6 +266,8 @@ class WSN(FinishedTasks):
         """Call ``model(*args, **kwargs)`` as the task in use."""
         if not torch.compiler.is_compiling():
             self._guards.before_forward(self, args)
+        elif in_parallel():
+            check_not_wrapped()
         if not self.gates.give():
             return self._parts.scope(self.model, *args, **kwargs)
         try:

@@ -3,6 +3,7 @@ came."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 
 import numpy as np
@@ -62,12 +63,25 @@ def check_backend(backend: object) -> str | None:
     return backend
 
 
-def check_scores(scores: object) -> Tensor:
-    """``scores`` if it is a non-empty floating tensor of a supported dtype."""
+def check_dtype(scores: object) -> Tensor:
+    """``scores`` if it is a floating tensor of a supported dtype, else ``TypeError``."""
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}")
     if scores.dtype not in SCORE_DTYPES:
         raise TypeError(f"scores must be float32, float64, bfloat16 or float16, got {scores.dtype}")
+    return scores
+
+
+def check_sequence(scores: object) -> list[Tensor]:
+    """The elements of ``scores``, which nobody has checked yet. ``TypeError`` if it is no sequence."""
+    if not isinstance(scores, Sequence) or isinstance(scores, str):
+        raise TypeError(f"scores must be a torch.Tensor or a sequence of them, got {type(scores).__name__}")
+    return list(scores)
+
+
+def check_scores(scores: object) -> Tensor:
+    """``scores`` if it is a non-empty floating tensor of a supported dtype."""
+    scores = check_dtype(scores)
     if scores.numel() == 0:
         raise ValueError(f"scores must have at least one element, got shape {tuple(scores.shape)}")
     return scores

@@ -23,7 +23,7 @@ from torch.autograd import Variable
 
 from .same_bits import same_bits
 
-_queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
+queue_callback: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
 _KEY = -1  # of a hook; PyTorch itself counts from 0
 
 
@@ -115,7 +115,7 @@ def hand_over(
             one.untouched = None if raw is not None else (weight.grad, _version(weight.grad))
             raw = None if raw is None else _hand_over(one, weight, raw)
         results.append(raw)
-    _queue_callback(partial(_settle, ones, weights))
+    queue_callback(partial(_settle, ones, weights))
     return results
 
 
