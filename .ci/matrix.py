@@ -130,7 +130,7 @@ def run_tests(python: Path, copy: Path, arguments: Sequence[str]) -> dict[str, A
     code = subprocess.run(command, cwd=copy, env=environment, check=False).returncode
     if code not in (0, 1):  # pytest itself failed, or found no test
         raise SystemExit(f"pytest ended with exit code {code}")
-    return {"date": date, "commit": tested, "tests": shlex.join(arguments), **read_report(report)}
+    return {"date": date, "commit": tested, **read_report(report)}
 
 
 def read_report(report: Path) -> dict[str, Any]:
@@ -173,7 +173,8 @@ def run_cell(cell: Cell, options: argparse.Namespace, folder: Path) -> bool:
         arguments += record["runs"][-1]["failures"]
     try:
         python = install(cell, interpreter(cell.python, options.python), folder)
-        run = run_tests(python, folder / "copy", arguments)
+        words = f"{options.tests} and what had failed" if options.failed else options.tests
+        run = {"tests": words, **run_tests(python, folder / "copy", arguments)}
         versions = versions_of(python)
     finally:
         if not options.keep:
@@ -181,7 +182,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, folder: Path) -> bool:
     print(cell.name, json.dumps({"versions": versions, **run}, indent=2))
     if options.failed or not any(word.startswith("tests") for word in arguments):
         runs = [*record["runs"], run] if options.failed else [run]
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         cell.file.write_text(json.dumps({"cell": cell._asdict(), "versions": versions, "runs": runs}, indent=2) + "\n")
     return not run["failed"]
 

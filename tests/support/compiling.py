@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import triton
@@ -43,8 +43,8 @@ class CompileCase(NamedTuple):
         num_warps: warps per program.
         num_stages: stages of the software pipeline.
         needs_tensor_core: whether the machine code must hold a tensor-core instruction.
-        most_shared: how many bytes of shared memory the library counts with when it chooses a tile; None where it has
-            no choice.
+        most_shared: how many bytes of shared memory the library counts with when it chooses a tile, by how many there
+            are; None where it has no choice.
         maxnreg: how many registers a thread may use, if the launch says it; None for as many as the compiler likes.
     """
 
@@ -56,12 +56,17 @@ class CompileCase(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     needs_tensor_core: bool = False
-    most_shared: int | None = None
+    most_shared: Callable[[int], int] | None = None
     maxnreg: int | None = None
 
     def can_be_chosen(self, capability: int) -> bool:
         """Whether the library can launch it on such a GPU: not where shared memory is too small for the tile."""
-        return self.most_shared is None or self.most_shared <= SHARED_LIMITS[capability] * KIB
+        counted = self.counted(capability)
+        return counted is None or counted <= SHARED_LIMITS[capability] * KIB
+
+    def counted(self, capability: int) -> int | None:
+        """How many bytes of shared memory the library counts with on such a GPU."""
+        return None if self.most_shared is None else self.most_shared(SHARED_LIMITS[capability] * KIB)
 
 
 def compile_kernel(case: CompileCase, capability: int) -> Any:
@@ -102,7 +107,7 @@ def compile_case(case: CompileCase, capability: int, *, disassemble: bool = True
         else:
             tensor_core, note = sum(map(kernel.asm["ptx"].count, in_ptx)), "counted in the PTX"
     found = (registers, spills, local, kernel.metadata.shared)
-    return Row(case.name, capability, *found, tensor_core, case.most_shared, note)
+    return Row(case.name, capability, *found, tensor_core, case.counted(capability), note)
 
 
 def usage(cubin: bytes) -> tuple[int, int, int]:

@@ -179,7 +179,7 @@ def candidate(operation: str, device: Device | str, dtype: Dtype | None = None, 
 
 def forget() -> None:
     """Decide everything again: the environment, a tuning table or an installation has changed."""
-    for cache in (_environment, candidate, _settled):
+    for cache in (_environment, tables.of, candidate, _settled):
         cache.cache_clear()
     _settled_here.clear()
 

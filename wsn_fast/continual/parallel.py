@@ -121,8 +121,8 @@ class Parallel:
             _check_alike(ddp.process_group, wsn, [one for one in kept_of_tasks(wsn) if id(one[1]) not in drawn])
             self._begun = wsn._generation
         self._params = [*wsn.parameters()]
-        mine = [p for p in self._params if p.requires_grad and id(p) not in held and id(p) not in raw]
-        self._unreduced.watch(mine, ddp.process_group)
+        not_held = [param for param in self._params if param.requires_grad and id(param) not in held]
+        self._unreduced.watch(not_held, ddp.process_group)
         self._settled = self._state_of(wsn)
 
     # --- the life of a task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Tile(NamedTuple):
         core = self.precision != "ieee" or compute is not torch.float32
         source = "scores" if row.get("mask", PACKED).dtype else "packed"
         key = tuning.Product(operation, compute, self.precision, source, backward)
-        most_shared = tuning.most_shared(key, self.config)
+        most_shared = partial(tuning.most_shared, key, self.config)
         named = []
         for case in cases:
             product = "PRECISION" in case.constexprs

@@ -31,6 +31,8 @@ NEAR = 1.0
 """A measurement is used for another shape if each dimension is within a factor of ``2 ** NEAR`` of the measured one."""
 BARRIERS = 64
 """Bytes of shared memory for the barriers of a pipeline, at most. On sm_100 they take 16."""
+HOPPER = 227 * 1024
+"""Bytes of shared memory that a block may use on sm_90."""
 
 
 class Tile(NamedTuple):
@@ -209,9 +211,10 @@ def table(device_name: str) -> Table:
     return Table(device_name)
 
 
-def most_shared(product: Product, config: Any) -> int:
-    """How many bytes of shared memory a product with this tile takes at most, on any GPU, for any dtype of the weight
-    and of the scores. ``tests/benchmarks/test_resources.py`` compares this bound with what the compiler takes."""
+def most_shared(product: Product, config: Any, most: int) -> int:
+    """How many bytes of shared memory a product with this tile takes at most, on any GPU with ``most`` bytes, for any
+    dtype of the weight and of the scores. ``tests/benchmarks/test_resources.py`` compares this bound with what the
+    compiler takes."""
     size, end = product.dtype.itemsize, 0
     if product.operation == "masked_linear_grad":
         loaded = multiplied = size * config.block_m * (config.block_n + config.block_k)
@@ -221,7 +224,8 @@ def most_shared(product: Product, config: Any) -> int:
         # Weight and scores are loaded as they are stored, in four bytes each at most. A packed mask has one bit for
         # each weight and slot.
         loaded = x + 4 * weights + (4 * weights if product.source == "scores" else config.slots * weights // 8)
-        multiplied = x + config.slots * size * weights
+        copies = 2 if most >= HOPPER else 1  # Triton 3.8 keeps a second one on sm_90
+        multiplied = x + copies * config.slots * size * weights
     # A pipeline of n stages holds n - 1 steps. Beside them lies what is multiplied, where that goes through shared
     # memory.
     return max((config.num_stages - 1) * loaded + multiplied, end) + BARRIERS
@@ -229,7 +233,7 @@ def most_shared(product: Product, config: Any) -> int:
 
 def fits(product: Product, config: Any, gpu: Gpu) -> bool:
     """Whether a tile surely has room in the shared memory of a GPU."""
-    return most_shared(product, config) <= gpu.shared
+    return most_shared(product, config, gpu.shared) <= gpu.shared
 
 
 def fitting(product: Product, gpu: Gpu) -> list[Any]:
