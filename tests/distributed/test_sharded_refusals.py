@@ -39,6 +39,7 @@ REFUSED = {
     "other tasks": r"RuntimeError: the processes have WSNs with different tasks",
     "DDP": r"RuntimeError: DistributedDataParallel needs whole tensors",
     "state_dict": r"RuntimeError: state_dict\(\) needs whole tensors.*full_state_dict",
+    "state_dict of the model": r"RuntimeError: state_dict\(\) of 1 has parts of tensors only.*full_state_dict",
     "load_state_dict": r"RuntimeError: load_state_dict\(\) needs whole tensors.*load_full_state_dict",
     "deepcopy": r"AssertionError: FSDP does not support deepcopy",
     "pickle": r"RuntimeError: a copy or a pickle needs whole tensors",

@@ -249,6 +249,7 @@ CASES: dict[str, Case] = {
     "other tasks": of_other_tasks,
     "DDP": with_sharded(DistributedDataParallel),
     "state_dict": with_sharded(lambda wsn: wsn.state_dict()),
+    "state_dict of the model": with_sharded(lambda wsn: wsn.model.state_dict()),
     "load_state_dict": with_sharded(lambda wsn: wsn.load_state_dict({})),
     "deepcopy": with_sharded(copy.deepcopy),
     "pickle": with_sharded(lambda wsn: torch.save(wsn, io.BytesIO())),

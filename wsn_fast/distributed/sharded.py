@@ -197,6 +197,14 @@ def _refuse(name: str, *args: object, **kwargs: object) -> NoReturn:
     raise RuntimeError(f"{name} would change the gradients of gated tensors, and not those of heads and norms")
 
 
+def _check_exported(sharding: Sharding, layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if not sharding.is_exported:
+        raise RuntimeError(
+            f"state_dict() of {prefix.rstrip('.')} has parts of tensors only, because the WSN is sharded: "
+            "wsn_fast.distributed.full_state_dict(wsn) returns the state of the whole model"
+        )
+
+
 # --- cutting
 def _shard_scores(layer: SubnetLayer, mesh: DeviceMesh) -> None:
     """Replace the scores by their shards."""
@@ -237,6 +245,7 @@ def _take_shards(path: str, layer: SubnetLayer, sharding: Sharding) -> list[Shar
         layer._buffers[f"{gate.name}_union"] = None
         gates.append(one)
     layer.gate_state.shards = {one.name: one for one in gates}
+    layer.register_state_dict_pre_hook(partial(_check_exported, sharding))
     layer.gate_state.drop()
     layer.rebuild_union()
     return gates
@@ -258,7 +267,7 @@ def full_state_dict(wsn: WSN) -> dict[str, Any]:
         ValueError: it is not sharded.
     """
     sharding = _sharding_of(wsn)
-    state = _exported(wsn)
+    state = _exported(wsn, sharding)
     first = sharding.group.rank() == 0
     for name, one, what in _tensors_of_shards(wsn):
         whole = one.whole_masks() if what == "_masks" else one.whole(one.score if what else one.param)
@@ -306,12 +315,13 @@ def _sharding_of(wsn: object) -> Sharding:
     return wsn.gates.sharding
 
 
-def _exported(wsn: WSN) -> dict[str, Any]:
-    wsn.__dict__["_is_exported"] = True
+def _exported(wsn: WSN, sharding: Sharding) -> dict[str, Any]:
+    wsn.__dict__["_is_exported"] = sharding.is_exported = True
     try:
         return dict(wsn.state_dict())
     finally:
         del wsn.__dict__["_is_exported"]
+        sharding.is_exported = False
 
 
 def _tensors_of_shards(wsn: WSN) -> list[tuple[str, ShardedGate, str]]:

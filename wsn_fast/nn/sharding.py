@@ -29,12 +29,14 @@ class Sharding:
     Attributes:
         gates: the sharded gates.
         device: where the processes exchange tensors.
+        is_exported: whether a state of the parts is asked for by who makes a whole one of it.
     """
 
     def __init__(self, group: ProcessGroup, modules: Sequence[Any], compute_dtype: torch.dtype | None) -> None:
         self.group, self.modules, self.compute_dtype = group, modules, compute_dtype
         self.gates: list[ShardedGate] = []
         self.device = torch.device("cpu")
+        self.is_exported = False
         self.common = CommonState()
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
