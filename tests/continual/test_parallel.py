@@ -16,9 +16,9 @@ pytestmark = needs_gloo
 REFUSED = {
     "DistributedDataParallel inside": r"wrapped in DistributedDataParallel inside of the WSN.*wrap the whole WSN",
     "DataParallel inside": r"wrapped in DataParallel inside of the WSN.*Train on one process",
-    "sharded before begin_task": r"is a DTensor: FSDP2.*Train on one process",
-    "sharded after guard": r"is a DTensor: FSDP2.*Train on one process",
-    "sharded after begin_task": r"is a DTensor: FSDP2.*Train on one process",
+    "sharded before begin_task": r"is a DTensor: after fully_shard alone.*wsn_fast\.distributed\.shard",
+    "sharded after guard": r"is a DTensor: after fully_shard alone.*wsn_fast\.distributed\.shard",
+    "sharded after begin_task": r"is a DTensor: after fully_shard alone.*wsn_fast\.distributed\.shard",
     "different weights": r"different values of model.1.weight: .*with one seed, or load one state",
     "different densities": r"different values of the density or rule of 1: .*in the same way",
     "different masks": r"different values of model.1.weight_masks: .*load one state",
