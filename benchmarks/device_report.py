@@ -18,7 +18,10 @@ from pathlib import Path
 
 import torch
 
-from .provenance import ROOT, device_name, gpu_state, provenance, slug
+from wsn_fast.backends.tables import file_name
+from wsn_fast.doctor.measuring.machine import gpu_state, model_of
+
+from .provenance import ROOT, provenance
 from .rows import Row, release, run_case, store
 from .shapes import PROFILES
 from .suite import PARTS, Planned, plan
@@ -150,7 +153,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.shapes = options.shapes or ("gpu" if options.device.startswith("cuda") else "large")
     options.until = time.time() + 60 * options.minutes
     if options.out is None:
-        name = f"{time.strftime('%Y-%m-%d')}-{slug(device_name(torch.device(options.device)))}"
+        name = f"{time.strftime('%Y-%m-%d')}-{Path(file_name(model_of(torch.device(options.device)))).stem}"
         options.out = ROOT / "benchmarks" / "results" / (name + f"-{options.part}" * (options.part != "all"))
     return options
 

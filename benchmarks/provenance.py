@@ -21,12 +21,6 @@ def provenance(device: torch.device) -> dict[str, object]:
     return {"commit": commit, "dirty": dirty, **machine.facts(device)}
 
 
-def slug(name: str) -> str:
-    """A device's name as files carry it: lower case, spaces as dashes."""
-    kept = "".join(c if c.isalnum() or c in " -." else " " for c in name.lower())
-    return "-".join(kept.split())
-
-
 def _commit() -> tuple[str, bool | None]:
     """The commit and whether files differ from it; ``("unknown", None)`` where nothing tells."""
     if named := os.environ.get(COMMIT_VARIABLE):

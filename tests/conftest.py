@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
@@ -15,6 +16,9 @@ from stand_in_cuda import StandIn, obstacle, shared_folder
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests that plant faults and count launches would start with checks of the backends; those have tests of their own.
 os.environ.setdefault("WSN_FAST_CHECK", "0")
+# What somebody measured on this machine is nothing to a test.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["WSN_FAST_CACHE"] = _CACHE.name
 # The tensors are small: two threads only wait for each other, and on a busy machine for long.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("wsn_fast", deadline=None, derandomize=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .backends import choose
+from .backends import choose, tables
 from .nn.gated import SubnetLayer
 from .ops.fusion import Fusion
 
@@ -33,7 +34,15 @@ class Route(NamedTuple):
 
 
 class Explanation(list[Route]):
-    """The routes of a model; its ``str`` is a table."""
+    """The routes of a model; its ``str`` is a table.
+
+    Attributes:
+        notes: a sentence for each tuning table that is ignored, with the reason.
+    """
+
+    def __init__(self, routes: Iterable[Route] = (), notes: Iterable[str] = ()) -> None:
+        super().__init__(routes)
+        self.notes = list(notes)
 
     def __str__(self) -> str:
         head = Route("layer", "operation", "backend", "reason")
@@ -42,7 +51,7 @@ class Explanation(list[Route]):
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row.reason])
             for row in [head, *self]
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def explain(model: nn.Module, *, dtype: torch.dtype | None = None) -> Explanation:
@@ -62,7 +71,8 @@ def explain(model: nn.Module, *, dtype: torch.dtype | None = None) -> Explanatio
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SubnetLayer)]
     if not layers:
         raise ValueError(f"model has no subnet layer: {type(model).__name__}")
-    routes = Explanation()
+    names = dict.fromkeys(tables.device_name(next(layer.gated()).param.device) for _, layer in layers)
+    routes = Explanation(notes=[note for name in names for note in tables.of(name).notes if "ignored" in note])
     for name, layer in layers:
         first, backend = next(layer.gated()), layer.backend
         weight = first.param

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kPlain = 0, kAvx2 = 1, kAvx512 = 2;
+[[maybe_unused]] constexpr int kPlain = 0, kAvx2 = 1, kAvx512 = 2;
 
 int best_level() {
 #if defined(WSN_X86_KERNELS)

@@ -158,12 +158,11 @@ def test_explain_refuses_a_model_without_subnet_layers() -> None:
 
 
 # --- tables
-def table(folder: Path, **entries: object) -> object:
+def table(**entries: object) -> object:
+    from wsn_fast.backends import tables
     from wsn_fast.backends.triton import tuning
 
-    name = "NVIDIA Test 1"
-    (folder / tuning.file_name(name)).write_text(json.dumps(entries))
-    return tuning.Table(name, folder)
+    return tuning.Table("NVIDIA Test 1", tables.Tables(entries, (), "digest"))
 
 
 def linear() -> dict[str, object]:
@@ -181,10 +180,10 @@ def linear() -> dict[str, object]:
 
 
 @needs_triton
-def test_a_measured_shape_answers_for_its_neighbours_only(tmp_path: Path) -> None:
+def test_a_measured_shape_answers_for_its_neighbours_only() -> None:
     from wsn_fast.backends.triton.tuning import Product
 
-    measured = table(tmp_path, linear=[linear()])
+    measured = table(linear=[linear()])
     product = Product("masked_linear", torch.bfloat16, "tf32", "packed")
     assert measured.fused_rows(product, 1024, 2048)[0] == 16
     assert measured.fused_rows(product, 2048, 1024)[0] == 16
@@ -195,10 +194,10 @@ def test_a_measured_shape_answers_for_its_neighbours_only(tmp_path: Path) -> Non
 
 
 @needs_triton
-def test_a_tile_is_that_of_the_next_measured_number_of_rows(tmp_path: Path) -> None:
+def test_a_tile_is_that_of_the_next_measured_number_of_rows() -> None:
     from wsn_fast.backends.triton.tuning import Gpu, Product, default_tile
 
-    measured = table(tmp_path, linear=[linear()])
+    measured = table(linear=[linear()])
     product = Product("masked_linear", torch.bfloat16, "tf32", "packed")
     assert measured.tile(product, 3, 1024, 2048, Gpu(100, 232448)) == (product.configs[-1], 3)
     assert measured.tile(product, 9, 1024, 2048, Gpu(100, 232448)) == (product.configs[0], 2)
@@ -208,27 +207,27 @@ def test_a_tile_is_that_of_the_next_measured_number_of_rows(tmp_path: Path) -> N
 
 
 @needs_triton
-def test_an_elementwise_tile_that_no_longer_exists_gives_way_to_the_default(tmp_path: Path) -> None:
+def test_an_elementwise_tile_that_no_longer_exists_gives_way_to_the_default() -> None:
     from wsn_fast.backends.triton.tuning import Gpu
     from wsn_fast.kernels import gate, threshold
 
     gpu = Gpu(processors=132, shared=1)
-    measured = table(tmp_path, elementwise={"gate": [512, 4], "gate_backward": [3, 3], "threshold": {"items": 1}})
+    measured = table(elementwise={"gate": [512, 4], "gate_backward": [3, 3], "threshold": {"items": 1}})
     assert measured.gate == gate.Config(512, 4)
     assert measured.gate_backward in gate.CONFIGS
     assert measured.search(1 << 24, gpu) == threshold.spread(threshold.CONFIGS[0], 1 << 24, 132)
     for config in threshold.CONFIGS:
-        assert table(tmp_path, elementwise={"threshold": vars(config)}).search(1 << 24, gpu) == config
+        assert table(elementwise={"threshold": vars(config)}).search(1 << 24, gpu) == config
 
 
-@needs_triton
 def test_the_committed_tables_can_be_read() -> None:
-    from wsn_fast.backends.triton import tuning
+    from wsn_fast.backends import tables
 
-    for path in tuning.FOLDER.glob("*.json"):
+    for path in tables.PACKAGED.glob("*.json"):
         data = json.loads(path.read_text())
-        assert path.name == tuning.file_name(data["device"])
-        assert {"capability", "torch", "triton", "commit", "date"} <= data.keys(), (
+        assert path.name == tables.file_name(data["device"])
+        assert tables.read(data["device"]).data, "the table is ignored"
+        assert {"capability", "torch", "triton", "commit", "date"} <= data["facts"].keys(), (
             "a measurement names its circumstances"
         )
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import astuple
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -62,12 +60,12 @@ def test_no_tile_for_a_gpu_with_almost_no_shared_memory() -> None:
         fitting(Product("masked_linear", BF16, "tf32", "packed"), Gpu(132, 1024))
 
 
-def measured(folder: Path, **entries: object) -> Table:
+def measured(**entries: object) -> Table:
     """A table, made up."""
+    from wsn_fast.backends import tables
     from wsn_fast.backends.triton import tuning
 
-    (folder / tuning.file_name("Test 1")).write_text(json.dumps(entries))
-    return tuning.Table("Test 1", folder)
+    return tuning.Table("Test 1", tables.Tables(entries, (), "digest"))
 
 
 def entry(one: Product, **others: Any) -> dict[str, Any]:
@@ -76,25 +74,25 @@ def entry(one: Product, **others: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("operation", ["masked_linear", "masked_linear_grad"])
-def test_a_measured_tile_that_does_not_fit_is_refused(tmp_path: Path, operation: str) -> None:
+def test_a_measured_tile_that_does_not_fit_is_refused(operation: str) -> None:
     from wsn_fast.backends.triton.tuning import Gpu, Product, fits
 
     one = Product(operation, BF16, "tf32", "scores")
     large = next(config for config in one.configs if not fits(one, config, Gpu(132, SMALL)))
     tiles = [{"rows": 64, "config": list(astuple(large)), "splits": 1}]
     name = operation.removeprefix("masked_")
-    table = measured(tmp_path, **{name: [entry(one, n=1024, k=1024, max_rows=64, tiles=tiles)]})
+    table = measured(**{name: [entry(one, n=1024, k=1024, max_rows=64, tiles=tiles)]})
     assert table.tile(one, 64, 1024, 1024, Gpu(132, LARGE)) == (large, 1)
     config, _ = table.tile(one, 64, 1024, 1024, Gpu(132, SMALL))
     assert config != large and fits(one, config, Gpu(132, SMALL))
 
 
-def test_a_measured_tile_of_a_convolution_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_measured_tile_of_a_convolution_that_does_not_fit_is_refused() -> None:
     from wsn_fast.backends.triton.tuning import Gpu, Product, most_shared
 
     one, shape = Product("masked_conv", BF16, "tf32", "scores"), {"batch": 2}
     largest = max(one.configs, key=lambda config: most_shared(one, config, SMALL))
-    table = measured(tmp_path, conv=[entry(one, shape=shape, config=list(astuple(largest)), wins=True)])
+    table = measured(conv=[entry(one, shape=shape, config=list(astuple(largest)), wins=True)])
     needed = most_shared(one, largest, SMALL)
     assert table.conv_config(one, shape, 1000, Gpu(132, needed)) == largest
     assert table.conv_config(one, shape, 1000, Gpu(132, needed - 1)) != largest

@@ -23,21 +23,19 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if importlib.util.find_spec("benchmarks") is None:  # pytest puts no folder of the checkout on the path
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.gradients import GradientProduct  # noqa: E402
-
 from benchmarks import device_report, forgetting, picture  # noqa: E402
 from benchmarks.cases import Case, Prepared, Work, verify  # noqa: E402
-from benchmarks.checks import (  # noqa: E402
+from benchmarks.checks import check_threshold  # noqa: E402
+from benchmarks.provenance import COMMIT_VARIABLE, provenance  # noqa: E402
+from benchmarks.rows import Row, load, run_case  # noqa: E402
+from benchmarks.shapes import TINY  # noqa: E402
+from benchmarks.suite import Planned, plan  # noqa: E402
+from wsn_fast.doctor.measuring.checks import (  # noqa: E402
     UnavailableError,
     WrongResultError,
     check_close,
     check_same,
-    check_threshold,
 )
-from benchmarks.provenance import COMMIT_VARIABLE, provenance, slug  # noqa: E402
-from benchmarks.rows import Row, load, run_case  # noqa: E402
-from benchmarks.shapes import TINY  # noqa: E402
-from benchmarks.suite import Planned, plan  # noqa: E402
 from wsn_fast.train.data import load as load_data  # noqa: E402
 
 
@@ -105,65 +103,6 @@ def test_ours_does_not_forget_where_the_published_programs_do() -> None:
     assert len(ours) == len(paper) == 1 + 2 * (forgetting.TASKS - 1)
     assert set(ours) == {ours[0]} and ours[0] > 60
     assert paper[0] > 60 and paper[-1] < 50
-
-
-READ_BACK = """
-import json, pathlib, sys, torch
-from benchmarks import tune, tuner
-folder = pathlib.Path(sys.argv[1])
-if sys.argv[2] == "one way":
-    tuner.WAYS = tuner.WAYS[-1:]
-assert tune.main(["--dry", "--out", str(folder)]) == 0
-(path,) = folder.iterdir()
-data = json.loads(path.read_text())
-assert data["not_measured"] == [], data["not_measured"]
-assert {"elementwise", "linear", "linear_grad", "linear_tasks", "conv"} <= data.keys()
-from wsn_fast.backends.triton.tuning import Gpu, Product, Table
-table = Table(data["device"], folder)
-assert list(vars(table.gate).values()) == data["elementwise"]["gate"]
-assert vars(table.search(1, Gpu(1, 1))) == data["elementwise"]["threshold"]
-for operation, entry in [(name, entry) for name in ("linear", "linear_grad") for entry in data[name]]:
-    product = Product("masked_" + operation, torch.float32, entry["precision"], entry["source"], entry["backward"])
-    rows, reason = table.fused_rows(product, entry["n"], entry["k"])
-    assert rows == entry["max_rows"] and "as measured" in reason, reason
-    tile = entry["tiles"][0]
-    config, splits = table.tile(product, tile["rows"], entry["n"], entry["k"], Gpu(1, 232448))
-    assert list(vars(config).values()) == tile["config"] and splits == tile["splits"]
-for entry in data["conv"]:
-    product = Product("masked_conv", torch.float32, entry["precision"], entry["source"], entry["backward"])
-    wins, reason = table.conv_wins(product, entry["shape"])
-    assert wins == entry["wins"] and "not been measured" not in reason, reason
-"""
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-@pytest.mark.parametrize("ways", [pytest.param(ways, marks=pytest.mark.ci) for ways in ("one way", "all ways")])
-def test_dry_tuning_file_is_read_back_as_written(tmp_path: Path, ways: str) -> None:
-    done = run_python("-c", READ_BACK, str(tmp_path), ways)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-
-
-TRIED = """
-import dataclasses, torch
-from benchmarks.tune import DRY
-from benchmarks.tuner import IEEE, Trials, gradients
-tried = []
-def clock(calls):
-    tried.extend(call.args[2:4] for call in calls if len(call.args) == 5)
-    return 1.0
-trials = Trials(torch.device("cpu"), clock, float("inf"))
-trials.processors = 16
-(entry,) = gradients(trials, dataclasses.replace(DRY, grad_rows=(150,)), IEEE)
-assert trials.not_measured == [], trials.not_measured
-assert len({config for config, splits in tried}) == 3 and max(splits for config, splits in tried) > 1, tried
-"""
-
-
-@pytest.mark.ci
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-def test_every_tile_of_a_gradient_is_right_when_its_sum_is_split() -> None:
-    done = run_python("-c", TRIED)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- a report survives its rows
@@ -281,20 +220,6 @@ def test_a_threshold_one_rank_off_is_found() -> None:
         check_threshold(keys[501], scores, 500, "magnitude")
 
 
-@pytest.mark.parametrize("wrong", ["dW", "dS"])
-def test_a_wrong_gradient_of_a_product_is_found(wrong: str) -> None:
-    product = GradientProduct((24, 40), 5, CPU, torch.float32)
-    operands = product.operands()
-    check, (dw, ds) = product.checker(operands), product.in_memory(operands)
-    check((dw, ds))
-    if wrong == "dW":
-        dw[operands.w.frozen] = 1e-12  # the 2x rule would let it pass
-    else:
-        ds[0, 0] += 1.0
-    with pytest.raises(WrongResultError, match=wrong):
-        check((dw, ds))
-
-
 @pytest.mark.parametrize("density", [0.03, 0.3, 0.5, 1.0])
 def test_the_papers_threshold_is_the_specified_one(density: float) -> None:
     from wsn_fast.reference import specification
@@ -311,7 +236,6 @@ def test_a_named_commit_goes_before_git(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(COMMIT_VARIABLE, "abc123+dirty")
     facts = provenance(CPU)
     assert (facts["commit"], facts["dirty"]) == ("abc123", True)
-    assert slug("NVIDIA H200") == "nvidia-h200"
 
 
 def test_the_list_of_cases_names_each_once() -> None:

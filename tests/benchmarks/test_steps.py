@@ -18,14 +18,17 @@ if importlib.util.find_spec("benchmarks") is None:  # pytest puts no folder of t
 import wsn_fast.optim.capture as capture
 from benchmarks import memory
 from benchmarks.cases import verify
-from benchmarks.checks import UnavailableError, WrongResultError
-from benchmarks.competitors import Clarena, Competitor, Dense, Paper
-from benchmarks.ours import COMPETITORS, Ours, OursCaptured, OursOnePass, OursOnePassCaptured, OursOnePassCoded
-from benchmarks.problem import Problem, StepShape
+from benchmarks.competitors import Clarena, Paper
+from benchmarks.ours import COMPETITORS, OursCaptured, OursOnePassCaptured
+from benchmarks.problem import StepShape, problem_of
 from benchmarks.rows import Row
-from benchmarks.shapes import TINY, LinearShape
+from benchmarks.shapes import TINY
 from benchmarks.steps import inference_cases, step_cases
 from benchmarks.tables import markdown, summary
+from wsn_fast.doctor.measuring.checks import UnavailableError, WrongResultError
+from wsn_fast.doctor.measuring.competitors import Competitor, Dense
+from wsn_fast.doctor.measuring.ours import Ours, OursOnePass, OursOnePassCoded
+from wsn_fast.doctor.measuring.shapes import LinearShape
 
 CPU = torch.device("cpu")
 LAYER, NET = TINY.steps[0], TINY.nets[0]
@@ -81,21 +84,21 @@ class _ForgetsTheHead(Paper):
     "broken", [_KeepsNothing, _KeepsNothingInOnePass, _KeepsAnotherMask, _LosesTheGate, _ForgetsTheOptimizer]
 )
 def test_a_broken_competitor_is_found(broken: type[Competitor], shape: StepShape) -> None:
-    competitor = broken(Problem(shape, CPU))
+    competitor = broken(problem_of(shape, CPU))
     competitor.step()
     with pytest.raises(WrongResultError):
         competitor.check()
 
 
 def test_a_head_that_does_not_learn_is_found() -> None:
-    competitor = _ForgetsTheHead(Problem(NET, CPU))
+    competitor = _ForgetsTheHead(problem_of(NET, CPU))
     competitor.step()
     with pytest.raises(WrongResultError, match=r"head\.weight: the optimizer is"):
         competitor.check()
 
 
 def test_a_missing_gradient_is_found() -> None:
-    competitor = Ours(Problem(NET, CPU))
+    competitor = Ours(problem_of(NET, CPU))
     competitor.step()
     results = competitor.results()
     del results["head.weight"]
@@ -105,7 +108,7 @@ def test_a_missing_gradient_is_found() -> None:
 
 
 def test_the_one_pass_competitor_writes_no_gradient_of_the_scores() -> None:
-    competitor = OursOnePass(Problem(LAYER, CPU))
+    competitor = OursOnePass(problem_of(LAYER, CPU))
     competitor.step()
     assert competitor.parameters["0.scores"].grad is None
     raw = competitor.parameters["0.weight"].grad
@@ -113,7 +116,7 @@ def test_the_one_pass_competitor_writes_no_gradient_of_the_scores() -> None:
 
 
 def test_the_standard_competitor_has_gradients_of_the_usual_kind() -> None:
-    competitor = Ours(Problem(LAYER, CPU))
+    competitor = Ours(problem_of(LAYER, CPU))
     competitor.step()
     assert competitor.parameters["0.scores"].grad is not None
     dw = competitor.parameters["0.weight"].grad
@@ -142,7 +145,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", [OursCaptured, OursOnePassCaptured], ids=lambda kind: kind.name)
 @pytest.mark.usefixtures("graphs")
 def test_a_replay_is_checked_and_stays_one(kind: type[OursCaptured], shape: StepShape) -> None:
-    competitor = kind(Problem(shape, CPU))
+    competitor = kind(problem_of(shape, CPU))
     competitor.settle()
     competitor.step()
     assert competitor.run.captured
@@ -153,7 +156,7 @@ def test_a_replay_is_checked_and_stays_one(kind: type[OursCaptured], shape: Step
 
 @pytest.mark.usefixtures("graphs")
 def test_a_replay_that_forgets_what_is_frozen_is_found() -> None:
-    competitor = OursCaptured(Problem(LAYER, CPU))
+    competitor = OursCaptured(problem_of(LAYER, CPU))
     competitor.settle()
     for layer in competitor.layers.values():
         layer.weight_union = None
@@ -164,7 +167,7 @@ def test_a_replay_that_forgets_what_is_frozen_is_found() -> None:
 
 @pytest.mark.usefixtures("graphs")
 def test_a_step_that_is_no_replay_any_more_is_found() -> None:
-    competitor = OursOnePassCaptured(Problem(LAYER, CPU))
+    competitor = OursOnePassCaptured(problem_of(LAYER, CPU))
     competitor.settle()
     with torch.no_grad():
         competitor.parameters["0.weight"].add_(0.0)  # changed from outside: the next step runs as it is
@@ -175,13 +178,13 @@ def test_a_step_that_is_no_replay_any_more_is_found() -> None:
 
 def test_what_does_not_capture_is_not_there() -> None:
     with pytest.raises(UnavailableError, match="cpu"):
-        OursCaptured(Problem(LAYER, CPU)).settle()
+        OursCaptured(problem_of(LAYER, CPU)).settle()
 
 
 @pytest.mark.parametrize("shape", [LinearShape(30, 41, 7), NET], ids=str)
 @pytest.mark.parametrize("kind", [c for c in COMPETITORS if not c.compiled], ids=lambda c: c.name)
 def test_a_competitor_is_right_at_first_and_keeps_frozen_weights(kind: type[Competitor], shape: StepShape) -> None:
-    competitor = kind(Problem(shape, CPU))
+    competitor = kind(problem_of(shape, CPU))
     competitor.step()
     competitor.check()
     for _ in range(20):

@@ -185,7 +185,7 @@ def test_the_design_says_where_things_are() -> None:
     text = (ROOT / "docs" / "design.md").read_text("utf-8")
     table = text.partition("## Where is ...?")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| Where")]
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert [row for row in rows if not re.search(r"`[\w./]+`", row.split("|")[2])] == []
 
 

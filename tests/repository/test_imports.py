@@ -153,3 +153,15 @@ def test_import_stays_light() -> None:
     code = f"import sys; from wsn_fast import WSN; print({heavy} & sys.modules.keys() or 'light')"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "light"
+
+
+def test_nothing_of_the_checkout_is_needed() -> None:
+    """An installed package has neither ``benchmarks`` nor ``tests``."""
+    outside = {"benchmarks", "tests", "conftest", *(path.stem for path in (ROOT / "tests" / "support").iterdir())}
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in (ROOT / "wsn_fast").rglob("*.py")
+        for line, name in imported(path, ("wsn_fast", *path.relative_to(ROOT / "wsn_fast").with_suffix("").parts))
+        if name[0] in outside
+    ]
+    assert found == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
-from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, candidate, comparison, native, trust
+from ..backends import ENVIRONMENT_VARIABLE, PRIMITIVES, candidate, comparison, native, tables, trust
+from .advice import advice
 
 PACKAGES = ("torch", "numpy", "triton")
 
@@ -63,38 +63,22 @@ def routes(device: torch.device) -> Iterator[Finding]:
         yield Finding(operation, choice.name, choice.reason + reason)
 
 
-def advice() -> Iterator[str]:
-    """What the user can do to make the library faster on this machine."""
-    if native.load().lib is None:
-        tools = {"a C++ compiler": _compiler(), "CMake": shutil.which("cmake")}
-        missing = [name for name, found in tools.items() if not found]
-        first = f"install {' and '.join(missing)}, then " if missing else ""
-        yield (
-            f"for a faster CPU path: {first}reinstall wsn_fast (WSN_FAST_NATIVE must not be 0). If the library is "
-            "still missing, read the build log"
-        )
-    if not torch.cuda.is_available():
-        yield "for the Triton kernels: use an NVIDIA GPU and a CUDA build of torch"
-        return
-    choice = candidate("gate", "cuda", torch.float32)
-    if choice.name == "torch":
-        yield f"the Triton kernels do not run: {choice.reason}"
-
-
-def _compiler() -> str | None:
-    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+def tuning(device: torch.device) -> Iterator[Finding]:
+    """The tuning tables of a device: which are in use, and why others are not."""
+    found = tables.of(tables.device_name(device))
+    yield Finding("tuning table", found.digest or "none", "; ".join(found.notes) or "--tune measures one")
 
 
 def report() -> str:
     """The whole report."""
     sections = [("installation", list(installation()))]
-    sections += [(f"{device}: {name}", list(routes(device))) for device, name in devices()]
+    sections += [(f"{device}: {name}", [*routes(device), *tuning(device)]) for device, name in devices()]
     width = max(len(finding.subject) for _, findings in sections for finding in findings)
     lines = []
     for title, findings in sections:
         lines += [title, *(f"  {f.subject:{width}}  {f.found:12}  {f.reason}".rstrip() for f in findings), ""]
-    lines += ["what would make the library faster", *(f"  {line}" for line in advice() or ())]
+    advised = list(advice()) or ["nothing that is known: all that this machine can use is in use"]
+    lines += ["what would make the library faster", *(f"  {line}" for line in advised)]
     return "\n".join(lines).rstrip() + "\n"
 
 

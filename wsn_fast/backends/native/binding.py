@@ -81,7 +81,7 @@ def strided_like(like: Tensor, dense: Tensor) -> Tensor:
 
 def call(function: str, *args: object) -> None:
     """Call ``function`` with PyTorch's number of threads, and raise on an error code."""
-    lib, reason = load()
+    lib, reason, _ = load()
     if lib is None:
         raise RuntimeError(reason)
     code = getattr(lib, function)(*args, torch.get_num_threads())

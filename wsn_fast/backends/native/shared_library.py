@@ -44,10 +44,17 @@ FILE = Path("_lib", f"{_PREFIX}wsn_cpu{_SUFFIX}")
 
 
 class NativeLibrary(NamedTuple):
-    """The loaded library, or ``None``, and the reason for either."""
+    """The loaded library, or ``None``, and the reason for either.
+
+    Attributes:
+        lib: the library.
+        reason: where it was found, or why there is none.
+        file: the file that was loaded, or could not be; None if there is no file.
+    """
 
     lib: ctypes.CDLL | None
     reason: str
+    file: Path | None = None
 
 
 @functools.cache
@@ -71,7 +78,7 @@ def open_file(path: Path) -> NativeLibrary:
         lib = ctypes.CDLL(str(path))
         version = lib.wsn_abi_version()
         if version != ABI_VERSION:
-            return NativeLibrary(None, f"{path} has ABI version {version}, this package needs {ABI_VERSION}")
+            return NativeLibrary(None, f"{path} has ABI version {version}, this package needs {ABI_VERSION}", path)
         lib.wsn_error_message.argtypes, lib.wsn_error_message.restype = [INT], ctypes.c_char_p
         for name, signature in SIGNATURES.items():
             function = getattr(lib, name)
@@ -79,10 +86,16 @@ def open_file(path: Path) -> NativeLibrary:
         lib.wsn_limit_instructions.argtypes = [INT]
         instructions = _INSTRUCTIONS[lib.wsn_limit_instructions(-1)]
     except OSError as error:
-        return NativeLibrary(None, f"{path} cannot be loaded: {error}")
+        return NativeLibrary(None, f"{path} cannot be loaded: {error}", path)
     except (AttributeError, IndexError) as error:
-        return NativeLibrary(None, f"{path} lacks a function, or is another library: {error}")
-    return NativeLibrary(lib, f"loaded from {path}, using {instructions}")
+        return NativeLibrary(None, f"{path} lacks a function, or is another library: {error}", path)
+    return NativeLibrary(lib, f"loaded from {path}, using {instructions}", path)
+
+
+def shares_team() -> bool:
+    """Whether the process has the threads of GNU OpenMP, or of one that understands its calls, for large work. PyTorch
+    for Linux brings them. ``csrc/cpu/parallel.cpp`` looks for the same name."""
+    return sys.platform != "win32" and hasattr(ctypes.CDLL(None), "GOMP_parallel")
 
 
 def package_roots() -> Iterator[Path]:

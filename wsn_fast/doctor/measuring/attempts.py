@@ -11,6 +11,13 @@ import torch
 from .scrub import scrubbed
 
 T = TypeVar("T")
+Say = Callable[[str], object]
+"""Takes a line of progress."""
+
+
+def say_at_once(line: str) -> None:
+    """Print a line, also into a pipe."""
+    print(line, flush=True)
 
 
 class Attempts:

@@ -6,7 +6,9 @@ import datetime
 import os
 import platform
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ def facts(device: torch.device) -> dict[str, object]:
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -39,6 +42,11 @@ def facts(device: torch.device) -> dict[str, object]:
             **gpu_state(getattr(properties, "uuid", None)),
         }
     return found
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which the device is the current one, as streams, events and graphs need it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def model_of(device: torch.device) -> str:

@@ -20,7 +20,7 @@ def scrubbed(text: object) -> str:
     """The text with paths down to file names, without the user's and the machine's name, and not endless."""
     said = str(text)
     for folder in _folders():
-        said = said.replace(folder, "")
+        said = said.replace(folder, os.sep)
     said = _PATHS.sub("", said)
     for name in _names():
         said = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "(name)", said)

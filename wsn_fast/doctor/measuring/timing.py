@@ -9,6 +9,7 @@ clock is used.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +86,7 @@ def in_turns(
     *,
     seconds: float = 0.2,
     rounds: tuple[int, int] = (MIN_REPEATS, MAX_REPEATS),
+    until: float = math.inf,
 ) -> Turns:
     """Time contenders in turns, so that what else runs on the machine meets them all alike.
 
@@ -93,6 +95,7 @@ def in_turns(
         device: where they work.
         seconds: about how long to measure all of them together.
         rounds: at least and at most so many.
+        until: of ``time.monotonic``: after it no round but the first is begun.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
     runs = {name: _run_of(calls, device) for name, calls in contenders.items()}
@@ -105,7 +108,9 @@ def in_turns(
     wait()
     count = max(rounds[0], min(rounds[1], int(seconds / max(time.perf_counter() - start, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(count):
+    for turn in range(count):
+        if turn and time.monotonic() > until:
+            break
         for name, (run, calls, _) in runs.items():
             times[name].append(_span(run, device) / calls)
     return Turns(times, {name: how for name, (_, _, how) in runs.items()})

@@ -26,12 +26,13 @@ def rank(n: int) -> int:
     return ops.threshold_rank(n, DENSITY, RULE)
 
 
-def input_sets(bytes_each: float, device: torch.device) -> int:
-    """How many sets of inputs of this size keep a GPU's L2 cache from holding the next one; 1 on a CPU."""
+def input_sets(bytes_each: float, device: torch.device, most: int = MAX_SETS) -> int:
+    """How many sets of inputs of this size keep a GPU's L2 cache from holding the next one, at most ``most``; 1 on a
+    CPU."""
     if device.type != "cuda":
         return 1
     l2: int = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(MAX_SETS, math.ceil(3 * l2 / max(bytes_each, 1.0))))
+    return max(1, min(most, math.ceil(3 * l2 / max(bytes_each, 1.0))))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

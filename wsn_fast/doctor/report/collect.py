@@ -13,14 +13,16 @@ import torch
 
 from ...backends import tables
 from .. import checking, findings
+from ..advice import advice
 from ..measuring import machine
-from ..measuring.attempts import Attempts
+from ..measuring.attempts import Attempts, Say, say_at_once
 from ..measuring.scrub import scrubbed
 from ..measuring.shapes import LinearShape
 from . import operations, steps
 
 FORMAT = 1
-Say = Callable[[str], object]
+SHARE = 0.6
+"""Of the time of a device, for training steps."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,23 @@ class Plan:
         copy: elements of the copy that says what memory can do.
         elements: sizes of the elementwise operations.
         layers: shapes of the layers.
-        seconds: of measuring an operation at one size; a layer gets ten times as many.
+        seconds: of measuring an operation at one size; a layer gets twenty times as many.
     """
 
     copy: int
     elements: tuple[int, ...]
     layers: tuple[LinearShape, ...]
-    seconds: float = 0.2
+    seconds: float = 0.1
 
 
 CPU = Plan(
     1 << 24,
-    (1 << 16, 1 << 20),
+    (1 << 20, 1 << 16),
     (LinearShape(256, 784, 32), LinearShape(512, 512, 64), LinearShape(1024, 1024, 64)),
 )
 GPU = Plan(
     1 << 27,
-    (1 << 20, 1 << 24),
+    (1 << 24, 1 << 20),
     (LinearShape(1024, 1024, 32), LinearShape(4096, 4096, 256), LinearShape(4096, 4096, 4096)),
 )
 
@@ -60,7 +62,7 @@ def plan_of(device: torch.device) -> Plan:
 def collect(
     devices: Sequence[torch.device],
     minutes: float,
-    say: Say = print,
+    say: Say = say_at_once,
     plan: Callable[[torch.device], Plan] = plan_of,
 ) -> dict[str, Any]:
     """Everything that a report says.
@@ -82,8 +84,9 @@ def collect(
     }
     for i, device in enumerate(devices):
         attempts.deadline = begin + 60 * minutes * (i + 1) / len(devices)
-        report["devices"].append(_device(device, attempts, plan(device), say))
-    report["advice"] = [scrubbed(line) for line in findings.advice()]
+        with machine.current(device):
+            report["devices"].append(_device(device, attempts, plan(device), say))
+    report["advice"] = [scrubbed(line) for line in advice()]
     report["not_measured"] = attempts.not_measured
     report["seconds"] = round(time.monotonic() - begin, 1)
     return report
@@ -105,19 +108,19 @@ def _device(device: torch.device, attempts: Attempts, plan: Plan, say: Say) -> d
         "verdicts": attempts.finish(f"the check of {device}", lambda: list(_verdicts(device))) or [],
         "table": {"digest": table.digest, "notes": list(map(scrubbed, table.notes)), "entries": dict(table.data)},
     }
+    say(f"{device}: training steps")
+    # The steps matter most: they go first, and keep what is over for the rest.
+    until, now = attempts.deadline, time.monotonic()
+    attempts.deadline = now + SHARE * max(0.0, until - now)
+    entry["steps"] = steps.times(attempts, device, plan.layers, 20 * plan.seconds)
+    attempts.deadline = until
     say(f"{device}: the elementwise operations")
     copying = partial(operations.copied, device, plan.copy, plan.seconds)
     copy = attempts.attempt(f"a copy of {plan.copy} elements on {device}", copying)
     entry["copy"] = None
     if copy is not None:
         entry["copy"] = operations.quantiles(copy.timing) | {"gb_per_s": round(copy.bytes_per_us / 1e3, 2)}
-    # The steps matter most: they keep half of the time.
-    until, now = attempts.deadline, time.monotonic()
-    attempts.deadline = now + max(0.0, until - now) / 2
     entry["operations"] = operations.times(attempts, device, plan.elements, copy, plan.seconds)
-    attempts.deadline = until
-    say(f"{device}: training steps")
-    entry["steps"] = steps.times(attempts, device, plan.layers, 10 * plan.seconds)
     return entry
 
 

@@ -17,6 +17,8 @@ from ..measuring.timing import Timing, Turns, in_turns, time_calls
 from ..measuring.weights import Weight, compute_dtype, input_sets
 
 PIECES, TASKS = 8, 5
+SETS = 4
+"""Of operands, at most: a small GPU has room for them."""
 
 
 class Copy(NamedTuple):
@@ -62,17 +64,18 @@ def times(
     rows = []
     for n in sizes:
         for name in OPERATIONS:
-            measure = partial(_row, name, n, device, copy, seconds)
+            measure = partial(_row, name, n, device, copy, (seconds, attempts.deadline))
             row = attempts.attempt(f"{name} of {n} elements on {device}", measure)
             rows += [] if row is None else [row]
     return rows
 
 
-def _row(name: str, n: int, device: torch.device, copy: Copy | None, seconds: float) -> dict[str, Any]:
+def _row(name: str, n: int, device: torch.device, copy: Copy | None, time: tuple[float, float]) -> dict[str, Any]:
+    """The row of a primitive. ``time`` has the seconds of measuring, and the end of all measuring."""
     operation, dtype = OPERATIONS[name], compute_dtype(device)
     chosen = choose(name, device, torch.float32 if operation.typed else None)
     moved = operation.bytes_each(torch.float32.itemsize, dtype.itemsize, TASKS) * n
-    weights = [Weight.random((n,), device, TASKS) for _ in range(input_sets(moved, device))]
+    weights = [Weight.random((n,), device, TASKS) for _ in range(input_sets(moved, device, SETS))]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         calls = {
@@ -80,7 +83,7 @@ def _row(name: str, n: int, device: torch.device, copy: Copy | None, seconds: fl
             for which, module in {"chosen": chosen.backend, "torch": portable}.items()
             if which == "chosen" or chosen.name != "torch"
         }
-        turns = in_turns(calls, device, seconds=seconds)
+        turns = in_turns(calls, device, seconds=time[0], until=time[1])
     row = {
         "operation": name, "elements": n, "dtype": dtype_name(dtype if operation.typed else None),
         "backend": chosen.name, "bytes": moved, "time": quantiles(turns.timing("chosen")),

@@ -48,7 +48,8 @@ def _rows(attempts: Attempts, device: torch.device, shape: LinearShape, seconds:
         right = attempts.attempt(f"{kind.name} on {shape}", partial(_checked, kind, problem, sets))
         if right is not None:
             made[kind] = right
-    turns = in_turns({kind.name: [one.step for one in all_] for kind, all_ in made.items()}, device, seconds=seconds)
+    calls = {kind.name: [one.step for one in all_] for kind, all_ in made.items()}
+    turns = in_turns(calls, device, seconds=seconds, until=attempts.deadline)
     rows = []
     for kind, competitors in made.items():
         later = attempts.finish(f"{kind.name} on {shape}, after the timing", competitors[0].check_later)

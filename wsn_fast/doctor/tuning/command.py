@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ...backends import tables
 from ...backends.cache_folder import write_text
 from ...backends.table_format import FORMAT, LISTS
 from ..measuring import machine
+from ..measuring.attempts import Say, say_at_once
 from ..measuring.timing import Call, time_calls
 from . import crossovers
 from .entries import measure_products, measure_tiles
@@ -29,7 +30,6 @@ SHARE = 0.4
 """Of the time on a GPU, for choosing between backends; the products take the rest."""
 SHOWN = 20
 """Lines that are printed of what was not measured. The table has all of them."""
-Say = Callable[[str], object]
 
 
 class Table:
@@ -112,7 +112,7 @@ def tune(
     folder: Path,
     minutes: float,
     *,
-    say: Say = print,
+    say: Say = say_at_once,
     facts: Mapping[str, object] | None = None,
     sweep: Sweep = FULL,
 ) -> int:
@@ -134,10 +134,11 @@ def tune(
     if table.obstacle:
         say(f"nothing was measured: {table.obstacle}")
         return 1
-    say(f"{device}: {table.name}, at most {minutes:g} minutes")
+    say(f"{device}: {table.name}, for at most {minutes:.3g} min")
     status = 0
     try:
-        measure(device, table, time.monotonic() + 60 * minutes, sweep)
+        with machine.current(device):
+            measure(device, table, time.monotonic() + 60 * minutes, sweep)
     except KeyboardInterrupt:
         table.not_measured.append("what comes after this line: the tuner was stopped")
         status = 130
@@ -151,7 +152,7 @@ def tune(
     return status or int(bool(table.obstacle))
 
 
-def main(devices: Sequence[torch.device], folder: Path | None, minutes: float, say: Say = print) -> int:
+def main(devices: Sequence[torch.device], folder: Path | None, minutes: float, say: Say = say_at_once) -> int:
     """Tune devices one after the other, in ``minutes`` all together. Return the status of the first that failed."""
     deadline = time.monotonic() + 60 * minutes
     for i, device in enumerate(devices):

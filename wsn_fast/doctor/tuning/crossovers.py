@@ -32,6 +32,8 @@ PIECES = 8
 """Into how many tensors a weight is cut for the operations that take many, as those of a small net."""
 TASKS = 5
 """Rows of a union."""
+SETS = 4
+"""Of operands, at most: a small GPU has room for them, and a CUDA graph for their calls."""
 
 
 class Rival(NamedTuple):
@@ -116,7 +118,7 @@ def choice(usual: str, device: torch.device, measured: list[Turns]) -> str:
 
 def _turns(rival: Rival, device: torch.device, n: int, seconds: float) -> Turns:
     operation, dtype = OPERATIONS[rival.operation], rival.dtype or torch.float32
-    sets = input_sets(operation.bytes_each(dtype.itemsize, dtype.itemsize, TASKS) * n, device)
+    sets = input_sets(operation.bytes_each(dtype.itemsize, dtype.itemsize, TASKS) * n, device, SETS)
     weights = [Weight.random((n,), device, TASKS, dtype, dtype) for _ in range(sets)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,24 +1,19 @@
-"""How benchmarks take times, and what the tuner makes of them."""
+"""How doctor and benchmarks take times, and what the tuner makes of them."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-if importlib.util.find_spec("benchmarks") is None:  # pytest puts no folder of the checkout on the path
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.gradients import GradientProduct
-from benchmarks.tuner import IEEE, Trials, entry
-
-from benchmarks import timing
+from wsn_fast.doctor.measuring import timing
+from wsn_fast.doctor.tuning.entries import entry
+from wsn_fast.doctor.tuning.gradients import GradientProduct
+from wsn_fast.doctor.tuning.sweeps import IEEE
+from wsn_fast.doctor.tuning.trials import Trials
 
 CPU = torch.device("cpu")
 
@@ -45,6 +40,9 @@ class SimulatedCuda:
 
             def record(self) -> None:
                 self.at = outer.now
+
+            def synchronize(self) -> None:
+                pass
 
             def elapsed_time(self, end: Event) -> float:
                 return end.at - self.at
@@ -124,6 +122,43 @@ def test_a_loop_is_timed_eagerly_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.median_us == pytest.approx(3000.0)
     assert result.how == "loop" and "replay" not in cuda.log
     assert cuda.log == ["synchronize", "synchronize", "synchronize"]  # after two warm-ups, and at the end
+
+
+# --- turns
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    calls = {name: [functools.partial(order.append, name)] for name in ("a", "b")}
+    turns = timing.in_turns(calls, CPU, rounds=(4, 4))
+    assert order == ["a", "b"] * 6  # two rounds are not timed
+    assert [len(times) for times in turns.times.values()] == [4, 4]
+
+
+def test_no_round_begins_after_the_end() -> None:
+    turns = timing.in_turns({"a": [lambda: None]}, CPU, seconds=1.0, until=0.0)
+    assert len(turns.times["a"]) == 1
+
+
+def test_a_ratio_is_the_median_over_the_rounds() -> None:
+    turns = timing.Turns({"a": [2.0, 9.0, 6.0], "b": [1.0, 1.0, 2.0]}, {"a": "host", "b": "host"})
+    assert turns.ratio("a", "b") == 3.0  # of 2, 9 and 3: the medians have the ratio 6
+    assert turns.timing("a").median_us == 6.0
+
+
+def test_graphs_take_turns_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimulatedCuda()
+    simulate(monkeypatch, cuda)
+    contenders = {"a": [cuda.kernel(0.010), cuda.kernel(0.030)], "b": [cuda.kernel(5.0)]}
+    turns = timing.in_turns(contenders, torch.device("cuda"), rounds=(3, 3))
+    assert turns.timing("a").median_us == pytest.approx(20.0) and turns.timing("b").median_us == pytest.approx(5000.0)
+    assert turns.how == {"a": "graph", "b": "graph"}
+
+
+def test_what_cannot_be_captured_takes_its_turns_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimulatedCuda(capturable=False)
+    simulate(monkeypatch, cuda)
+    turns = timing.in_turns({"a": [cuda.kernel(0.5)]}, torch.device("cuda"), rounds=(3, 3))
+    assert turns.timing("a").median_us == pytest.approx(500.0)
+    assert turns.how["a"].startswith("events (no graph: RuntimeError")
 
 
 # --- what the tuner makes of times
