@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_resources import Part, Row, chosen, faults
+from triton_versions import spills_when_old
 
 ROOT = Path(__file__).parents[2]
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -35,6 +36,7 @@ def all_cases() -> dict[str, list[Any]]:
 
 
 @needs_compiler
+@spills_when_old
 @pytest.mark.timeout(7200)  # minutes on two cores, less once Triton has the kernels in its cache
 @pytest.mark.parametrize(
     "options",

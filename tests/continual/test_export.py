@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:No complete tensor found in the group"),  # the mask in use is a row of all masks
     pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),  # torch.export.load of torch 2.11
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),  # torch's exporter
     pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export"),
 ]

@@ -152,6 +152,7 @@ def test_a_forward_pass_that_fails_later() -> None:
     assert torch.equal(wsn(X), before)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.11
 def test_compiled_code_in_training_mode() -> None:
     torch.compiler.reset()
     wsn = finished("batch norm")

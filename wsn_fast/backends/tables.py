@@ -86,10 +86,10 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 def versions(device: torch.device) -> dict[str, str]:
     """The versions that a user's table for this device holds for."""
     names = ("wsn_fast", "torch", "triton") if device.type == "cuda" else ("wsn_fast", "torch")
-    return {name: _version(name) for name in names}
+    return {name: _version_of(name) for name in names}
 
 
-def _version(name: str) -> str:
+def _version_of(name: str) -> str:
     if name == "torch":
         return torch.__version__
     try:
@@ -160,8 +160,8 @@ def _foreign(data: Mapping[str, Any], name: str, checked: bool) -> str:
     if not checked:
         return ""
     for package, measured in data["versions"].items():
-        if _version(package) != measured:
-            return f"it was measured with {package} {measured[:50]}, and this is {_version(package)}"
+        if _version_of(package) != measured:
+            return f"it was measured with {package} {measured[:50]}, and this is {_version_of(package)}"
     return ""
 
 
