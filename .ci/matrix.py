@@ -170,7 +170,8 @@ def run_cell(cell: Cell, options: argparse.Namespace, folder: Path) -> bool:
         if not record["runs"] or not record["runs"][-1]["failures"]:
             print(f"{cell.name}: nothing failed")
             return True
-        arguments += record["runs"][-1]["failures"]
+        # Of a test that is sampled, other cases are in the ordinary set when fewer are collected.
+        arguments += ["-m", "not slow and not ecosystem", *record["runs"][-1]["failures"]]
     try:
         python = install(cell, interpreter(cell.python, options.python), folder)
         words = f"{options.tests} and what had failed" if options.failed else options.tests
