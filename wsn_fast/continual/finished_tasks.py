@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends.collectives import is_initialized
 from ..nn import model_owner
 from ..nn.refusals import StaysInTheLibrary
 from ..nn.task_ids import TaskId, check_task
@@ -128,7 +129,8 @@ class FinishedTasks(StaysInTheLibrary, Contents):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel(wsn) asks for when it is made: the names of what it must leave alone."""
         self._check_whole("DistributedDataParallel", "its processes average all gradients already")
-        parallel.check_can_be_wrapped(cast(Any, self))
+        if is_initialized():  # torch.jit.trace reads every attribute, and has nothing to do with a wrapper
+            parallel.check_can_be_wrapped(cast(Any, self))
         return parallel.leave_alone(cast(Any, self))
 
     # --- saving and loading ----------------------------------------------------------------------------------------

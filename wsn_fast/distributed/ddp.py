@@ -11,6 +11,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ..backends import collectives
+from ..continual.parallel import check_can_be_wrapped
 from ..continual.wsn import WSN
 
 
@@ -31,6 +32,7 @@ def leave_alone(module: nn.Module) -> None:
     """
     names: list[str] = list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for path, wsn in _wsns_of(module):
+        check_can_be_wrapped(wsn)
         names += [f"{path}.{name}".lstrip(".") for name in wsn._ddp_params_and_buffers_to_ignore]
     if not isinstance(module, WSN):
         module._ddp_params_and_buffers_to_ignore = [*dict.fromkeys(names)]  # type: ignore[assignment]
