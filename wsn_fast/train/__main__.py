@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from wsn_fast import __version__
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
-from wsn_fast.train import config
+from wsn_fast.train import config, launch
 from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS
 
 _TRAIN = """\
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            args = _parser().parse_args(argv)
+            with launch.said_once():
+                args = _parser().parse_args(argv)
             from wsn_fast.train import commands  # PyTorch with it, which the parser does not need
 
             return commands.run(args)
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt this line
-        print("; ".join(("wsn-fast: interrupted", *map(str, interrupt.args))), file=sys.stderr)
+        if launch.is_first():
+            print("; ".join(("wsn-fast: interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there again when it ends
