@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+from dying_run import die_at
 from torch import Tensor, nn
 
 from wsn_fast.train import data, loop, nets
+from wsn_fast.train.report import Console
 from wsn_fast.train.run import PROBE, Run
 
 
@@ -27,11 +31,10 @@ class Small(nn.Module):
         return out
 
 
-def in_float64(rank: int, record: str, eval_batch: int = 100) -> None:
+def in_float64(rank: int, record: str) -> None:
     """A net in float64. Each process writes into ``record`` the images that it trains on, by their sums, and how many
     it measures."""
-    nets.build = lambda name, shape, classes: Small(64, classes, torch.float64)  # type: ignore[assignment]
-    loop.EVAL_BATCH = eval_batch
+    plain(rank)
     seen: dict[str, list[Any]] = {"trained": [], "measured": []}
     forward = Small.forward
 
@@ -54,6 +57,12 @@ def in_float64(rank: int, record: str, eval_batch: int = 100) -> None:
     Run.finish = finished  # type: ignore[method-assign]
 
 
+def plain(rank: int, eval_batch: int = 100) -> None:
+    """A net in float64."""
+    nets.build = lambda name, shape, classes: Small(64, classes, torch.float64)  # type: ignore[assignment]
+    loop.EVAL_BATCH = eval_batch
+
+
 def stateful(rank: int) -> None:
     """A net with batch norm and dropout, and other numbers to draw in each process. The validation loss has its sign
     changed, so that an early epoch is the best and the learning rate falls."""
@@ -68,6 +77,37 @@ def stateful(rank: int) -> None:
     nets.build = lambda name, shape, classes: Small(64, classes, torch.float32, *more)  # type: ignore[assignment]
 
 
+def killed(rank: int, net: str, which: int, steps: int) -> None:
+    """A net, and SIGKILL for one process after so many steps of its own."""
+    if net == "stateful":
+        stateful(rank)
+    else:
+        plain(rank)
+
+    def step(self: Console) -> None:
+        nonlocal steps
+        steps -= 1
+        if rank == which and steps == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Console.step = step  # type: ignore[method-assign]
+
+
+def dying(rank: int, which: int, place: str, moment: int, counts: str) -> None:
+    """SIGKILL for one process at a moment of a place: see ``dying_run``. With moment 0, each process writes into
+    ``counts`` how many moments each place has until the run is finished."""
+    if rank != which and moment:
+        return
+    counted, finish = die_at(place, moment), Run.finish
+
+    def finished(self: Run) -> dict[str, Any]:
+        results = finish(self)
+        Path(f"{counts}.{rank}").write_text(json.dumps(counted))
+        return results
+
+    Run.finish = finished  # type: ignore[method-assign]
+
+
 def without_data(rank: int, which: int) -> None:
     """One process cannot read the data."""
 
@@ -80,7 +120,6 @@ def without_data(rank: int, which: int) -> None:
 
 def without_memory(rank: int, which: int, steps: int) -> None:
     """The memory of one process does not suffice for one of its steps."""
-    from wsn_fast.train.report import Console
 
     def step(self: Console) -> None:
         nonlocal steps

@@ -42,7 +42,14 @@ class Ended:
         return [line for text in self.errors for line in text.splitlines()]
 
 
-def drive(folder: Path, world: int, *arguments: object, prepare: str = "", using: Sequence[Any] = ()) -> Ended:
+def drive(
+    folder: Path,
+    world: int,
+    *arguments: object,
+    prepare: str = "",
+    using: Sequence[Any] = (),
+    one_kills_all: bool = False,
+) -> Ended:
     """Run ``wsn-fast`` with the same arguments in ``world`` processes, until all have ended.
 
     Args:
@@ -50,6 +57,7 @@ def drive(folder: Path, world: int, *arguments: object, prepare: str = "", using
         world: how many.
         arguments: of the command.
         prepare: "module:function" that each process calls first, with its rank and ``using``.
+        one_kills_all: whether the others get SIGKILL in place of SIGTERM, as if the machine had failed.
     """
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch.distributed.fsdp"])
     context = multiprocessing.get_context("forkserver")
@@ -64,7 +72,7 @@ def drive(folder: Path, world: int, *arguments: object, prepare: str = "", using
         if not failed and any(one.exitcode for one in ranks):
             failed = True
             for one in ranks:
-                one.terminate()
+                one.kill() if one_kills_all else one.terminate()
         if time.monotonic() > end:
             for one in ranks:
                 one.kill()

@@ -151,6 +151,7 @@ def train_epoch_in_parts(
 
     Raises:
         torch.OutOfMemoryError: memory does not suffice for the part of a batch.
+        ValueError: a part is one sample, and batch norm takes no statistics of it.
     """
     from torch.nn.parallel import DistributedDataParallel
 
@@ -169,7 +170,15 @@ def train_epoch_in_parts(
         if not len(own):  # the batch is too small for all: this process trains a sample of another one that counts 0
             own = rows[:1]
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(ddp(x.index_select(0, own)), y.index_select(0, own))
+        try:
+            loss = F.cross_entropy(ddp(x.index_select(0, own)), y.index_select(0, own))
+        except ValueError as error:
+            if len(own) > 1:
+                raise
+            raise ValueError(
+                f"batch_size: the last batch of {len(rows)} leaves one sample to a process, and the net cannot train "
+                f"it ({error}): choose another --batch-size, or fewer processes"
+            ) from error
         # The wrapper divides the sum of the gradients by the number of processes.
         torch.autograd.backward(loss * (share * processes.size))
         optimizer.step()
