@@ -12,7 +12,10 @@ import torch
 from dying_run import die_at
 from torch import Tensor, nn
 
+from wsn_fast.backends import collectives
+from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import data, loop, nets
+from wsn_fast.train.processes import Processes
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import PROBE, Run
 
@@ -64,12 +67,14 @@ def plain(rank: int, eval_batch: int = 100) -> None:
 
 
 def stateful(rank: int) -> None:
-    """A net with batch norm and dropout, and other numbers to draw in each process. The validation loss has its sign
-    changed, so that an early epoch is the best and the learning rate falls."""
+    """A net with batch norm and dropout. All processes have to measure with the same statistics. The validation loss has
+    its sign changed, so that an early epoch is the best and the learning rate falls."""
     from wsn_fast.train import run
 
-    def evaluate(*given: Any) -> tuple[float, float]:
-        loss, accuracy = loop.evaluate(*given)
+    def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes) -> tuple[float, float]:
+        mean = wsn.model.features[2].running_mean
+        assert len({*collectives.texts_of(processes.group, str(mean.tolist()))}) == 1, "they have other statistics"
+        loss, accuracy = loop.evaluate(wsn, x, y, processes)
         return -loss, accuracy
 
     run.evaluate = evaluate

@@ -25,8 +25,8 @@ from wsn_fast.train.lock import FolderLock
 
 ROOT = Path(__file__).parents[2]
 pytestmark = needs_gloo
-# The parts of a batch differ in size, and the last one of an epoch is a single sample: two processes have 1 and 0 of it,
-# three have 1, 0 and 0.
+# The parts of a batch differ in size, and the last batch of an epoch is a single sample: two processes have 1 and 0 of
+# it, three have 1, 0 and 0.
 BATCH = 323
 SMALL = ["permuted", "--tasks", "2", "--epochs", "3", "--batch-size", str(BATCH), "--device", "cpu", "--lr", "0.01"]
 SMALL += ["--val-fraction", "0.1033"]
