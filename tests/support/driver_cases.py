@@ -67,8 +67,8 @@ def plain(rank: int, eval_batch: int = 100) -> None:
 
 
 def stateful(rank: int) -> None:
-    """A net with batch norm and dropout. All processes have to measure with the same statistics. The validation loss has
-    its sign changed, so that an early epoch is the best and the learning rate falls."""
+    """A net with batch norm and dropout. All processes have to measure with the same statistics. The validation loss
+    has its sign changed, so that an early epoch is the best and the learning rate falls."""
     from wsn_fast.train import run
 
     def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes) -> tuple[float, float]:
