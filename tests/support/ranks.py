@@ -49,21 +49,23 @@ def drive(
     prepare: str = "",
     using: Sequence[Any] = (),
     one_kills_all: bool = False,
+    program: str = "wsn_fast.train",
 ) -> Ended:
-    """Run ``wsn-fast`` with the same arguments in ``world`` processes, until all have ended.
+    """Run ``wsn-fast``, or another ``program``, with the same arguments in ``world`` processes, until all have ended.
 
     Args:
         folder: an existing folder for what they write.
         world: how many.
         arguments: of the command.
         prepare: "module:function" that each process calls first, with its rank and ``using``.
+        program: the package whose command runs.
         one_kills_all: whether the others get SIGKILL in place of SIGTERM, as if the machine had failed.
     """
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch.distributed.fsdp"])
     context = multiprocessing.get_context("forkserver")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=WAIT))
     words = [str(word) for word in arguments]
-    targets = [(rank, world, store.port, str(folder), words, prepare, tuple(using)) for rank in range(world)]
+    targets = [(rank, world, store.port, str(folder), program, words, prepare, tuple(using)) for rank in range(world)]
     ranks = [context.Process(target=_work, args=arguments) for arguments in targets]
     for one in ranks:
         one.start()
@@ -87,7 +89,7 @@ def _texts(folder: Path, world: int) -> tuple[list[str], list[str]]:
 
 
 def _work(
-    rank: int, world: int, port: int, folder: str, words: list[str], prepare: str, using: tuple[Any, ...]
+    rank: int, world: int, port: int, folder: str, program: str, words: list[str], prepare: str, using: tuple[Any, ...]
 ) -> None:
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{kind}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -97,8 +99,7 @@ def _work(
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
         os.environ.update({name: str(value) for name, value in names.items()})
-    from wsn_fast.train.__main__ import main
-
+    main = importlib.import_module(f"{program}.__main__").main
     if prepare:
         module, _, name = prepare.partition(":")
         getattr(importlib.import_module(module), name)(rank, *using)

@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from wsn_fast import __version__
+from wsn_fast import __version__, launch
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
-from wsn_fast.train import config, launch
+from wsn_fast.train import config
 from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS
 
 _TRAIN = """\

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from wsn_fast import ForgottenError
-from wsn_fast.train import config, launch, page, records
+from wsn_fast import ForgottenError, launch
+from wsn_fast.train import config, page, records
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.evaluation import evaluate_run
 from wsn_fast.train.processes import ALONE, PeerLostError, Processes, StoppedError, Terminated, is_lost, join

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from wsn_fast.backends import collectives
-from wsn_fast.train import launch
+from wsn_fast import launch
+from wsn_fast.backends import collectives, meeting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
@@ -126,25 +126,12 @@ ALONE = Processes()
 def join() -> Processes:
     """Meet the processes that torchrun has started; :data:`ALONE` if it has started only this one or none.
 
-    On a machine with GPUs, tensors there are sent by NCCL and all others by gloo.
-
-    Raises:
-        ValueError: torchrun's environment variables are incomplete.
-        RuntimeError: PyTorch was built without what this needs, or the processes do not find each other.
-    """
+    Raises what :func:`wsn_fast.backends.meeting.meet` raises."""
     if launch.world_size() == 1:
         return ALONE
-    rank, size = launch.rank(), launch.world_size()
-    dist = torch.distributed
-    if not dist.is_available() or not dist.is_gloo_available():
-        raise PeerLostError("several processes need gloo, which this build of PyTorch does not have")
-    from torch.distributed.rendezvous import rendezvous
-
-    store, _, _ = next(iter(rendezvous("env://")))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)  # type: ignore[attr-defined]
+    met = meeting.meet()
     signal.signal(signal.SIGTERM, _terminate)
-    return Processes(rank, size, dist.group.WORLD, store)
+    return Processes(met.rank, met.size, met.group, met.store)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsn_fast import CapturedStep
-from wsn_fast.train import checkpoint, config, launch, paths
+from wsn_fast import CapturedStep, launch
+from wsn_fast.train import checkpoint, config, paths
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
