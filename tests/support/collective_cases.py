@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wsn_fast.backends import digits
 from wsn_fast.distributed import ddp
 from wsn_fast.doctor import processes
-from wsn_fast.ops import sharded_selection
 
 WRONG = 1  # the process
 
@@ -64,8 +64,8 @@ def all_wrong(rank: int) -> None:
         if hasattr(dist, name):
             setattr(dist, name, with_one_more(getattr(dist, name)))
     ddp._Sum.take = lambda self: None  # type: ignore[method-assign]
-    ranks = sharded_selection.ranks
-    sharded_selection.ranks = lambda counts, density, rule: (ranks(counts, density, rule) - 1).clamp_(min=0)
+    decode = digits.decode
+    digits.decode = lambda codes, dtype, rule: decode(codes, dtype, rule) + 1
 
 
 def with_one_more(call: Any) -> Any:
