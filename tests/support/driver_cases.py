@@ -135,6 +135,16 @@ def without_memory(rank: int, which: int, steps: int) -> None:
     Console.step = step  # type: ignore[method-assign]
 
 
+def not_finite_in_one(rank: int, which: int) -> None:
+    """One process finds a score that is not finite when it ends a task."""
+
+    def changed(self: WSN, record: object) -> None:
+        raise FloatingPointError("a score is infinite")
+
+    if rank == which:
+        WSN._check_can_end = changed  # type: ignore[method-assign]
+
+
 def not_finite(rank: int) -> None:
     """A score becomes infinite in all processes."""
     check = Run._check_finite

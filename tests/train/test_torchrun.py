@@ -176,6 +176,12 @@ def test_a_process_without_memory_stops_all(tmp_path: Path) -> None:
     assert ended.errors[1], "the process that has no memory says so"
 
 
+def test_what_one_process_finds_at_the_end_of_a_task_stops_all(tmp_path: Path) -> None:
+    arguments = ("train", *SMALL, "--out", tmp_path / "run", "--quiet")
+    ended = drive(tmp_path, 2, *arguments, prepare="driver_cases:not_finite_in_one", using=[1])
+    assert one_error(ended, 1) == "wsn-fast: error: a score is infinite"
+
+
 def test_batch_norm_of_one_sample_is_one_error(tmp_path: Path) -> None:
     arguments = ("train", *SMALL, "--out", tmp_path / "run", "--quiet")
     ended = drive(tmp_path, 2, *arguments, prepare="driver_cases:stateful")

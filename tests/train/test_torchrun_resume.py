@@ -4,9 +4,12 @@ to rounding, and it says so. Each of them can measure it and report it."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +21,12 @@ from same_end import assert_same_end
 
 from wsn_fast.train import checkpoint, records
 
+ROOT = Path(__file__).parents[2]
 pytestmark = needs_gloo
 # 7 steps in an epoch, the last one of 20 samples: three processes have 7, 7 and 6 of it.
 SMALL = ["permuted", "--tasks", "2", "--epochs", "3", "--batch-size", "213", "--device", "cpu", "--lr", "0.01"]
 SMALL += ["--lr-patience", "1", "--preset", "clarena"]
+LOST = "wsn-fast: error: another process of this run has failed or was killed; what started the processes says which"
 STEPS = 2 * 3 * 7
 NETS = {"float64": "driver_cases:plain", "stateful": "driver_cases:stateful"}
 
@@ -52,6 +57,9 @@ def stopped(folder: Path, net: str, world: int, which: int, steps: int) -> Path:
     arguments = ("train", *SMALL, "--out", folder / "run", "--quiet")
     ended = drive(folder, world, *arguments, prepare="driver_cases:killed", using=[net, which, steps])
     assert ended.codes[which] == -signal.SIGKILL, ended
+    if world > 1:  # all others stop, and one of them says so
+        assert {code for rank, code in enumerate(ended.codes) if rank != which} == {2}, ended
+        assert ended.lines == [f"{LOST}. `wsn-fast train --resume {folder / 'run'}` continues"]
     return folder / "run"
 
 
@@ -167,7 +175,7 @@ def kill_and_resume(counted: Killed, tmp_path: Path, seed: int) -> None:
         assert other in (-signal.SIGKILL, 2), (using, ended)
     elif other == 2:
         [line] = ended.lines
-        assert line.startswith("wsn-fast: error: another process of this run has failed or was killed; "), (using, line)
+        assert line.startswith(LOST), (using, line)
     else:  # it had not met the other one yet, or had no more to do
         assert other in (0, -signal.SIGTERM) and not ended.lines, (using, ended)
     begun = (folder / "config.json").exists()
@@ -175,6 +183,32 @@ def kill_and_resume(counted: Killed, tmp_path: Path, seed: int) -> None:
     ended = drive(tmp_path, 2, "train", *again)
     assert ended.codes == [0, 0] and not ended.lines, (using, ended)
     assert_same_end(folder, counted.folder)
+
+
+KILLED_UNDER_TORCHRUN = """
+import os, sys
+sys.path.insert(0, {support!r})
+import driver_cases
+driver_cases.killed(int(os.environ["RANK"]), "float64", 1, 9)
+from wsn_fast.train.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.ci
+def test_torchrun_stops_the_others_and_one_says_so(undisturbed: Runs, tmp_path: Path) -> None:
+    script, folder = tmp_path / "train.py", tmp_path / "run"
+    script.write_text(KILLED_UNDER_TORCHRUN.format(support=str(ROOT / "tests" / "support")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*torchrun, "train", *SMALL, "--out", str(folder), "--quiet"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 1
+    said = [line for line in ran.stderr.splitlines() if line.startswith("wsn-fast: ")]
+    assert said == [f"{LOST}. `wsn-fast train --resume {folder}` continues"], ran.stderr
+    assert "Signal 9 (SIGKILL)" in ran.stderr  # torchrun's own report
+    resumed(folder, "float64", 2)
+    assert_same_end(folder, undisturbed("float64", 2))
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.ci) for seed in (1, 2))])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wsn_fast import launch
 from wsn_fast.backends import collectives, meeting
+from wsn_fast.continual.parallel import OtherFailedError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
@@ -92,10 +93,10 @@ class Processes:
         if self.size == 1:
             return
         every = torch.zeros(self.size, dtype=torch.int64)
-        every[self.rank] = failed is not None
+        every[self.rank] = failed is not None and not isinstance(failed, OtherFailedError)
         self.sum(every)
         if every.any():
-            if failed is not None and not every[: self.rank].any():
+            if failed is not None and every[self.rank] and not every[: self.rank].any():
                 raise failed
             raise StoppedError from failed
 
