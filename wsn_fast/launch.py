@@ -13,14 +13,15 @@ def world_size() -> int:
     """The number of processes of the run; 1 unless something like torchrun has set ``WORLD_SIZE``.
 
     Raises:
-        ValueError: the variable is no number from 1 on. The other functions raise the same for theirs.
+        ValueError: the variable is no such number. The other functions raise the same for theirs.
     """
     return _number("WORLD_SIZE", 1, 1)
 
 
 def rank() -> int:
     """The number of this process, from 0; 0 if it is alone."""
-    return _number("RANK", 0) if world_size() > 1 else 0
+    size = world_size()
+    return _number("RANK", 0, most=size - 1) if size > 1 else 0
 
 
 def local_rank() -> int:
@@ -46,14 +47,15 @@ def said_once() -> Iterator[None]:
         yield
 
 
-def _number(name: str, least: int, otherwise: int | None = None) -> int:
+def _number(name: str, least: int, otherwise: int | None = None, most: int = 2**31) -> int:
     text = os.environ.get(name, otherwise)
     try:
         value = int(text)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         value = least - 1
-    if value < least:
+    if not least <= value <= most:
         raise ValueError(
-            f"{name}: expected an integer from {least} on in this environment variable, got {text!r}; torchrun sets it"
+            f"{name}: expected an integer from {least} to {most} in this environment variable, got {text!r}; torchrun "
+            "sets it"
         )
     return value

@@ -194,7 +194,7 @@ def test_a_score_that_is_not_finite_is_said_by_the_first_process(tmp_path: Path)
     assert "task 0, epoch 1: " in one_error(ended, 1) and "the last good checkpoint, 000001, " in ended.errors[0]
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", None), ("RANK", "one"), ("WORLD_SIZE", "0")])
+@pytest.mark.parametrize(("name", "value"), [("RANK", None), ("RANK", "one"), ("RANK", "2"), ("WORLD_SIZE", "0")])
 def test_an_environment_that_torchrun_did_not_set_is_named(
     name: str, value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

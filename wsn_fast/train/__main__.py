@@ -27,6 +27,7 @@ examples:
   wsn-fast train permuted                                  the vendored digits, 5 tasks, under two minutes
   wsn-fast train permuted --data mnist --data-dir mnist/   the paper's Permuted MNIST, 10 tasks
   wsn-fast train split --data cifar100 --data-dir cifar/ --density 0.1
+  torchrun --nproc-per-node 2 -m wsn_fast.train train permuted   two processes
   wsn-fast train --resume runs/permuted-digits-paper-seed0
   wsn-fast eval runs/permuted-digits-paper-seed0
   wsn-fast report runs/*
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     0: the command succeeded. 1: a loss is not finite, a task was forgotten, or a number of ``eval`` differs. 2: the
-    arguments, the files or the data are wrong. 130: the command was interrupted. 141: what reads the output has gone.
+    arguments, the files or the data are wrong, or another process of the run has failed. 130: the command was interrupted. 141: what reads the output has gone.
     """
     try:
         try:

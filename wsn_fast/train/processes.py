@@ -127,10 +127,16 @@ ALONE = Processes()
 def join() -> Processes:
     """Meet the processes that torchrun has started; :data:`ALONE` if it has started only this one or none.
 
-    Raises what :func:`wsn_fast.backends.meeting.meet` raises."""
+    Raises:
+        PeerLostError: they do not find each other.
+        ValueError: one of torchrun's environment variables is missing or no number.
+    """
     if launch.world_size() == 1:
         return ALONE
-    met = meeting.meet()
+    try:
+        met = meeting.meet()
+    except RuntimeError as error:
+        raise PeerLostError(f"the {launch.world_size()} processes of this run have not met: {error}") from error
     signal.signal(signal.SIGTERM, _terminate)
     return Processes(met.rank, met.size, met.group, met.store)
 
