@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     0: the command succeeded. 1: a loss is not finite, a task was forgotten, or a number of ``eval`` differs. 2: the
-    arguments, the files or the data are wrong, or another process of the run has failed. 130: the command was interrupted. 141: what reads the output has gone.
+    arguments, the files or the data are wrong, or another process of the run has failed. 130: the command was
+    interrupted. 141: what reads the output has gone.
     """
     try:
         try:
