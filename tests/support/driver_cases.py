@@ -123,6 +123,19 @@ def without_data(rank: int, which: int) -> None:
         data.load = load  # type: ignore[assignment]
 
 
+def hurried(rank: int, which: int) -> None:
+    """One process cannot read the data, and gets SIGTERM before it says so. The others get it before they stop."""
+    without_data(rank, which)
+    give_up = Processes.give_up
+
+    def hurry(self: Processes) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        give_up(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Processes.give_up = hurry  # type: ignore[method-assign]
+
+
 def without_memory(rank: int, which: int, steps: int) -> None:
     """The memory of one process does not suffice for one of its steps."""
 

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore
 
 WAIT = 120  # seconds for all of them to end
 POLL = 0.01
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "wsn_fast.distributed", "wsn_fast.train.commands"]
 
 
 @dataclass
@@ -61,7 +62,7 @@ def drive(
         program: the package whose command runs.
         one_kills_all: whether the others get SIGKILL in place of SIGTERM, as if the machine had failed.
     """
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "torch.distributed.fsdp"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     context = multiprocessing.get_context("forkserver")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=WAIT))
     words = [str(word) for word in arguments]

@@ -169,6 +169,14 @@ def test_data_that_one_process_cannot_read_are_one_error(tmp_path: Path, which: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_processes_that_are_hurried_still_say_one_error(tmp_path: Path, which: int) -> None:
+    arguments = ("train", *SMALL, "--out", tmp_path / "run")
+    ended = drive(tmp_path, 2, *arguments, prepare="driver_cases:hurried", using=[which])
+    assert "data: there are none" in one_error(ended)
+    assert ended.codes == [2, 2]
+
+
 def test_a_process_without_memory_stops_all(tmp_path: Path) -> None:
     arguments = ("train", *SMALL, "--out", tmp_path / "run", "--quiet")
     ended = drive(tmp_path, 2, *arguments, prepare="driver_cases:without_memory", using=[1, 7])

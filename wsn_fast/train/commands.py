@@ -48,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except StoppedError:
+        processes.give_up()
         return 2
     except (Exception, Terminated) as error:
+        processes.give_up()
         if not processes.speaks():
             return 2
         # PyTorch has no class of its own for a CPU without memory.

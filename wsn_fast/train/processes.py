@@ -7,6 +7,7 @@ failed. Whatever fails, one process says so, and all of them end.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -99,6 +100,8 @@ class Processes:
             if failed is not None and every[self.rank] and not every[: self.rank].any():
                 raise failed
             raise StoppedError from failed
+        if failed is not None:  # whoever has told of its failure has recovered from it
+            raise failed
 
     def sum(self, tensor: Tensor) -> None:
         """In place, ``tensor`` becomes the sum of those of all processes."""
@@ -112,6 +115,12 @@ class Processes:
             return self._store.add(_SPOKEN, 1) == 1
         except RuntimeError:  # the store has gone with the process that held it
             return True
+
+    def give_up(self) -> None:
+        """This process has failed and is on its way out. SIGTERM, by which torchrun hurries it, would only disturb what
+        it still has to say."""
+        if self.group is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def leave(self) -> None:
         """End the process group, when all has gone well."""
@@ -148,5 +157,5 @@ def is_lost(error: BaseException) -> bool:
 
 
 def _terminate(number: int, frame: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the process is on its way out
-    raise Terminated
+    if sys.exc_info()[0] is None:  # else it is failing already
+        raise Terminated
