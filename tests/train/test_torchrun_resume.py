@@ -148,7 +148,7 @@ class Killed(NamedTuple):
 
 
 # --- kills at any moment ----------------------------------------------------------------------------------
-KILLED = [*SMALL[:4], "2", *SMALL[5:], "--optimizer", "adamw", "--weight-decay", "0.01", "--quiet"]
+KILLED = [*SMALL, "--optimizer", "adamw", "--weight-decay", "0.01", "--quiet"]
 
 
 @pytest.fixture(scope="module")
