@@ -386,6 +386,17 @@ def modules() -> None:
     registered("_modules", register, nn.Identity)
 
 
+def compiled_calls() -> None:
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(lambda module, args, output: output + 1)
+    x = torch.ones(1, 2)
+    expected = module(x)
+    assert torch.equal(module._call_impl(x), expected)
+    module._compiled_call_impl = lambda x: 2 * module._call_impl(x)
+    assert torch.equal(module(x), 2 * expected)
+    assert torch.equal(copy.deepcopy(module)(x), expected)
+
+
 def non_persistent_buffers() -> None:
     module = nn.Module()
     module.register_buffer("a", torch.zeros(1), persistent=False)
@@ -691,6 +702,8 @@ CHECKS: dict[str, Callable[[], object]] = {
     "Module._buffers": buffers,
     "Module._parameters": parameters,
     "Module._modules": modules,
+    "Module._call_impl": compiled_calls,
+    "Module._compiled_call_impl": compiled_calls,
     "Module._non_persistent_buffers_set": non_persistent_buffers,
     "Module._load_from_state_dict": load_from_state_dict,
     "Module._load_state_dict_pre_hooks": lambda: hooks_of_states(
