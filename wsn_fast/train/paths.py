@@ -15,10 +15,18 @@ from wsn_fast.backends import choose, chosen, comparison, overridden, tables
 from wsn_fast.continual.wsn import WSN
 
 
-def in_use(device: torch.device) -> dict[str, Any]:
+def in_use(wsn: WSN, device: torch.device) -> dict[str, Any]:
     """What a checkpoint keeps: ``backends`` (see :func:`wsn_fast.backends.chosen`), the type of the ``device``, and the
-    digest of its tuning ``table``, which is empty if there is none."""
-    return {"backends": chosen(device), "device": device.type, "table": _digest(device)}
+    digest of its tuning ``table``, which is empty if there is none.
+
+    Args:
+        wsn: the model. What other models of the process use does not count.
+        device: where the model is.
+    """
+    backends = chosen(device)
+    for override in {layer.backend for layer in wsn.subnet_layers().values()} - {None}:
+        backends |= chosen(device, override)
+    return {"backends": backends, "device": device.type, "table": _digest(device)}
 
 
 def take(wsn: WSN, recorded: Mapping[str, Any], device: torch.device) -> list[str]:

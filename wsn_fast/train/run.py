@@ -295,7 +295,7 @@ class Run:
             "config": asdict(self.settings),
             "fingerprint": self.fingerprint,
             "progress": asdict(self.progress),
-            "paths": paths.in_use(self.device),
+            "paths": paths.in_use(self.wsn, self.device),
         }
         if self._optimizer is not None:
             state["optimizer"], packed = checkpoint.pack_optimizer(self._optimizer.state_dict())
