@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from wsn_fast.backends import digits
 
-from .device_model import MEASURED, Constant
 from .device_model import CONSTANTS as GPU
+from .device_model import MEASURED, Constant
 
 CONSTANTS: Mapping[str, Constant] = MappingProxyType({
     "bandwidth": GPU["bandwidth"],
