@@ -186,8 +186,9 @@ def tables(model: Model, gpus: Sequence[int], tasks: int, tokens: int) -> str:
         ["elements of the fullest process, by the mean", *(f"{model.shard(n) * n / model.weights:.3f}" for n in gpus)],
         ["tokens per GPU from which products hide the wire", *(f"{hidden_from(model, n):,}" for n in gpus)],
     ]
+    about_it = f"{model.weights:,} gated weights in {model.tensors} tensors, {tasks} finished tasks"
     return "\n\n".join([
-        f"{model.weights:,} gated weights in {model.tensors} tensors, {tasks} finished tasks, {tokens:,} tokens per GPU",
+        f"{about_it}, {tokens:,} tokens per GPU",
         "GB per GPU:\n\n" + table(heads, _by_kind(held, "**together, without activations**")),
         "GB that a GPU sends in a step:\n\n" + table(heads, _by_kind(sent, "**together**")),
         table(["a step", *heads[1:]], times),
