@@ -21,6 +21,7 @@ from ..continual.wsn import WSN
 from ..nn.gated import SubnetLayer
 from ..nn.sharding import Sharding
 from ..nn.shards import ShardedGate
+from .entries import exported, parts_are_known
 
 _KEEPS_GRADIENTS = (
     "set_gradient_divide_factor", "set_reduce_scatter_divide_factor", "set_all_reduce_hook",
@@ -267,10 +268,10 @@ def full_state_dict(wsn: WSN) -> dict[str, Any]:
         ValueError: it is not sharded.
     """
     sharding = _sharding_of(wsn)
-    state = _exported(wsn, sharding)
+    state = exported(wsn)
     first = sharding.group.rank() == 0
     for name, one, what in _tensors_of_shards(wsn):
-        whole = one.whole_masks() if what == "_masks" else one.whole(one.score if what else one.param)
+        whole = one.whole_masks(one.gated().masks) if what == "_masks" else one.whole(one.score if what else one.param)
         state[name] = whole.cpu() if first else None
         del whole
     return state if first else {}
@@ -299,12 +300,9 @@ def load_full_state_dict(wsn: WSN, state: dict[str, Any]) -> None:
             if whole.ndim == 2 and whole.shape[1] == ops.packed_size(one.param.numel()) and whole.dtype is torch.uint8:
                 state[name] = one.part_of_masks(whole)
         elif whole.shape == one.shape:
-            state[name] = one.like_score(whole[one.rows].to(wsn.gates.sharding.device))  # type: ignore[union-attr]
-    wsn.__dict__["_is_exported"] = True
-    try:
+            state[name] = one.placed(whole[one.rows].to(wsn.gates.sharding.device))  # type: ignore[union-attr]
+    with parts_are_known(wsn):
         wsn.load_state_dict(state)
-    finally:
-        del wsn.__dict__["_is_exported"]
 
 
 def _sharding_of(wsn: object) -> Sharding:
@@ -313,15 +311,6 @@ def _sharding_of(wsn: object) -> Sharding:
     if wsn.gates.sharding is None:
         raise ValueError("wsn must be sharded: state_dict() and load_state_dict() are for a WSN that is whole")
     return wsn.gates.sharding
-
-
-def _exported(wsn: WSN, sharding: Sharding) -> dict[str, Any]:
-    wsn.__dict__["_is_exported"] = sharding.is_exported = True
-    try:
-        return dict(wsn.state_dict())
-    finally:
-        del wsn.__dict__["_is_exported"]
-        sharding.is_exported = False
 
 
 def _tensors_of_shards(wsn: WSN) -> list[tuple[str, ShardedGate, str]]:
