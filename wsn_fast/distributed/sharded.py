@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -247,28 +247,30 @@ class _Cutting:
     def run(self, work: Materialization) -> None:
         for module in reversed(work.modules):
             work.allocate(module)
-            versions = [tensor._version for _, tensor in self._cut]
+            resets = work.resets(module)
+            versions = [tensor._version for _, tensor in self._cut] if resets else []
             work.initialise(module)
-            self._check_unchanged(module, versions)
-            self._send(module)
+            if resets:
+                self._check_unchanged(module, versions)
             if isinstance(module, SubnetLayer):
+                self._send(gate.score for gate in module.gated())
                 _shard_scores(module, self._mesh)
             if module in self._units:
+                self._send(_gated_in(module))  # not before: an outer module may have written to an inner one
                 options: Any = {"reshard_after_forward": self._reshard, "mp_policy": self._inner}
                 fully_shard(module, mesh=self._mesh, ignored_params=self._ignored(module), **options)
                 self._cut += [(n, p) for n, p in module.named_parameters() if isinstance(p, DTensor)]
+        self._send(t for t in (*self._wsn.parameters(), *self._wsn.buffers()) if not isinstance(t, DTensor))
         ignored = self._ignored(self._wsn)
         fully_shard(self._wsn, mesh=self._mesh, mp_policy=self._of_root, ignored_params=ignored)
 
-    def _send(self, module: nn.Module) -> None:
-        """Give the direct tensors of a module the values of the first process."""
-        own = (*module._parameters.values(), *module._buffers.values())
-        alike.send(self._mesh.get_group(), [tensor for tensor in own if tensor is not None and tensor.numel()])
+    def _send(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors that are still whole the values of the first process."""
+        alike.send(self._mesh.get_group(), [tensor for tensor in tensors if tensor.numel()])
 
     def _ignored(self, module: nn.Module) -> Any:
         """The parameters of a module that are not gated."""
-        inside = [layer for layer in module.modules() if isinstance(layer, SubnetLayer)]
-        gated = {layer._parameters[gate.name] for layer in inside for gate in layer.gated()}
+        gated = {*_gated_in(module)}
         return {param for param in module.parameters() if param not in gated}
 
     def _check_unchanged(self, module: nn.Module, versions: Sequence[int]) -> None:
@@ -280,6 +282,10 @@ class _Cutting:
                     "cut into shards already: name the outer module in groups, or give the model its memory before "
                     "shard. The model is broken now: build it again"
                 )
+
+
+def _gated_in(module: nn.Module) -> list[Tensor]:
+    return [gate.param for layer in module.modules() if isinstance(layer, SubnetLayer) for gate in layer.gated()]
 
 
 def _take_shards(path: str, layer: SubnetLayer, sharding: Sharding) -> list[ShardedGate]:
