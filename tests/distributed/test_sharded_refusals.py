@@ -28,7 +28,6 @@ REFUSED = {
     "a name": r"TypeError: groups must be a sequence",
     "recurrent": r"ValueError: rnn is a recurrent layer",
     "tied": r"ValueError: 0.weight cannot be sharded: it is tied",
-    "meta": r"ValueError: 1.weight cannot be sharded: it is on the meta device",
     "gates ahead": r"ValueError: gates_ahead must be False",
     "twice": r"RuntimeError: this WSN is sharded already",
     "fully_shard": r"RuntimeError: 1.weight is a DTensor: after fully_shard alone",

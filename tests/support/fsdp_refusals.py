@@ -54,12 +54,6 @@ def tied(rank: int) -> None:
     of(WSN(nn.Sequential(one, other, TaskHeads(6, 2))))
 
 
-def meta(rank: int) -> None:
-    with torch.device("meta"):
-        wsn = WSN(uneven())
-    of(wsn)
-
-
 def twice(rank: int) -> None:
     of(of())
 
@@ -238,7 +232,6 @@ CASES: dict[str, Case] = {
     "a name": lambda rank: of(WSN(transformer()), groups="blocks.0"),
     "recurrent": recurrent,
     "tied": tied,
-    "meta": meta,
     "gates ahead": lambda rank: of(WSN(uneven(), gates_ahead=True)),
     "twice": twice,
     "fully_shard": after_fully_shard,

@@ -203,7 +203,7 @@ def best_epoch(rank: int) -> None:
     check(not all_equal([masks, whole_masks(wsn)]), "nothing was trained")
     wsn.load_trainable_state(best)
     wsn.end_task()
-    stored = {n: one.whole_masks()[0] for n, g in wsn.gated() if (one := shard_of(g.param))}
+    stored = {n: one.whole_masks(g.masks)[0] for n, g in wsn.gated() if (one := shard_of(g.param))}
     from wsn_fast.ops import pack_mask
 
     check(all(torch.equal(stored[name], pack_mask(mask)) for name, mask in masks.items()), "masks of other scores")
