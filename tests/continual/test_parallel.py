@@ -89,8 +89,9 @@ def test_a_wsn_that_is_no_part_of_the_wrapper_is_left_alone(seen: list[dict[str,
     assert [one["teacher"] for one in seen] == [None, None]
 
 
-def test_all_processes_keep_the_running_statistics_of_the_first(seen: list[dict[str, Any]]) -> None:
-    (first, kept), (other, kept_too) = seen[0]["statistics"], seen[1]["statistics"]
+@pytest.mark.parametrize("case", ["statistics", "leveled statistics"])
+def test_all_processes_keep_the_running_statistics_of_the_first(seen: list[dict[str, Any]], case: str) -> None:
+    (first, kept), (other, kept_too) = seen[0][case], seen[1][case]
     assert not torch.equal(first, other)
     assert torch.equal(kept, first) and torch.equal(kept_too, first)
 
@@ -127,6 +128,7 @@ def test_wrong_arguments(seen: list[dict[str, Any]]) -> None:
     assert seen[0]["wrong arguments"] == [
         "TypeError: module must be a torch.nn.Module, got int",
         "ValueError: module must contain a WSN",
+        "TypeError: wsn must be a WSN, got Linear",
         "TypeError: ddp must be a DistributedDataParallel, got WSN",
         "ValueError: module must contain a WSN",
     ]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # "" is wsn_fast/__init__.py: it exports what lies below the driver, which uses the public names as anybody does. It
 # imports "public" when the first of them is read.
 FLOORS = [
-    {"choices", "kernels", "page", "reference", "versions"},
+    {"choices", "kernels", "launch", "page", "reference", "versions"},
     {"backends"},
     {"ops"},
     {"nn"},
@@ -28,7 +28,7 @@ FLOORS = [
     {""},
     {"train", "integrations", "doctor"},
 ]
-FILES = ("choices", "explain", "public", "versions")  # rooms of one file
+FILES = ("choices", "explain", "launch", "public", "versions")  # rooms of one file
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

@@ -277,6 +277,16 @@ def fresh_statistics(rank: int) -> list[Tensor]:
     return [before, wsn.model[1].running_mean_tasks[0]]
 
 
+def leveled_statistics(rank: int) -> list[Tensor]:
+    """The running mean of this process while the task is in progress, before and after it is leveled."""
+    wsn = begun(convnet)
+    wsn.train()
+    step(wsn, DistributedDataParallel(wsn), rank)
+    before = wsn.model[1].running_mean.clone()
+    distributed.level_buffers(wsn)
+    return [before, wsn.model[1].running_mean]
+
+
 def wide(density: float = 0.3) -> nn.Module:
     layers = [FastSubnetLinear(256, 256, bias=False, density=density) for _ in range(2)]
     return nn.Sequential(
@@ -337,6 +347,7 @@ def wrong_arguments(rank: int) -> list[str]:
     for call, argument in (
         (distributed.leave_alone, 3),
         (distributed.leave_alone, nn.Linear(2, 2)),
+        (distributed.level_buffers, nn.Linear(2, 2)),
         (distributed.reduce_in_bfloat16, begun()),
         (distributed.reduce_in_bfloat16, DistributedDataParallel(nn.Linear(2, 2))),
     ):
@@ -391,6 +402,7 @@ RIGHT_CASES: dict[str, Callable[[int], Any]] = {
     "sent when begun": sent_when_begun,
     "teacher": teacher,
     "statistics": fresh_statistics,
+    "leveled statistics": leveled_statistics,
     "wire: standard": lambda rank: on_the_wire(rank, standard, in_float32),
     "wire: standard, bfloat16": lambda rank: on_the_wire(rank, standard, in_bfloat16),
     "wire: one pass": lambda rank: on_the_wire(rank, one_pass, in_float32),

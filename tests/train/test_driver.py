@@ -15,6 +15,7 @@ from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train import checkpoint, loop, run
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.data import DataError
+from wsn_fast.train.processes import Processes
 from wsn_fast.train.report import NUMBERS, Console
 from wsn_fast.train.run import Run
 
@@ -39,8 +40,8 @@ def script_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float], samp
     """Let the validation losses (of a set with so many samples) be these, in this order."""
     upcoming = iter(losses)
 
-    def evaluate(wsn: WSN, x: Tensor, y: Tensor) -> tuple[float, float]:
-        loss, accuracy = loop.evaluate(wsn, x, y)
+    def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes) -> tuple[float, float]:
+        loss, accuracy = loop.evaluate(wsn, x, y, processes)
         return (next(upcoming) if len(y) == samples else loss), accuracy
 
     monkeypatch.setattr(run, "evaluate", evaluate)

@@ -37,7 +37,7 @@ from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
 
 ROOT = Path(__file__).parents[2]
-DYING_RUN = Path(__file__).with_name("dying_run.py")
+DYING_RUN = ROOT / "tests" / "support" / "dying_run.py"
 SMALL = ["--epochs", "3", "--batch-size", "128", "--device", "cpu", "--quiet"]
 OPTIONS = ["permuted", "--tasks", "3", *SMALL, "--preset", "clarena", "--optimizer", "adamw", "--weight-decay", "0.01"]
 

@@ -157,7 +157,29 @@ def test_a_resumed_run_records_what_it_took(stopped: Path, monkeypatch: pytest.M
 
 def test_another_device_is_said() -> None:
     recorded = {"backends": {"gates float32": "triton"}, "device": "cuda", "table": ""}
-    assert paths.take(_wsn(), recorded, CPU) == ["this run was on 'cuda' and goes on with 'cpu'"]
+    assert paths.take(_wsn(), recorded, CPU) == [
+        "this run was on 'cuda' and goes on with 'cpu': results may differ by rounding"
+    ]
+
+
+def test_another_number_of_processes_is_said() -> None:
+    recorded = paths.in_use(CPU, 2)
+    assert paths.take(_wsn(), recorded, CPU, 2) == []
+    assert paths.take(_wsn(), recorded, CPU) == [
+        "this run was trained by 2 processes and goes on with 1 process: results may differ by rounding"
+    ]
+
+
+def test_checkpoints_from_before_there_were_processes_are_of_one() -> None:
+    recorded = {name: value for name, value in paths.in_use(CPU).items() if name != "processes"}
+    assert paths.take(_wsn(), recorded, CPU) == []
+    assert len(paths.take(_wsn(), recorded, CPU, 2)) == 1
+
+
+@pytest.mark.parametrize("processes", [0, -1, True, 1.5, "two", None])
+def test_a_number_of_processes_that_is_none_is_refused(processes: object) -> None:
+    with pytest.raises(ValueError, match="expected a number of processes"):
+        paths.take(_wsn(), {**paths.in_use(CPU), "processes": processes}, CPU)
 
 
 def test_a_fused_product_is_not_forced_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:

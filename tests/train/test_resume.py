@@ -23,6 +23,7 @@ from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import checkpoint, data, loop, nets, run
 from wsn_fast.train.__main__ import main
 from wsn_fast.train.config import resolve
+from wsn_fast.train.processes import Processes
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
 
@@ -133,8 +134,8 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
     The validation loss has its sign changed, so that an early epoch is the best and lr falls.
     """
 
-    def evaluate(wsn: WSN, x: Tensor, y: Tensor) -> tuple[float, float]:
-        loss, accuracy = loop.evaluate(wsn, x, y)
+    def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes) -> tuple[float, float]:
+        loss, accuracy = loop.evaluate(wsn, x, y, processes)
         return -loss, accuracy
 
     with pytest.MonkeyPatch.context() as patch:

@@ -170,6 +170,10 @@ class Parallel:
             )
 
 
+class OtherFailedError(RuntimeError):
+    """Something has failed in another process and not in this one. The message has the errors of the others."""
+
+
 @contextmanager
 def together(group: ProcessGroup | None, device: torch.device) -> Iterator[None]:
     """What fails in the block in one process of ``group`` fails in all of them: without this, the others would wait."""
@@ -190,7 +194,7 @@ def _tell(group: ProcessGroup | None, device: torch.device, failed: str) -> None
         texts = collectives.texts_of(group, failed)
         if not failed:
             others = "\n".join(f"process {rank}: {text}" for rank, text in enumerate(texts) if text)
-            raise RuntimeError(f"another process of the group has failed\n{others}")
+            raise OtherFailedError(f"another process of the group has failed\n{others}")
 
 
 # --- what a wrapper leaves alone

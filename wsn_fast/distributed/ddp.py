@@ -38,6 +38,24 @@ def leave_alone(module: nn.Module) -> None:
         module._ddp_params_and_buffers_to_ignore = [*dict.fromkeys(names)]  # type: ignore[assignment]
 
 
+def level_buffers(wsn: WSN) -> None:
+    """Give the live buffers of the task in progress, such as running statistics, the values that they have in the first
+    process. All processes have to call this.
+
+    ``end_task`` does it too. Call it before, if the processes are to measure the task in progress together. It does
+    nothing if the task was not trained inside of a ``DistributedDataParallel``.
+
+    Args:
+        wsn: the model.
+
+    Raises:
+        TypeError: ``wsn`` is no ``WSN``.
+    """
+    if not isinstance(wsn, WSN):
+        raise TypeError(f"wsn must be a WSN, got {type(wsn).__name__}")
+    wsn._guards.parallel.level(wsn)
+
+
 def reduce_in_bfloat16(ddp: DistributedDataParallel) -> None:
     """Send the gradients of gated tensors, and of their scores, in bfloat16: half of the bytes.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import launch
 from . import __doc__ as about
 
 if TYPE_CHECKING:
@@ -21,11 +22,18 @@ MINUTES = {"tune": 5.0, "report": 1.5}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings, check, tune or report. Return 0 if all went well."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    given = [f"--{name}" for name in ("minutes", "out", "device") if getattr(options, name) is not None]
-    if given and options.command not in MINUTES:
-        instead = f", and not with --{options.command}" if options.command else ""
-        parser.error(f"{given[0]} goes with --tune and --report{instead}")
+    with launch.said_once():
+        options = parser.parse_args(arguments)
+        given = [f"--{name}" for name in ("minutes", "out", "device") if getattr(options, name) is not None]
+        if given and options.command not in MINUTES:
+            instead = f", and not with --{options.command}" if options.command else ""
+            parser.error(f"{given[0]} goes with --tune and --report{instead}")
+    if options.command == "check" and launch.world_size() > 1:
+        from . import processes
+
+        return processes.main()
+    if not launch.is_first():
+        return 0  # the rest is about one process
     from . import checking, findings  # and PyTorch, which the parser does not need
 
     if options.command is None:
@@ -47,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m wsn_fast.doctor", description=about)
     commands = parser.add_mutually_exclusive_group()
     for name, says in (
-        ("check", "compare every operation on every device with PyTorch, in a minute"),
+        ("check", "compare every operation on every device with PyTorch, in a minute; under torchrun the collectives"),
         ("tune", "measure what is fastest on this machine, and write it into a table that the library reads"),
         ("report", "write a page and a JSON file about this machine, to look at and to send"),
     ):

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from wsn_fast import __version__
+from wsn_fast import __version__, launch
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
 from wsn_fast.train import config
 from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS
@@ -27,6 +27,7 @@ examples:
   wsn-fast train permuted                                  the vendored digits, 5 tasks, under two minutes
   wsn-fast train permuted --data mnist --data-dir mnist/   the paper's Permuted MNIST, 10 tasks
   wsn-fast train split --data cifar100 --data-dir cifar/ --density 0.1
+  torchrun --nproc-per-node 2 -m wsn_fast.train train permuted   two processes
   wsn-fast train --resume runs/permuted-digits-paper-seed0
   wsn-fast eval runs/permuted-digits-paper-seed0
   wsn-fast report runs/*
@@ -37,11 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     0: the command succeeded. 1: a loss is not finite, a task was forgotten, or a number of ``eval`` differs. 2: the
-    arguments, the files or the data are wrong. 130: the command was interrupted. 141: what reads the output has gone.
+    arguments, the files or the data are wrong, or another process of the run has failed. 130: the command was
+    interrupted. 141: what reads the output has gone.
     """
     try:
         try:
-            args = _parser().parse_args(argv)
+            with launch.said_once():
+                args = _parser().parse_args(argv)
             from wsn_fast.train import commands  # PyTorch with it, which the parser does not need
 
             return commands.run(args)
@@ -49,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt this line
-        print("; ".join(("wsn-fast: interrupted", *map(str, interrupt.args))), file=sys.stderr)
+        if launch.is_first():
+            print("; ".join(("wsn-fast: interrupted", *map(str, interrupt.args))), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there again when it ends

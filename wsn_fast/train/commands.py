@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from wsn_fast import ForgottenError
+from wsn_fast import ForgottenError, launch
 from wsn_fast.train import config, page, records
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.evaluation import evaluate_run
+from wsn_fast.train.processes import ALONE, PeerLostError, Processes, StoppedError, Terminated, is_lost, join
 from wsn_fast.train.report import NUMBERS, Console, differences, in_words, plot, table
 from wsn_fast.train.run import Run
 from wsn_fast.train.safe_files import read_json
@@ -24,59 +25,85 @@ _FAILURES = (
     ValueError, OSError, ImportError, CheckpointError, FloatingPointError, ForgottenError, torch.OutOfMemoryError,
     MemoryError,
 )  # fmt: skip
+_LOST = "another process of this run has failed or was killed; what started the processes says which"
 # The options of `train` that are not settings.
 _NO_SETTINGS = ("command", "debug", "quiet", "resume", "checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a command; returns its exit code. A failure that a user can understand is one line, not a traceback.
+    """Run a command; returns its exit code. A failure that a user can understand is one line, not a traceback, and of
+    several processes one prints it.
 
     Args:
         args: what the parser of ``wsn-fast`` made; ``command`` is the name of the command.
     """
+    processes = ALONE
     try:
-        return _COMMANDS[args.command](args)
+        if args.command == "report":
+            return _report(args) if launch.rank() == 0 else 0
+        processes = join()
+        code = _COMMANDS[args.command](args, processes)
+        processes.leave()
+        return code
     except BrokenPipeError:
         raise
-    except (*_FAILURES, RuntimeError) as error:
+    except StoppedError:
+        processes.give_up()
+        return 2
+    except (Exception, Terminated) as error:
+        processes.give_up()
+        if not processes.speaks():
+            return 2
         # PyTorch has no class of its own for a CPU without memory.
-        if args.debug or not (isinstance(error, _FAILURES) or "allocate memory" in str(error)):
+        known = isinstance(error, _FAILURES) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+        if args.debug or not (known or is_lost(error)):
             raise
-        print(f"wsn-fast: error: {error}", file=sys.stderr)
+        says = _LOST if is_lost(error) and not isinstance(error, PeerLostError) else error
+        print(f"wsn-fast: error: {says}", file=sys.stderr)
         return 1 if isinstance(error, (FloatingPointError, ForgottenError)) else 2
 
 
-def _train(args: argparse.Namespace) -> int:
-    console = Console(quiet=args.quiet)
+def _train(args: argparse.Namespace, processes: Processes) -> int:
+    console = Console(quiet=args.quiet or not processes.is_first)
     given = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
     if args.resume is None:
         if args.checkpoint is not None:
             raise ValueError("--checkpoint: expected together with --resume RUN")
-        run = Run.start(config.resolve(**given), console)
+        run = Run.start(processes.first(lambda: config.resolve(**given)), console, processes)
     else:
         places = {"data_dir": given.pop("data_dir"), "device": given.pop("device")}
         extra = [name for name, value in given.items() if value is not None]
         if extra:
             raise ValueError(f"--resume: the settings are those of the run, got {', '.join(extra)} as well")
-        run = Run.resume(Path(args.resume), console, name=args.checkpoint, **places)
+        run = Run.resume(Path(args.resume), console, processes, name=args.checkpoint, **places)
     settings = run.settings
+    together = f" ({processes.size} processes)" if processes.size > 1 else ""
     console.say(
         f"{settings.stream} {settings.data}: {settings.tasks} tasks, {settings.net}, "
-        f"density {settings.density:g}, rule {settings.rule}, {run.device}, in {run.folder}"
+        f"density {settings.density:g}, rule {settings.rule}, {run.device}{together}, in {run.folder}"
     )
     try:
         results = run.finish()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"`wsn-fast train --resume {run.folder}` continues") from None
+    except (RuntimeError, Terminated) as error:
+        if not is_lost(error):
+            raise
+        raise PeerLostError(f"{_LOST}. `wsn-fast train --resume {run.folder}` continues") from error
     finally:
         console.close()
     console.say(in_words(results))
     return 0
 
 
-def _eval(args: argparse.Namespace) -> int:
+def _eval(args: argparse.Namespace, processes: Processes) -> int:
     folder = Path(args.run)
-    measured = evaluate_run(folder, name=args.checkpoint, data_dir=args.data_dir, device=args.device)
+    measured = evaluate_run(folder, processes, name=args.checkpoint, data_dir=args.data_dir, device=args.device)
+    return processes.first(lambda: _compare(folder, measured))
+
+
+def _compare(folder: Path, measured: Mapping[str, Any]) -> int:
+    """Print what was measured, and compare it with ``results.json``."""
     tasks = len(measured["reuse"])
     print(f"{tasks} of {measured['config']['tasks']} tasks finished, all verified to the bit")
     for task, accuracy in zip(measured["reuse"], measured["accuracy_matrix"][-1], strict=True):
@@ -144,6 +171,6 @@ def _read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-_COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = MappingProxyType(
-    {"train": _train, "eval": _eval, "report": _report}
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace, Processes], int]] = MappingProxyType(
+    {"train": _train, "eval": _eval}
 )

@@ -29,17 +29,19 @@ class Experiment(NamedTuple):
     fingerprint: str
 
 
-def make_experiment(settings: TrainConfig) -> Experiment:
+def make_experiment(settings: TrainConfig, gpu: int | None = None) -> Experiment:
     """Load the data, make the stream, and build, convert and place the model, initialised from the seed.
 
     Sets torch's global seed and its number of threads.
 
+    Args:
+        settings: the config.
+        gpu: the number of the GPU, if there is to be one; None leaves it to PyTorch.
+
     Raises:
         ValueError: the settings do not fit together, or the data cannot be read (``DataError``).
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected one that this machine has, got 'cuda'")
-    name = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = _device(settings.device, gpu)
     dataset = data.load(settings.data, settings.data_dir)
     stream = streams.TaskStream(
         settings.stream, dataset, settings.tasks, settings.seed, val_fraction=settings.val_fraction
@@ -55,7 +57,23 @@ def make_experiment(settings: TrainConfig) -> Experiment:
         score_init=settings.score_init,
     )
     wsn = WSN(net, reinit_scores=settings.reinit_scores, score_init=settings.score_init, gates_ahead=True)
-    return Experiment(stream, wsn.to(name), torch.device(name), dataset.fingerprint)
+    return Experiment(stream, wsn.to(device), device, dataset.fingerprint)
+
+
+def _device(wished: str, gpu: int | None) -> torch.device:
+    if wished == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected one that this machine has, got 'cuda'")
+    if wished == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if gpu is None:
+        return torch.device("cuda")
+    if gpu >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected a GPU for each process on this machine, got {torch.cuda.device_count()} of them for "
+            f"LOCAL_RANK {gpu}: start fewer processes, or use --device cpu"
+        )
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
 
 
 def _check_size(settings: TrainConfig, stream: streams.TaskStream) -> None:

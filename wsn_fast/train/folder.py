@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wsn_fast.train import config
+from wsn_fast.train import checkpoint, config
+from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.lock import NAME as LOCK
 from wsn_fast.train.safe_files import open_to_append, read_json, write_atomic
@@ -46,6 +47,39 @@ def read_config(folder: Path, *, data_dir: str | None = None, device: str | None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return replace(settings, data_dir=data_dir or settings.data_dir, device=device or settings.device)
+
+
+def check_same_run(loaded: Checkpoint, settings: TrainConfig, folder: Path, fingerprint: str) -> None:
+    """Check that a checkpoint is of the run in ``folder``.
+
+    Args:
+        loaded: the checkpoint.
+        settings: the config of the run now.
+        folder: the folder of the run.
+        fingerprint: that of its data now.
+
+    Raises:
+        CheckpointError: it does not say of which run it is.
+        ValueError: config or data have changed since.
+    """
+    try:
+        saved, trained_on = config.from_dict(loaded.state["config"]), loaded.state["fingerprint"]
+    except KeyError as error:
+        raise CheckpointError(f"{loaded.path} is not that of a run: it has no {error}") from error
+    except checkpoint.NONSENSE as error:
+        raise CheckpointError(f"{loaded.path} holds no settings of a run: {error}") from error
+    own = config.portable(settings)
+    changed = [name for name, x in config.portable(saved).items() if own[name] != x and name != "device"]
+    if changed:
+        raise ValueError(
+            f"{folder / 'config.json'}: expected the settings of {loaded.path.name}, but these were "
+            f"changed: {', '.join(changed)}"
+        )
+    if trained_on != fingerprint:
+        raise ValueError(
+            f"data: expected those with fingerprint {str(trained_on)[:99]}, on which this run was "
+            f"trained, got {fingerprint}: the files of {settings.data!r} have changed"
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

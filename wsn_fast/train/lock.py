@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from wsn_fast.train.processes import ALONE, Processes
 from wsn_fast.train.safe_files import check_no_link
 
 NAME = ".lock"
@@ -18,14 +19,14 @@ class RunInUseError(OSError):
 
 
 class FolderLock:
-    """The lock of one folder.
+    """The lock of one folder. The first of the ``processes`` of a run holds it for all of them.
 
     The operating system releases the lock when the process ends, however it ends. So the file ``.lock`` that a killed
     run leaves behind does not keep another run out.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, processes: Processes = ALONE) -> None:
+        self._folder, self._processes = folder, processes
         self._lock = FileLock(folder / NAME, timeout=0, thread_local=False)
 
     def acquire(self) -> None:
@@ -34,7 +35,11 @@ class FolderLock:
         Raises:
             RunInUseError: another process, or another run in this process, holds it.
             OSError: the folder cannot be written to, or the lock is a symbolic link.
+            StoppedError: the first process of the run has one of these errors.
         """
+        self._processes.first(self._acquire)
+
+    def _acquire(self) -> None:
         if self._lock.is_locked:
             return
         check_no_link(self._folder / NAME)

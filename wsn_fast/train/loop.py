@@ -15,6 +15,7 @@ from wsn_fast import WSN, CapturedStep, capture_step
 from wsn_fast.optim.capture import obstacle_of
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train.config import TrainConfig
+from wsn_fast.train.processes import ALONE, Processes
 
 # This number is part of the results: kernels may round differently for another batch size.
 EVAL_BATCH = 1024
@@ -39,19 +40,26 @@ def make_optimizer(wsn: WSN, settings: TrainConfig) -> torch.optim.Optimizer:
     return wsn.guard(optimizer)
 
 
-def make_graph(wsn: WSN, optimizer: torch.optim.Optimizer, settings: TrainConfig) -> CapturedStep | None:
-    """The training step as a CUDA graph; None if the settings switch that off or the device does not support it."""
-    if settings.cuda_graph == "off" or obstacle_of(next(wsn.parameters()).device):
-        return None
-    return capture_step(wsn, optimizer, lambda x, y: F.cross_entropy(wsn(x), y))
+def make_graph(
+    wsn: WSN, optimizer: torch.optim.Optimizer, settings: TrainConfig, processes: Processes = ALONE
+) -> tuple[CapturedStep | None, str]:
+    """The training step as a CUDA graph; or None, and why it is none."""
+    obstacle = obstacle_of(next(wsn.parameters()).device) or ("cuda_graph is off" * (settings.cuda_graph == "off"))
+    if processes.size > 1:
+        obstacle = "several processes train the model"
+    return None if obstacle else capture_step(wsn, optimizer, lambda x, y: F.cross_entropy(wsn(x), y)), obstacle
 
 
 def sample_order(samples: int, seed: int, task: int, epoch: int) -> Tensor:
     """The order of the samples in an epoch, int64 [samples]. It depends on the arguments alone, so a resumed run needs
     no saved state for it."""
-    digest = hashlib.blake2b(f"{seed}/{task}/{epoch}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    generator = torch.Generator().manual_seed(_seed_of(seed, task, epoch))
     return torch.randperm(samples, generator=generator)
+
+
+def _seed_of(*numbers: int) -> int:
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
 
 
 def train_epoch(
@@ -112,6 +120,75 @@ def train_epoch(
     return total.item() / len(x)
 
 
+def train_epoch_in_parts(
+    wsn: WSN,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    batches: tuple[Tensor, ...],
+    after_batch: Callable[[], None],
+    processes: Processes,
+    epoch: tuple[int, int, int],
+) -> float:
+    """:func:`train_epoch`, where each process trains its part of every batch.
+
+    The gradients are those of the mean loss over the whole batch, whatever the parts. Batch norms see the part, and at
+    the end of the epoch all processes take the running statistics of the first one.
+
+    Args:
+        wsn: the model, with the task in progress, the same in all processes.
+        optimizer: its guarded optimizer.
+        x: inputs [N, ...].
+        y: labels [N].
+        batches: row numbers of each whole batch, on the device of ``x``.
+        after_batch: called after every step.
+        processes: those that train.
+        epoch: the seed of the run, the task and the epoch. What a process draws, for dropout, follows from them and its
+            rank. The first process goes on with its generators instead, whose state a checkpoint keeps.
+
+    Returns:
+        The mean loss per sample, the same in all processes.
+
+    Raises:
+        torch.OutOfMemoryError: memory does not suffice for the part of a batch.
+        ValueError: a part is one sample, and batch norm takes no statistics of it.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    from wsn_fast.distributed import level_buffers  # and FSDP with it, which a single process does not need
+
+    # A wrapper of its own for each epoch, since a resumed run begins with a new one: the wrapper rearranges what it
+    # sends after its first step, and with that the order of sums over more than two processes.
+    ddp = DistributedDataParallel(wsn)
+    wsn.train()
+    if not processes.is_first:
+        torch.manual_seed(_seed_of(*epoch, processes.rank))
+    total = torch.zeros((), device=x.device)
+    for rows in batches:
+        own = rows.tensor_split(processes.size)[processes.rank]
+        share = len(own) / len(rows)
+        if not len(own):  # the batch is too small for all: this process trains a sample of another one that counts 0
+            own = rows[:1]
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = F.cross_entropy(ddp(x.index_select(0, own)), y.index_select(0, own))
+        except ValueError as error:
+            if len(own) > 1:
+                raise
+            raise ValueError(
+                f"batch_size: the last batch of {len(rows)} leaves one sample to a process, and the net cannot train "
+                f"it ({error}): choose another --batch-size, or fewer processes"
+            ) from error
+        # The wrapper divides the sum of the gradients by the number of processes.
+        torch.autograd.backward(loss * (share * processes.size))
+        optimizer.step()
+        total += loss.detach() * (share * len(rows))
+        after_batch()
+    processes.sum(total)
+    level_buffers(wsn)
+    return total.item() / len(x)
+
+
 def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """Compute the gradients of the mean loss over the rows of all parts. Returns that loss, detached."""
     optimizer.zero_grad(set_to_none=True)
@@ -126,19 +203,27 @@ def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor,
 
 
 @torch.no_grad()
-def evaluate(wsn: WSN, x: Tensor, y: Tensor) -> tuple[float, float]:
+def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes = ALONE) -> tuple[float, float]:
     """Measure the mean cross-entropy and the accuracy in percent, in eval mode, with the mask and head in use.
+
+    The processes take the batches in turn, and the sums are the same to the bit for any number of them.
 
     Args:
         wsn: the model.
         x: inputs [N, ...], N >= 1.
         y: labels [N], on the same device.
+        processes: those that measure, with the same model.
     """
     wsn.eval()
-    loss = torch.zeros((), device=x.device)
+    batches = list(zip(torch.split(x, EVAL_BATCH), torch.split(y, EVAL_BATCH), strict=True))
+    losses = torch.zeros(len(batches), device=x.device)
     correct = torch.zeros((), dtype=torch.int64, device=x.device)
-    for inputs, labels in zip(torch.split(x, EVAL_BATCH), torch.split(y, EVAL_BATCH), strict=True):
+    for i in range(processes.rank, len(batches), processes.size):
+        inputs, labels = batches[i]
         logits = wsn(inputs)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
+        losses[i] = F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
+    processes.sum(losses)  # all but one of them have 0 for each batch
+    processes.sum(correct)
+    loss = functools.reduce(torch.add, losses.unbind())
     return loss.item() / len(y), 100 * correct.item() / len(y)

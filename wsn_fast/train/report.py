@@ -17,7 +17,6 @@ from tqdm import tqdm
 from wsn_fast import WSN, __version__
 from wsn_fast.continual.statistics import TaskMasks, TaskStats, capacity, overlap, task_stats
 from wsn_fast.explain import explain
-from wsn_fast.optim.capture import obstacle_of
 from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 from wsn_fast.train import figures, metrics
 from wsn_fast.train.config import resolve
@@ -80,9 +79,7 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
-def begin_entry(
-    wsn: WSN, optimizer: torch.optim.Optimizer, train_samples: int, *, captures: bool = False
-) -> dict[str, Any]:
+def begin_entry(wsn: WSN, optimizer: torch.optim.Optimizer, train_samples: int, not_captured: str) -> dict[str, Any]:
     """The line of ``metrics.jsonl`` for the beginning of a task: the optimizer, and which backend runs each operation
     and why.
 
@@ -90,13 +87,12 @@ def begin_entry(
         wsn: the model, with the task in progress.
         optimizer: its guarded optimizer. It must be built already, because it changes what the layers do.
         train_samples: the number of samples per epoch.
-        captures: whether the training step is to be captured in a CUDA graph.
+        not_captured: why the training step is not captured in a CUDA graph; nothing if it is.
     """
     layers: dict[tuple[str, str, str], list[str]] = {}
     for route in explain(wsn.model):
         layers.setdefault((route.operation, route.backend, route.reason), []).append(route.layer)
-    obstacle = obstacle_of(next(wsn.parameters()).device) or "cuda_graph is off"
-    backend, reason = ("CUDA graph", "if it can be captured") if captures else ("as it is", obstacle)
+    backend, reason = ("as it is", not_captured) if not_captured else ("CUDA graph", "if it can be captured")
     layers["whole step", backend, reason] = list(wsn.subnet_layers())
     return {
         "train_samples": train_samples,

@@ -2,6 +2,8 @@
 
 What a run computes next depends on its checkpoint alone. The order of the samples follows from seed, task and epoch,
 and :meth:`Run.save` writes all the rest. So a resumed run repeats, to the bit, what an undisturbed run does.
+
+Under torchrun several processes make one run. They compute the same model, and the first of them writes.
 """
 
 from __future__ import annotations
@@ -16,14 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsn_fast import CapturedStep
+from wsn_fast import CapturedStep, launch
 from wsn_fast.train import checkpoint, config, paths
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
-from wsn_fast.train.folder import append_metrics, check_unused, read_config, write_json
+from wsn_fast.train.folder import append_metrics, check_same_run, check_unused, read_config, write_json
 from wsn_fast.train.lock import FolderLock
-from wsn_fast.train.loop import evaluate, make_graph, make_optimizer, sample_order, train_epoch
+from wsn_fast.train.loop import (
+    evaluate,
+    make_graph,
+    make_optimizer,
+    sample_order,
+    train_epoch,
+    train_epoch_in_parts,
+)  # fmt: skip
+from wsn_fast.train.processes import ALONE, Processes
 from wsn_fast.train.progress import Progress
 from wsn_fast.train.report import Console, begin_entry, masks_of, plot, summarize, versions
 
@@ -42,12 +52,22 @@ class Run:
         wsn: the model.
         device: the device of the model.
         fingerprint: identifies the data.
+        processes: those that make the run.
     """
 
-    def __init__(self, settings: TrainConfig, folder: Path, console: Console, lock: FolderLock | None = None) -> None:
-        self.settings, self.folder, self.console = settings, folder, console
-        self._lock = lock or FolderLock(folder)  # held from start or resume until finish returns
-        self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings)
+    def __init__(
+        self,
+        settings: TrainConfig,
+        folder: Path,
+        console: Console,
+        lock: FolderLock | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.settings, self.folder, self.console, self.processes = settings, folder, console, processes
+        self._lock = lock or FolderLock(folder, processes)  # held from start or resume until finish returns
+        gpu = launch.local_rank() if processes.size > 1 else None
+        with processes.together():
+            self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings, gpu)
         self.progress = Progress()
         self._best: Mapping[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
@@ -57,33 +77,38 @@ class Run:
         self._parts = 1  # the largest number of parts that a batch had to be split into
 
     @classmethod
-    def start(cls, settings: TrainConfig, console: Console) -> Run:
+    def start(cls, settings: TrainConfig, console: Console, processes: Processes = ALONE) -> Run:
         """Begin a run in ``settings.out``, which must be empty or missing. Nothing is written if the data are bad.
 
         Raises:
             RunInUseError: another process begins a run there.
+            StoppedError: another one of the ``processes`` has failed. All methods raise this.
             ValueError: the folder is not empty, or see :func:`wsn_fast.train.experiment.make_experiment`.
         """
         folder = Path(settings.out)
-        check_unused(folder)
-        run = cls(settings, folder, console)
-        folder.mkdir(parents=True, exist_ok=True)
+        processes.first(lambda: check_unused(folder))
+        run = cls(settings, folder, console, processes=processes)
+        processes.first(lambda: folder.mkdir(parents=True, exist_ok=True))
         with run._lock.held_unless_failed():
-            check_unused(folder)  # again: another run may have begun while this one read its data
-            about = {
-                "command": config.command_line(settings),
-                "config": asdict(settings),
-                "versions": versions(run.device),
-            }
-            write_json(folder / "config.json", about)
+            processes.first(run._write_config)
             run._measure_at_random()
         return run
+
+    def _write_config(self) -> None:
+        check_unused(self.folder)  # again: another run may have begun while this one read its data
+        about = {
+            "command": config.command_line(self.settings),
+            "config": asdict(self.settings),
+            "versions": versions(self.device),
+        }
+        write_json(self.folder / "config.json", about)
 
     @classmethod
     def resume(
         cls,
         folder: Path,
         console: Console,
+        processes: Processes = ALONE,
         *,
         name: str | None = None,
         data_dir: str | None = None,
@@ -94,6 +119,7 @@ class Run:
         Args:
             folder: the folder of the run.
             console: shows the progress.
+            processes: those that make the run. It may have been made by more or fewer of them before.
             name: the file name of a checkpoint; None means the newest.
             data_dir: another folder of the data than before; None means the same.
             device: another device than before; None means the same.
@@ -104,14 +130,29 @@ class Run:
             RunInUseError: another process works on the run.
             ValueError: config or data are not those of the checkpoint.
         """
-        settings, lock = read_config(folder, data_dir=data_dir, device=device), FolderLock(folder)
+        settings = processes.first(lambda: read_config(folder, data_dir=data_dir, device=device))
+        lock = FolderLock(folder, processes)
         with lock.held_unless_failed():
-            run = cls(settings, folder, console, lock)
-            if name is None and not list((folder / "checkpoint").glob("*.safetensors")):
+            run = cls(settings, folder, console, lock, processes)
+            if not run.restore_newest(name):
                 run._measure_at_random()  # killed before its first checkpoint
-            else:
-                run.restore(checkpoint.load_from(folder / "checkpoint", name))
         return run
+
+    def restore_newest(self, name: str | None = None) -> bool:
+        """Set the run to the state of its newest checkpoint, or of the one called ``name``, and return True; False if
+        no name is given and there is none. Raises what :meth:`restore` raises, and ``CheckpointError`` if the file
+        cannot be read."""
+        files = self.folder / "checkpoint"
+
+        def load() -> Checkpoint | None:
+            found = name is not None or list(files.glob("*.safetensors"))
+            return checkpoint.load_from(files, name) if found else None
+
+        loaded = self.processes.first(load)
+        if loaded is not None:
+            with self.processes.together():
+                self.restore(loaded)
+        return loaded is not None
 
     def finish(self) -> dict[str, Any]:
         """Train the remaining tasks, then write ``results.json`` and the plots. Returns the results.
@@ -129,13 +170,16 @@ class Run:
                 self._train_task()
             self.verify()
             results = self.results()
-            write_json(self.folder / "results.json", results)
-            plot(results, self.folder)
+            self.processes.first(lambda: self._write_results(results))
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"task {self.progress.task}: {error}; {self._kept()}") from error
         finally:
             self._lock.release()
         return results
+
+    def _write_results(self, results: Mapping[str, Any]) -> None:
+        write_json(self.folder / "results.json", results)
+        plot(results, self.folder)
 
     def verify(self) -> None:
         """Check that every finished task is what it was when it ended, and reads nothing outside of its mask.
@@ -144,7 +188,8 @@ class Run:
             ForgottenError, UnmaskedReadError: it is not, or it does.
         """
         x = {task: self.stream.test_data(int(task))[0][:PROBE].to(self.device) for task in self.wsn.tasks}
-        self.wsn.verify(probe=lambda task: self.wsn(x[task]))
+        with self.processes.together():
+            self.wsn.verify(probe=lambda task: self.wsn(x[task]))
 
     def results(self) -> dict[str, Any]:
         """The measurements of the finished tasks, in percent (see :func:`wsn_fast.train.report.summarize`)."""
@@ -186,9 +231,9 @@ class Run:
                 best_epoch=0,
                 bad_epochs=0,
             )
-            self._graph = make_graph(self.wsn, self._optimizer, self.settings)
-            entry = begin_entry(self.wsn, self._optimizer, len(train_x), captures=self._graph is not None)
-            self._log(kind="begin", task=task, **entry)
+            self._graph, obstacle = make_graph(self.wsn, self._optimizer, self.settings, self.processes)
+            entry = begin_entry(self.wsn, self._optimizer, len(train_x), obstacle)
+            self._log(kind="begin", task=task, processes=self.processes.size, **entry)
         progress = self.progress
         batches = math.ceil(len(train_x) / self.settings.batch_size)
         self.console.task_started(task, len(self.stream), self.settings.epochs, batches, progress.epoch)
@@ -196,8 +241,10 @@ class Run:
             self._train_epoch(train_x, train_y, val_x, val_y)
             if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:
                 self.save()
-        self.wsn.load_trainable_state(self._best)
-        self.wsn.end_task(probe=val_x[:PROBE])
+        with self.processes.together():
+            self.wsn.load_trainable_state(self._best)
+        with self.processes.together():
+            self.wsn.end_task(probe=val_x[:PROBE])
         self._end_task(time.perf_counter() - started)
 
     def _end_task(self, seconds: float) -> None:
@@ -218,16 +265,20 @@ class Run:
         assert self._optimizer is not None
         order = sample_order(len(train_x), self.settings.seed, progress.task, progress.epoch)
         batches = torch.split(order.to(self.device), self.settings.batch_size)
-        train_loss = train_epoch(
-            self.wsn, self._optimizer, train_x, train_y, batches, self.console.step, self._graph, self._note_split
-        )
+        part = (self.wsn, self._optimizer, train_x, train_y, batches, self.console.step)
+        if self.processes.size > 1:
+            epoch = (self.settings.seed, progress.task, progress.epoch)
+            train_loss = train_epoch_in_parts(*part, self.processes, epoch)
+        else:
+            train_loss = train_epoch(*part, self._graph, self._note_split)
         progress.epoch += 1
-        val_loss, val_acc = evaluate(self.wsn, val_x, val_y)
-        self._check_finite(train_loss, val_loss)
+        val_loss, val_acc = evaluate(self.wsn, val_x, val_y, self.processes)
+        with self.processes.together():
+            self._check_finite(train_loss, val_loss)
         used_lr = progress.lr
         self._follow_validation(val_loss)
         self._log(kind="epoch", task=progress.task, epoch=progress.epoch, loss=train_loss, val_loss=val_loss,
-                  val_acc=val_acc, lr=used_lr, seconds=time.perf_counter() - started,
+                  val_acc=val_acc, lr=used_lr, seconds=time.perf_counter() - started, processes=self.processes.size,
                   captured_steps=0 if self._graph is None else self._graph.replays)  # fmt: skip
         self.console.epoch_ended(progress.epoch, train_loss, val_acc, used_lr)
 
@@ -263,12 +314,13 @@ class Run:
             raise FloatingPointError(f"{where}: the loss is not finite, though all gated values are; {self._kept()}")
 
     def _kept(self) -> str:
-        return f"the last good checkpoint, {self._number:06d}, is kept in {self.folder / 'checkpoint'}"
+        number = f", {self._number:06d}," if self.processes.is_first else ""  # no other one saves
+        return f"the last good checkpoint{number} is kept in {self.folder / 'checkpoint'}"
 
     # --- measuring ----------------------------------------------------------------------------------------
     def _test(self, task: int) -> float:
         x, y = self.stream.test_data(task)
-        return evaluate(self.wsn, x.to(self.device), y.to(self.device))[1]
+        return evaluate(self.wsn, x.to(self.device), y.to(self.device), self.processes)[1]
 
     def measure_random_init(self) -> list[float]:
         """The accuracy on every task, in percent, with the present values. Call this before training."""
@@ -285,7 +337,9 @@ class Run:
 
     # --- what a killed run needs --------------------------------------------------------------------------
     def save(self) -> None:
-        """Write the next checkpoint. ``CheckpointError`` if it cannot be written."""
+        """Write the next checkpoint, if this is the first process. ``CheckpointError`` if it cannot be written."""
+        if not self.processes.is_first:
+            return
         tensors = {f"model/{name}": tensor for name, tensor in self.wsn.state_dict().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self._best.items()}
         tensors["rng/cpu"] = torch.get_rng_state()
@@ -295,7 +349,7 @@ class Run:
             "config": asdict(self.settings),
             "fingerprint": self.fingerprint,
             "progress": asdict(self.progress),
-            "paths": paths.in_use(self.wsn, self.device),
+            "paths": paths.in_use(self.wsn, self.device, self.processes.size),
         }
         if self._optimizer is not None:
             state["optimizer"], packed = checkpoint.pack_optimizer(self._optimizer.state_dict())
@@ -311,14 +365,7 @@ class Run:
             CheckpointError: the checkpoint does not hold what this program writes.
             ValueError: config or data have changed since.
         """
-        try:
-            saved = config.from_dict(loaded.state["config"])
-        except checkpoint.NONSENSE as error:
-            raise CheckpointError(f"{loaded.path} holds no settings of a run: {error}") from error
-        try:
-            self._check_same_run(loaded, saved)
-        except KeyError as error:
-            raise CheckpointError(f"{loaded.path} is not that of a run: it has no {error}") from error
+        check_same_run(loaded, self.settings, self.folder, self.fingerprint)
         try:
             self._take_over(loaded)
         except checkpoint.NONSENSE as error:
@@ -330,33 +377,21 @@ class Run:
         self.wsn.load_state_dict(_part(loaded, "model/"))
         self._best = {name: tensor.to(self.device) for name, tensor in _part(loaded, "best/").items()}
         if "paths" in loaded.state:  # older checkpoints do not say
-            for difference in paths.take(self.wsn, loaded.state["paths"], self.device):
-                self.console.say(f"{difference}: results may differ by rounding")
+            for difference in paths.take(self.wsn, loaded.state["paths"], self.device, self.processes.size):
+                self.console.say(difference)
         if self.progress.training:
             self._optimizer = make_optimizer(self.wsn, self.settings)
             packed = checkpoint.unpack_optimizer(loaded.state["optimizer"], _part(loaded, "optimizer/"))
             checkpoint.check_optimizer(packed, self._optimizer, self.progress.lr)
             self._optimizer.load_state_dict(packed)
-            self._graph = make_graph(self.wsn, self._optimizer, self.settings)
+            self._graph, _ = make_graph(self.wsn, self._optimizer, self.settings, self.processes)
         torch.set_rng_state(loaded.tensors["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in loaded.tensors:
             torch.cuda.set_rng_state(loaded.tensors["rng/cuda"], self.device)
 
-    def _check_same_run(self, loaded: Checkpoint, saved: TrainConfig) -> None:
-        own = config.portable(self.settings)
-        changed = [name for name, x in config.portable(saved).items() if own[name] != x and name != "device"]
-        if changed:
-            raise ValueError(
-                f"{self.folder / 'config.json'}: expected the settings of {loaded.path.name}, but these were "
-                f"changed: {', '.join(changed)}"
-            )
-        if loaded.state["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"data: expected those with fingerprint {str(loaded.state['fingerprint'])[:99]}, on which this run was "
-                f"trained, got {self.fingerprint}: the files of {self.settings.data!r} have changed"
-            )
-
     def _log(self, **entry: Any) -> None:
+        if not self.processes.is_first:
+            return
         self.progress.metrics_bytes = append_metrics(self.folder, entry, self.progress.metrics_bytes)
 
 
