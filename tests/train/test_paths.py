@@ -163,7 +163,7 @@ def test_another_device_is_said() -> None:
 
 
 def test_another_number_of_processes_is_said() -> None:
-    recorded = paths.in_use(CPU, 2)
+    recorded = paths.in_use(_wsn(), CPU, 2)
     assert paths.take(_wsn(), recorded, CPU, 2) == []
     assert paths.take(_wsn(), recorded, CPU) == [
         "this run was trained by 2 processes and goes on with 1 process: results may differ by rounding"
@@ -171,7 +171,7 @@ def test_another_number_of_processes_is_said() -> None:
 
 
 def test_checkpoints_from_before_there_were_processes_are_of_one() -> None:
-    recorded = {name: value for name, value in paths.in_use(CPU).items() if name != "processes"}
+    recorded = {name: value for name, value in paths.in_use(_wsn(), CPU).items() if name != "processes"}
     assert paths.take(_wsn(), recorded, CPU) == []
     assert len(paths.take(_wsn(), recorded, CPU, 2)) == 1
 
@@ -179,7 +179,7 @@ def test_checkpoints_from_before_there_were_processes_are_of_one() -> None:
 @pytest.mark.parametrize("processes", [0, -1, True, 1.5, "two", None])
 def test_a_number_of_processes_that_is_none_is_refused(processes: object) -> None:
     with pytest.raises(ValueError, match="expected a number of processes"):
-        paths.take(_wsn(), {**paths.in_use(CPU), "processes": processes}, CPU)
+        paths.take(_wsn(), {**paths.in_use(_wsn(), CPU), "processes": processes}, CPU)
 
 
 def test_a_fused_product_is_not_forced_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
