@@ -14,6 +14,7 @@ pytestmark = needs_gloo
 REFUSED = {
     "no wsn": r"TypeError: wsn must be a wsn_fast\.WSN, got Sequential",
     "no mesh": r"TypeError: mesh must be a DeviceMesh, got str",
+    "a part of a mesh": r"ValueError: mesh must hold all 2 processes of the mesh that it is a part of, got 1",
     "two dimensions": r"ValueError: mesh must have one dimension, got 2: .*HSDP",
     "reshard to 2": r"TypeError: reshard_after_forward must be a bool, got 2: .*smaller group",
     "offload": r"ValueError: offload_policy must be None",
@@ -65,7 +66,7 @@ REFUSED = {
     "other densities": r"RuntimeError: the processes have different values of the density or rule of 1",
     "untrained weights": r"RuntimeError: the scores of 1.weight are trained, and it is not",
     "half of the gradients": r"RuntimeError: the gradients of .* were not set to None, or to 0, together",
-    "NaN": r"(FloatingPointError|RuntimeError: another process .*): 1.weight_score has values that are not finite",
+    "NaN": r"(FloatingPointError|OtherFailedError: another process .*): 1.weight_score has values that are not finite",
 }
 
 

@@ -218,6 +218,7 @@ def a_wrong_batch(rank: int) -> None:
 CASES: dict[str, Case] = {
     "no wsn": lambda rank: of(uneven()),  # type: ignore[arg-type]
     "no mesh": lambda rank: of(mesh="cpu"),
+    "a part of a mesh": lambda rank: of(mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))["a"]),
     "two dimensions": lambda rank: of(mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))),
     "reshard to 2": lambda rank: of(reshard_after_forward=2),
     "offload": lambda rank: of(offload_policy=CPUOffloadPolicy()),

@@ -129,6 +129,13 @@ def _check_mesh(wsn: object, mesh: object) -> None:
         raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: replicas of shards (HSDP) are not supported")
+    whole = mesh._get_root_mesh()
+    if whole.size() != mesh.size():
+        raise ValueError(
+            f"mesh must hold all {whole.size()} processes of the mesh that it is a part of, got {mesh.size()}: nobody "
+            "would average the gradients of the others. Lightning's ModelParallelStrategy takes data_parallel_size="
+            f"{whole.size()} and tensor_parallel_size=1"
+        )
 
 
 def _check_model(wsn: WSN, mesh: DeviceMesh) -> None:
