@@ -68,6 +68,7 @@ def said_by(folder: Path, script: str, *launcher: str) -> list[str]:
     command = [sys.executable, *launcher, "train.py"]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
+    assert "was not checked" not in ran.stderr
     return re.findall(r"(?:logits|process \d:) (\S+)", ran.stdout)
 
 
