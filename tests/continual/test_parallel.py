@@ -67,7 +67,7 @@ def test_a_value_that_one_process_has_changed_is_found_when_the_task_ends(seen: 
 def test_what_one_process_has_forgotten_stops_the_others(seen: list[dict[str, Any]]) -> None:
     assert str(seen[1]["forgotten in one process"]).startswith("ForgottenError: ")
     assert re.match(
-        r"(?s)RuntimeError: another process of the group has failed\nprocess 1: ForgottenError: .*task 0: 5.bias",
+        r"(?s)OtherFailedError: another process of the group has failed\nprocess 1: ForgottenError: .*task 0: 5.bias",
         str(seen[0]["forgotten in one process"]),
     )
 
@@ -128,6 +128,8 @@ def test_wrong_arguments(seen: list[dict[str, Any]]) -> None:
     assert seen[0]["wrong arguments"] == [
         "TypeError: module must be a torch.nn.Module, got int",
         "ValueError: module must contain a WSN",
+        "ValueError: scores=True is for a module around the WSN: build the one-pass optimizer before "
+        "DistributedDataParallel(wsn)",
         "TypeError: wsn must be a WSN, got Linear",
         "TypeError: ddp must be a DistributedDataParallel, got WSN",
         "ValueError: module must contain a WSN",

@@ -68,6 +68,18 @@ def test_a_report_has_every_choice_with_a_reason_and_every_verdict(report: dict[
     assert {verdict["problem"] for verdict in verdicts} == {None}
 
 
+def test_pytorch_is_the_choice_for_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [
+        checking.Verdict("gates", "float32", "native", "1 of 1 differ"),
+        checking.Verdict("gate", "bfloat16", "native", "1 of 1 differ"),
+        checking.Verdict("pack", "bits", "native", "1 of 1 differ"),
+    ]
+    monkeypatch.setattr(checking, "check", lambda device: iter(verdicts))
+    lines = {line["subject"]: line for line in device(collect([CPU], 5.0, quiet, lambda device: TINY))["choices"]}
+    wrong = {name for name, line in lines.items() if line["reason"] == "native is wrong here"}
+    assert wrong == {"gates", "pack"} and {lines[name]["found"] for name in wrong} == {"torch"}
+
+
 def test_every_operation_stands_beside_its_floor_and_torch(report: dict[str, Any]) -> None:
     rows = {row["operation"]: row for row in device(report)["operations"]}
     assert rows.keys() == OPERATIONS.keys()

@@ -42,3 +42,28 @@ def test_a_task_in_training_is_saved_and_loaded(make: Callable[[], nn.Module], t
     accelerator.load_state(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in wsn.state_dict().items())
     assert wsn.verify().tasks == list(range(tasks))
+
+
+@pytest.mark.parametrize("prepared_first", [False, True])
+def test_the_guard_takes_an_optimizer_before_and_after_it_is_prepared(prepared_first: bool) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    torch.manual_seed(0)
+    wsn = accelerator.prepare(WSN(plain()))
+    x, before = torch.ones(3, 4), []
+    for task in range(2):
+        wsn.begin_task(task)
+        optimizer = torch.optim.AdamW(wsn.parameters(), 0.1, weight_decay=0.1)
+        if prepared_first:
+            optimizer = accelerator.prepare(optimizer)
+            wsn.guard(optimizer)
+        else:
+            optimizer = accelerator.prepare(wsn.guard(optimizer))
+        for _ in range(3):
+            optimizer.zero_grad()
+            accelerator.backward(wsn(x).square().sum())
+            optimizer.step()
+        wsn.end_task()
+        with torch.no_grad(), wsn.use_task(0):
+            before.append(wsn(x))
+    assert torch.equal(*before)
+    wsn.verify()

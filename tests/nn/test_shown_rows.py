@@ -165,6 +165,19 @@ def test_compiled_code_in_training_mode() -> None:
     assert torch.equal(wsn(X), before)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_is_compiled_in_one_piece(training: bool) -> None:
+    torch.compiler.reset()
+    pieces: list[Any] = []
+    wsn = finished("batch norm")
+    wsn.compile(backend=lambda graph, inputs: pieces.append(graph) or graph)
+    wsn.use_task(1)
+    wsn.train(training)
+    with torch.no_grad():
+        wsn(X)
+    assert len(pieces) == 1
+
+
 def test_live_statistics_of_the_task_in_training_still_follow_its_batches() -> None:
     wsn = finished("batch norm")
     wsn.begin_task(3)

@@ -278,6 +278,10 @@ def in_parallel() -> None:
         with ddp.join():
             assert ddp._join_config.enable
         assert ddp.mixed_precision is None and not ddp.static_graph and ddp.require_backward_grad_sync
+        linear = nn.Linear(1, 1)
+        linear.bias.requires_grad_(False)
+        ddp = DistributedDataParallel(linear)
+        assert len(ddp._module_parameters) == 2 and ddp._get_ddp_logging_data()["num_parameter_tensors"] == 1
     finally:
         dist.destroy_process_group()
 
@@ -384,6 +388,17 @@ def modules() -> None:
         module.register_module("b", None)
 
     registered("_modules", register, nn.Identity)
+
+
+def compiled_calls() -> None:
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(lambda module, args, output: output + 1)
+    x = torch.ones(1, 2)
+    expected = module(x)
+    assert torch.equal(module._call_impl(x), expected)
+    module._compiled_call_impl = lambda x: 2 * module._call_impl(x)
+    assert torch.equal(module(x), 2 * expected)
+    assert torch.equal(copy.deepcopy(module)(x), expected)
 
 
 def non_persistent_buffers() -> None:
@@ -630,6 +645,12 @@ def alone() -> Iterator[Any]:
         dist.destroy_process_group()
 
 
+def parts_of_meshes() -> None:
+    with alone():
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b"))
+        assert mesh["a"]._get_root_mesh() == mesh and mesh._get_root_mesh() == mesh
+
+
 class Doubled(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -684,6 +705,8 @@ CHECKS: dict[str, Callable[[], object]] = {
     "DistributedDataParallel._module_parameters": in_parallel,
     "DistributedDataParallel._assign_modules_buffers": in_parallel,
     "DistributedDataParallel._join_config": in_parallel,
+    "DistributedDataParallel._get_ddp_logging_data": in_parallel,
+    "DeviceMesh._get_root_mesh": parts_of_meshes,
     "_ddp_params_and_buffers_to_ignore": in_parallel,
     "parameters_to_ignore": in_parallel,
     "_overlap_with_ddp": steps_in_backward,
@@ -691,6 +714,8 @@ CHECKS: dict[str, Callable[[], object]] = {
     "Module._buffers": buffers,
     "Module._parameters": parameters,
     "Module._modules": modules,
+    "Module._call_impl": compiled_calls,
+    "Module._compiled_call_impl": compiled_calls,
     "Module._non_persistent_buffers_set": non_persistent_buffers,
     "Module._load_from_state_dict": load_from_state_dict,
     "Module._load_state_dict_pre_hooks": lambda: hooks_of_states(

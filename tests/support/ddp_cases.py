@@ -63,6 +63,13 @@ def around(wsn: WSN) -> nn.Module:
     return module
 
 
+def around_before_the_optimizer(wsn: WSN) -> nn.Module:
+    """As Lightning does: it wraps the module, and makes the optimizer afterwards."""
+    module = Around(wsn)
+    distributed.leave_alone(module, scores=True)
+    return module
+
+
 def moments_in_8_bits(wsn: WSN) -> torch.optim.Optimizer:
     return SubnetAdamW(wsn, 1e-2, one_pass=True, moments="8bit")
 
@@ -109,6 +116,8 @@ STORIES: dict[str, Story] = {
     "known heads": Story(make=with_known_heads),
     "a module around": Story(around=around),
     "a module around that says nothing": Story(around=Around),
+    "a module around that says nothing, each task": Story(around=Around, wrap="each task"),
+    "a module around, its scores left alone": Story(around=around_before_the_optimizer),
     "zero redundancy": Story(optimizer=zero_redundancy, alone=adamw, wrap="each task"),
     "batch norm": Story(make=convnet, exact=False),
     "batch norm, no buffers sent": Story(make=convnet, exact=False, wrapper={"broadcast_buffers": False}),
@@ -122,6 +131,7 @@ STORIES: dict[str, Story] = {
     "one pass, bucket views": Story(**IN_TURN, wrapper=VIEWS),
     "one pass, any module": Story(**IN_TURN, make=recurrent),
     "one pass, a module around": Story(**IN_TURN, around=around),
+    "one pass, made after a module around": Story(optimizer=one_pass, around=around_before_the_optimizer),
     "one pass, unused parameters": Story(optimizer=one_pass, wrapper={"find_unused_parameters": True}),
     "one pass, bfloat16": Story(**IN_TURN, hook=in_bfloat16, exact=False),
     "one pass, bfloat16, accumulated": Story(**IN_TURN, hook=in_bfloat16, exact=False, accumulate=2),

@@ -54,12 +54,6 @@ def tied(rank: int) -> None:
     of(WSN(nn.Sequential(one, other, TaskHeads(6, 2))))
 
 
-def meta(rank: int) -> None:
-    with torch.device("meta"):
-        wsn = WSN(uneven())
-    of(wsn)
-
-
 def twice(rank: int) -> None:
     of(of())
 
@@ -224,6 +218,7 @@ def a_wrong_batch(rank: int) -> None:
 CASES: dict[str, Case] = {
     "no wsn": lambda rank: of(uneven()),  # type: ignore[arg-type]
     "no mesh": lambda rank: of(mesh="cpu"),
+    "a part of a mesh": lambda rank: of(mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))["a"]),
     "two dimensions": lambda rank: of(mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))),
     "reshard to 2": lambda rank: of(reshard_after_forward=2),
     "offload": lambda rank: of(offload_policy=CPUOffloadPolicy()),
@@ -238,7 +233,6 @@ CASES: dict[str, Case] = {
     "a name": lambda rank: of(WSN(transformer()), groups="blocks.0"),
     "recurrent": recurrent,
     "tied": tied,
-    "meta": meta,
     "gates ahead": lambda rank: of(WSN(uneven(), gates_ahead=True)),
     "twice": twice,
     "fully_shard": after_fully_shard,

@@ -203,7 +203,7 @@ def best_epoch(rank: int) -> None:
     check(not all_equal([masks, whole_masks(wsn)]), "nothing was trained")
     wsn.load_trainable_state(best)
     wsn.end_task()
-    stored = {n: one.whole_masks()[0] for n, g in wsn.gated() if (one := shard_of(g.param))}
+    stored = {n: one.whole_masks(g.masks)[0] for n, g in wsn.gated() if (one := shard_of(g.param))}
     from wsn_fast.ops import pack_mask
 
     check(all(torch.equal(stored[name], pack_mask(mask)) for name, mask in masks.items()), "masks of other scores")
@@ -467,6 +467,19 @@ def described(rank: int) -> None:
     check([one.task for one in wsn.task_stats()] == [0, 1], str(wsn.task_stats()))
 
 
+def moved_to_where_it_is(rank: int) -> None:
+    """Trainers do that."""
+    runs = []
+    for moved in (False, True):
+        wsn, _ = pair()
+        wsn.begin_task(0)
+        if moved:
+            check(wsn.to("cpu").double() is wsn, "to() returned another WSN")
+        step(wsn, one_pass(wsn), 0, count=2)
+        runs.append(whole(wsn))
+    check(all_equal(runs), "the weights are others")
+
+
 POLICIES = {
     "float32": MixedPrecisionPolicy(),
     "bfloat16, sums in float32": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
@@ -490,6 +503,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "an embedding": an_embedding,
     "a resumed optimizer": resumed,
     "inference mode": evaluated_in_inference_mode,
+    "to the same device": moved_to_where_it_is,
     "a step that fails": a_step_that_fails,
     "what is said of it": described,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -347,6 +348,7 @@ def wrong_arguments(rank: int) -> list[str]:
     for call, argument in (
         (distributed.leave_alone, 3),
         (distributed.leave_alone, nn.Linear(2, 2)),
+        (partial(distributed.leave_alone, scores=True), begun()),
         (distributed.level_buffers, nn.Linear(2, 2)),
         (distributed.reduce_in_bfloat16, begun()),
         (distributed.reduce_in_bfloat16, DistributedDataParallel(nn.Linear(2, 2))),

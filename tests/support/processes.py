@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,19 +22,24 @@ needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 TIMEOUT = timedelta(seconds=30)  # of a case in which one process waits for another that has failed
 
 
-def run_cases(module: str, world: int, folder: Path, names: list[str] | None = None) -> list[dict[str, Any]]:
+def run_cases(
+    module: str, world: int, folder: Path, names: list[str] | None = None, inside: Path | None = None
+) -> list[dict[str, Any]]:
     """What each of ``world`` processes returned from the cases of a module, or the text of its error, by case.
 
-    ``module`` has ``CASES``: functions by name that are called with the rank. Without ``names``, all of them run."""
+    ``module`` has ``CASES``: functions by name that are called with the rank. Without ``names``, all of them run.
+    ``folder`` is one of this call alone. The processes work ``inside`` of another one, if it is given."""
     # They are forked from a process that has imported what would take each of them seconds.
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
-    arguments = (module, world, str(folder), names)
+    arguments = (module, world, str(folder), names, inside)
     torch.multiprocessing.start_processes(_work, arguments, world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _work(rank: int, module: str, world: int, folder: str, names: list[str] | None) -> None:
+def _work(rank: int, module: str, world: int, folder: str, names: list[str] | None, inside: Path | None) -> None:
     torch.set_num_threads(1)
+    if inside is not None:
+        os.chdir(inside)
     cases = importlib.import_module(module).CASES
     store = dist.FileStore(f"{folder}/store", world)
     seen: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wsn_fast import WSN, FastSubnetLinear
 from wsn_fast.backends import ENVIRONMENT_VARIABLE, forget, native, tables
+from wsn_fast.optim import SubnetAdamW
 from wsn_fast.train import checkpoint, paths
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.config import resolve
@@ -134,6 +135,26 @@ def test_what_cannot_be_as_before_is_said(
     assert len(about) == 1 and f"was computed by native and is by torch ({reason}" in about[0]
 
 
+def test_what_other_models_of_the_process_use_is_not_recorded(tmp_path: Path) -> None:
+    given = resolve(**SETTINGS, out=str(tmp_path / "run"))
+    run = Run.start(given, Console(quiet=True))
+    run.finish()
+    other = _wsn()
+    other.model.backend = "torch"
+    other.begin_task(0)
+    optimizer = SubnetAdamW(other, lr=1e-3, one_pass=True)
+    other(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert paths.in_use(other, CPU)["backends"][STEP] == "torch"
+    assert paths.in_use(run.wsn, CPU)["backends"][STEP] == "native"
+
+
+def test_a_resumed_run_records_what_it_took(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer_torch(monkeypatch, "adamw_step")
+    finish(stopped)
+    assert checkpoint.load_from(stopped / "checkpoint").state["paths"]["backends"][STEP] == "native"
+
+
 def test_another_device_is_said() -> None:
     recorded = {"backends": {"gates float32": "triton"}, "device": "cuda", "table": ""}
     assert paths.take(_wsn(), recorded, CPU) == [
@@ -142,7 +163,7 @@ def test_another_device_is_said() -> None:
 
 
 def test_another_number_of_processes_is_said() -> None:
-    recorded = paths.in_use(CPU, 2)
+    recorded = paths.in_use(_wsn(), CPU, 2)
     assert paths.take(_wsn(), recorded, CPU, 2) == []
     assert paths.take(_wsn(), recorded, CPU) == [
         "this run was trained by 2 processes and goes on with 1 process: results may differ by rounding"
@@ -150,7 +171,7 @@ def test_another_number_of_processes_is_said() -> None:
 
 
 def test_checkpoints_from_before_there_were_processes_are_of_one() -> None:
-    recorded = {name: value for name, value in paths.in_use(CPU).items() if name != "processes"}
+    recorded = {name: value for name, value in paths.in_use(_wsn(), CPU).items() if name != "processes"}
     assert paths.take(_wsn(), recorded, CPU) == []
     assert len(paths.take(_wsn(), recorded, CPU, 2)) == 1
 
@@ -158,12 +179,16 @@ def test_checkpoints_from_before_there_were_processes_are_of_one() -> None:
 @pytest.mark.parametrize("processes", [0, -1, True, 1.5, "two", None])
 def test_a_number_of_processes_that_is_none_is_refused(processes: object) -> None:
     with pytest.raises(ValueError, match="expected a number of processes"):
-        paths.take(_wsn(), {**paths.in_use(CPU), "processes": processes}, CPU)
+        paths.take(_wsn(), {**paths.in_use(_wsn(), CPU), "processes": processes}, CPU)
 
 
 def test_a_fused_product_is_not_forced_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     wsn = _wsn()
-    recorded = {"backends": {"masked_linear float32": "triton"}, "device": "cpu", "table": paths.in_use(CPU)["table"]}
+    recorded = {
+        "backends": {"masked_linear float32": "triton"},
+        "device": "cpu",
+        "table": paths.in_use(wsn, CPU)["table"],
+    }
     [said] = paths.take(wsn, recorded, CPU)
     assert said.startswith("masked_linear was computed by triton and is by torch")
     assert all(layer.backend is None for layer in wsn.subnet_layers().values())

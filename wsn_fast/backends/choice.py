@@ -132,20 +132,25 @@ def _settled(operation: str, device: Device | str, dtype: Dtype | None, backend:
             raise _UncheckedError(choice)  # which is not remembered, so that a later use checks it
         obstacle = trust.obstacle(operation, choice.name, choice.backend, Device(device), dtype)
         choice = Choice(portable, "torch", obstacle) if obstacle else choice
-    _settled_here[operation, Device(device).type, dtype] = choice.name
+    _settled_here[operation, Device(device).type, dtype, backend] = choice.name
     return choice
 
 
-_settled_here: dict[tuple[str, str, Dtype | None], str] = {}
+_settled_here: dict[tuple[str, str, Dtype | None, str | None], str] = {}
 
 
-def chosen(device: Device) -> dict[str, str]:
+def chosen(device: Device, backend: str | None = None) -> dict[str, str]:
     """The backends that were chosen so far in this process for a kind of device, by the name of the operation, and its
-    dtype if it has one: ``{"gates float32": "native", "pack": "native"}``."""
+    dtype if it has one: ``{"gates float32": "native", "pack": "native"}``.
+
+    Args:
+        device: whose type is asked for.
+        backend: the override of the layers that are asked for. Layers with others do not count.
+    """
     return {
         operation if dtype is None else f"{operation} {str(dtype).removeprefix('torch.')}": name
-        for (operation, kind, dtype), name in _settled_here.items()
-        if kind == device.type
+        for (operation, kind, dtype, override), name in _settled_here.items()
+        if (kind, override) == (device.type, backend)
     }
 
 

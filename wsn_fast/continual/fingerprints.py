@@ -62,8 +62,7 @@ def fingerprint(parts: ModelParts, task: TaskId, row: int) -> dict[str, str]:
     """
     prints: dict[str, str] = {}
     for name, gate in parts.gated():
-        values, mask = _of_task(gate, row)
-        prints[name], prints[f"{name} (mask)"] = digest(values), digest(mask)
+        prints |= gated_digests(name, gate, row)
     for prefix, heads in parts.heads.items():
         prints |= head_digests(prefix, heads, task)
     for item in parts.owned:
@@ -76,12 +75,15 @@ def fingerprint(parts: ModelParts, task: TaskId, row: int) -> dict[str, str]:
     return prints
 
 
-def _of_task(gate: Gated, row: int) -> tuple[Tensor, Tensor]:
-    """The elements of a gated tensor that a task uses, 1-d, and its packed mask: those of the whole tensor."""
-    shard = shard_of(gate.param)
-    if shard is not None:
-        return shard.masked_values(row), shard.whole_masks([row])[0]
-    return gate.param.detach()[ops.unpack_mask(gate.masks[row], gate.param.shape)], gate.masks[row]
+def gated_digests(name: str, gate: Gated, row: int) -> dict[str, str]:
+    """The digests of the elements of a gated tensor that a task uses, and of its mask, named as in a fingerprint. If
+    the tensor is cut into shards they are those of the whole tensor."""
+    param, mask, shard = gate.param.detach(), gate.masks[row], shard_of(gate.score)
+    if shard is None:
+        values = param[ops.unpack_mask(mask, param.shape)]
+    else:
+        values, mask = shard.masked_values(param, mask), shard.whole_masks(mask[None])[0]
+    return {name: digest(values), f"{name} (mask)": digest(mask)}
 
 
 def head_digests(name: str, heads: TaskHeads, task: TaskId) -> dict[str, str]:

@@ -74,7 +74,7 @@ class ModelParts:
     def whole_masks(self) -> list[Tensor]:
         """The packed masks of all gated tensors, ``uint8`` [T, ceil(n / 8)] each."""
         shards = [(gate, shard_of(gate.param)) for _, gate in self.gated()]
-        return [gate.masks if shard is None else shard.whole_masks() for gate, shard in shards]
+        return [gate.masks if shard is None else shard.whole_masks(gate.masks) for gate, shard in shards]
 
     def unions(self) -> dict[int, Tensor | None]:
         """By the id of each gated tensor, the packed mask of the elements that finished tasks use; None before the

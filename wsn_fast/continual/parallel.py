@@ -346,10 +346,13 @@ def _check_held(ddp: DistributedDataParallel, wsn: WSN, held: set[int], raw: set
             f"DistributedDataParallel waits for gradients of {alike.listed(scores)}, which have none in the one-pass "
             "mode: build the one-pass optimizer before DistributedDataParallel(wsn), or pass "
             "find_unused_parameters=True to it, which sends zeros for them. If another module is wrapped, call "
-            "wsn_fast.distributed.leave_alone(module) between the two"
+            "wsn_fast.distributed.leave_alone(module, scores=True) before it is"
         )
     fixed: list[Any] = [names[id(p)] for p in ddp._module_parameters if id(p) in names and not p.requires_grad]
-    if fixed:
+    # Heads of earlier tasks may be among them, for which a wrapper that came later does not wait. It counts what it
+    # waits for, and does not name it.
+    trained = sum(param.requires_grad for param in ddp._module_parameters)
+    if fixed and ddp._get_ddp_logging_data()["num_parameter_tensors"] > trained:
         raise RuntimeError(
             f"DistributedDataParallel waits for gradients of {alike.listed(fixed)}, which are not trained any more, as "
             f"frozen parameters are not after the first task. {_AGAIN}"

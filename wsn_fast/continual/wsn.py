@@ -291,7 +291,14 @@ class WSN(FinishedTasks):
         which ``torch.compile(wsn)`` would make anew in every forward pass.
         """
         self._check_whole("compile()", "run it eagerly")
-        self.model.compile(*args, **kwargs)
+        model = self.model
+
+        def call(*inputs: Any, **named: Any) -> Any:
+            return model._call_impl(*inputs, **named)
+
+        # Not model.compile(): in torch 2.11 it compiles a module that has hooks in pieces, in silence and in spite of
+        # fullgraph=True, and the model has hooks while a finished task with per-task values is in use.
+        model._compiled_call_impl = torch.compile(call, *args, **kwargs)
 
     @torch.no_grad()
     def forward_tasks(self, x: Tensor, task_ids: Sequence[TaskId] | Tensor, *, one_pass: bool | None = None) -> Tensor:

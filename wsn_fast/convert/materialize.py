@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TypeVar
 
 import torch
@@ -50,27 +51,81 @@ def materialize(model: M, device: torch.device | str) -> M:
 
         If one of these is raised, nothing has been changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    device = torch.device(device)
-    if device.type == "meta":
-        raise ValueError("device must be one with memory, got 'meta'")
-    names = {module: name for name, module in model.named_modules()}
-    missing = {module: [n for n, t in _tensors(module).items() if t.is_meta] for module in names}
-    lost = [f"{names[module]}.{n}".lstrip(".") for module in names for n in _lost(module, missing[module])]
-    if lost:
-        raise ValueError(
-            f"these tensors have no memory yet: {lost}. Load them first: model.load_state_dict(weights, assign=True)"
-        )
-    made: dict[Tensor, Tensor] = {}
-    for module in names:
-        _allocate(module, missing[module], device, made)
-    for module in reversed(names):
+    work = Materialization(model, device)
+    for module in work.modules:
+        work.allocate(module)
+    for module in reversed(work.modules):
+        work.initialise(module)
+    return model.to(work.device)
+
+
+class Materialization:
+    """What :func:`materialize` does, for one module at a time. Nothing is changed when this is made.
+
+    Args:
+        model: the model.
+        device: the device for the tensors without memory.
+
+    Attributes:
+        modules: all modules of the model, outer ones first. Inner ones are initialised first.
+        missing: the names of the direct tensors of each that have no memory.
+
+    Raises:
+        TypeError, ValueError: as for :func:`materialize`.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        self.device = torch.device(device)
+        if self.device.type == "meta":
+            raise ValueError("device must be one with memory, got 'meta'")
+        names = {module: name for name, module in model.named_modules()}
+        self.modules = [*names]
+        self.missing = {module: [n for n, t in _tensors(module).items() if t.is_meta] for module in names}
+        lost = [f"{names[module]}.{n}".lstrip(".") for module in names for n in _lost(module, self.missing[module])]
+        if lost:
+            raise ValueError(
+                f"these tensors have no memory yet: {lost}. Load them first: model.load_state_dict(weights, "
+                "assign=True)"
+            )
+        places = Counter(id(tensor) for module in names for tensor in _tensors(module).values() if tensor.is_meta)
+        self._tied = {key for key, count in places.items() if count > 1}
+        self._made: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []  # what was replaced, so that no other tensor gets its id
+
+    def allocate(self, module: nn.Module) -> None:
+        """Give memory to the missing direct tensors of a module."""
+        tensors: tuple[dict[str, Tensor | None], ...] = (module._parameters, module._buffers)  # type: ignore[assignment]
+        for store in tensors:
+            for name, old in store.items():
+                if name in self.missing[module]:
+                    assert old is not None
+                    of_score = isinstance(module, SubnetLayer) and name.endswith("_score")
+                    like = store[name.removesuffix("_score")] if of_score else old
+                    assert like is not None
+                    store[name] = self._new(old, like)
+
+    def _new(self, old: Tensor, like: Tensor) -> Tensor:
+        if id(old) in self._made:
+            return self._made[id(old)]
+        new = torch.empty_like(like, device=self.device)
+        new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        if id(old) in self._tied:
+            self._made[id(old)] = new
+            self._kept.append(old)
+        return new
+
+    def resets(self, module: nn.Module) -> bool:
+        """Whether :meth:`initialise` calls ``reset_parameters`` of the module."""
+        return not _ours(module).issuperset(self.missing[module])
+
+    def initialise(self, module: nn.Module) -> None:
+        """Give values to the direct tensors of a module that had no memory. Its inner modules have theirs."""
         if isinstance(module, SubnetLayer):
-            module.initialise(n for n in missing[module] if n.endswith("_score"))
-        if not _ours(module).issuperset(missing[module]):
-            module.reset_parameters()  # the check of `lost` made sure that it exists
-    return model.to(device)
+            module.initialise(n for n in self.missing[module] if n.endswith("_score"))
+        if self.resets(module):
+            module.reset_parameters()  # type: ignore[operator]  # the check of what is lost made sure that it exists
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -97,19 +152,3 @@ def _lost(module: nn.Module, missing: list[str]) -> list[str]:
         return not of_finished_tasks if name in ours else can_reset
 
     return [name for name in missing if not can_make(name)]
-
-
-def _allocate(module: nn.Module, missing: list[str], device: torch.device, made: dict[Tensor, Tensor]) -> None:
-    """Give memory to the missing tensors; ``made`` maps each old tensor to the one in its place."""
-    tensors: tuple[dict[str, Tensor | None], ...] = (module._parameters, module._buffers)  # type: ignore[assignment]
-    for store in tensors:
-        for name, old in store.items():
-            if name in missing:
-                assert old is not None
-                if old not in made:
-                    of_score = isinstance(module, SubnetLayer) and name.endswith("_score")
-                    like = store[name.removesuffix("_score")] if of_score else old
-                    assert like is not None
-                    new = torch.empty_like(like, device=device)
-                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                store[name] = made[old]

@@ -15,25 +15,35 @@ from ..continual.parallel import check_can_be_wrapped
 from ..continual.wsn import WSN
 
 
-def leave_alone(module: nn.Module) -> None:
+def leave_alone(module: nn.Module, *, scores: bool = False) -> None:
     """Tell ``DistributedDataParallel(module)`` what it must neither send nor reduce of each WSN inside of ``module``:
     masks, heads, what tasks have copies of, and the scores of a one-pass optimizer.
 
     A WSN says this itself where the WSN is wrapped. If another module is wrapped, such as a LightningModule, call this
-    before the wrapper is made, and after a one-pass optimizer is. What is on PyTorch's list for ``module`` stays there.
+    before the wrapper is made. What is on PyTorch's list for ``module`` stays there.
 
     Args:
         module: a module that contains a WSN.
+        scores: leave alone all scores. A one-pass optimizer that is built after the wrapper needs that. For any other
+            optimizer the WSN then averages their gradients, at the end of backward.
 
     Raises:
         TypeError: ``module`` is no module.
-        ValueError: it contains no WSN.
+        ValueError: it contains no WSN, or it is one and ``scores`` is true.
         RuntimeError: a WSN shows a finished task.
     """
+    if scores and isinstance(module, WSN):
+        raise ValueError(
+            "scores=True is for a module around the WSN: build the one-pass optimizer before "
+            "DistributedDataParallel(wsn)"
+        )
     names: list[str] = list(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for path, wsn in _wsns_of(module):
         check_can_be_wrapped(wsn)
         names += [f"{path}.{name}".lstrip(".") for name in wsn._ddp_params_and_buffers_to_ignore]
+        if scores:
+            own = {id(gate.score) for _, gate in wsn.gated()}
+            names += [f"{path}.{name}".lstrip(".") for name, param in wsn.named_parameters() if id(param) in own]
     if not isinstance(module, WSN):
         module._ddp_params_and_buffers_to_ignore = [*dict.fromkeys(names)]  # type: ignore[assignment]
 

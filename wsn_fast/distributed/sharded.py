@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,9 +18,11 @@ from ..continual import alike
 from ..continual.sharded_parallel import ShardedParallel
 from ..continual.wrappers import check_model
 from ..continual.wsn import WSN
+from ..convert.materialize import Materialization
 from ..nn.gated import SubnetLayer
 from ..nn.sharding import Sharding
 from ..nn.shards import ShardedGate
+from .entries import exported, parts_are_known
 
 _KEEPS_GRADIENTS = (
     "set_gradient_divide_factor", "set_reduce_scatter_divide_factor", "set_all_reduce_hook",
@@ -47,8 +49,14 @@ def shard(
 
     All processes call this, before they build an optimizer. They take the values of the first one.
 
+    A model that was built on the meta device gets its memory here, one module after another, and is cut at once: no
+    process ever holds more than its shards, the tensors of one group, and the scores of one layer. The values are those
+    that :func:`wsn_fast.materialize` draws in a single process with the seed of the first process. See there for what
+    has to be loaded before. Finished tasks come with :func:`load_checkpoint`.
+
     Args:
-        wsn: the model, on the device of the mesh. A task may be in progress, and tasks may have ended.
+        wsn: the model, on the device of the mesh or on the meta device. A task may be in progress, and tasks may have
+            ended.
         mesh: of one dimension.
         groups: modules of the model, or their names. The gated tensors in each are gathered together, as those of a
             block should be. A layer that is in none of them is a group of its own.
@@ -64,26 +72,24 @@ def shard(
     Raises:
         TypeError: an argument has another type.
         ValueError: the mesh, a group, the policy or a gated tensor is of a kind that is not supported; the message has
-            the reason.
+            the reason. Or a tensor on the meta device cannot be made here.
         RuntimeError: the model is sharded or wrapped already, an optimizer is guarded already, or the processes have
             different tasks.
 
-        If one of these is raised, nothing has been changed.
+        If one of these is raised, nothing has been changed, with one exception: the ``reset_parameters`` of a module
+        writes to an inner module that has been cut already, which is seen too late.
     """
     policy = _check_policies(mp_policy, reshard_after_forward, offload_policy)
     _check_mesh(wsn, mesh)
     _check_model(wsn, mesh)
     modules = _check_groups(wsn, groups)
     group = mesh.get_group()
-    device = next(wsn.parameters()).device
+    device = _device_of(wsn, mesh)
+    work = Materialization(wsn, device)
     if alike.different_texts(group, {"tasks": repr((wsn.tasks, wsn.current_task, wsn.heads))}, device):
         raise RuntimeError("the processes have WSNs with different tasks or heads: load one state in all of them")
     wsn._restore_frozen()
-    alike.send(group, [*wsn.parameters(), *(b for b in wsn.buffers() if b.numel())])
-    layers = [*wsn._parts.layers.values()]
-    for layer in layers:
-        _shard_scores(layer, mesh)
-    _fully_shard(wsn, mesh, modules, policy, reshard_after_forward)
+    _Cutting(wsn, mesh, modules, policy, reshard_after_forward).run(work)
     sharding = Sharding(group, [m for m in wsn.modules() if isinstance(m, FSDPModule)], policy.param_dtype)
     sharding.device = device
     for path, layer in wsn._parts.layers.items():
@@ -123,6 +129,13 @@ def _check_mesh(wsn: object, mesh: object) -> None:
         raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: replicas of shards (HSDP) are not supported")
+    whole = mesh._get_root_mesh()
+    if whole.size() != mesh.size():
+        raise ValueError(
+            f"mesh must hold all {whole.size()} processes of the mesh that it is a part of, got {mesh.size()}: nobody "
+            "would average the gradients of the others. Lightning's ModelParallelStrategy takes data_parallel_size="
+            f"{whole.size()} and tensor_parallel_size=1"
+        )
 
 
 def _check_model(wsn: WSN, mesh: DeviceMesh) -> None:
@@ -149,6 +162,12 @@ def _check_model(wsn: WSN, mesh: DeviceMesh) -> None:
                 raise ValueError(f"{path}.{gate.name} cannot be sharded: {reason}")
 
 
+def _device_of(wsn: WSN, mesh: DeviceMesh) -> torch.device:
+    """The device of the model; if all of it is on the meta device, the current one of the mesh."""
+    own = (param.device for param in wsn.parameters() if not param.is_meta)
+    return next(own, None) or torch.empty(0, device=mesh.device_type).device
+
+
 def _obstacle_of(
     layer: SubnetLayer, name: str, param: Tensor, score: Tensor, uses: Counter[int], mesh: DeviceMesh
 ) -> str:
@@ -156,9 +175,7 @@ def _obstacle_of(
         return "it is parametrized"
     if uses[id(param)] > 1 or uses[id(score)] > 1:
         return "it is tied: several modules share it or its scores"
-    if param.is_meta or score.is_meta:
-        return "it is on the meta device: wsn_fast.materialize(model, device) gives it memory"
-    if param.device.type != mesh.device_type:
+    if not param.is_meta and param.device.type != mesh.device_type:
         return f"it is on {param.device}, and the mesh is of {mesh.device_type}"
     if param.is_cuda and param.device.index != torch.cuda.current_device():
         return f"it is on {param.device}, which is not the current device: call torch.cuda.set_device before"
@@ -217,22 +234,65 @@ def _shard_scores(layer: SubnetLayer, mesh: DeviceMesh) -> None:
         layer._parameters[f"{gate.name}_score"] = nn.Parameter(score, requires_grad=gate.score.requires_grad)
 
 
-def _fully_shard(
-    wsn: WSN, mesh: DeviceMesh, groups: Sequence[nn.Module], policy: MixedPrecisionPolicy, reshard: bool
-) -> None:
-    layers = [*wsn._parts.layers.values()]
-    gated = {layer._parameters[gate.name] for layer in layers for gate in layer.gated()}
-    ignored: Any = {param for param in wsn.parameters() if param not in gated}
-    # A layer inside of another is gathered with that one, which may read its tensors, as attention does.
-    outer_modules = [*groups, *layers]
-    inside = {layer for outer in outer_modules for layer in outer.modules() if layer is not outer}
-    inside |= {*groups}
-    # Autocast casts inputs. Only what the model returns is cast, by the root.
-    inner = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
-    of_root = MixedPrecisionPolicy(output_dtype=policy.output_dtype, cast_forward_inputs=False)
-    for module in (*groups, *(layer for layer in layers if layer not in inside)):
-        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=inner, ignored_params=ignored)
-    fully_shard(wsn, mesh=mesh, mp_policy=of_root, ignored_params=ignored)
+class _Cutting:
+    """Cuts a model, one module after another, inner ones first. One that has no memory yet gets it just before, so that
+    no process ever holds more than its shards and the tensors of one group."""
+
+    def __init__(
+        self, wsn: WSN, mesh: DeviceMesh, groups: Sequence[nn.Module], policy: MixedPrecisionPolicy, reshard: bool
+    ) -> None:
+        self._wsn, self._mesh, self._reshard = wsn, mesh, reshard
+        layers = [*wsn._parts.layers.values()]
+        # A layer inside of another is gathered with that one, which may read its tensors, as attention does.
+        inside = {layer for outer in (*groups, *layers) for layer in outer.modules() if layer is not outer}
+        self._units = {*groups, *(layer for layer in layers if layer not in inside and layer not in groups)}
+        # Autocast casts inputs. Only what the model returns is cast, by the root.
+        self._inner = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
+        self._of_root = MixedPrecisionPolicy(output_dtype=policy.output_dtype, cast_forward_inputs=False)
+        self._cut: list[tuple[str, Tensor]] = []
+
+    def run(self, work: Materialization) -> None:
+        for module in reversed(work.modules):
+            work.allocate(module)
+            resets = work.resets(module)
+            versions = [tensor._version for _, tensor in self._cut] if resets else []
+            work.initialise(module)
+            if resets:
+                self._check_unchanged(module, versions)
+            if isinstance(module, SubnetLayer):
+                self._send(gate.score for gate in module.gated())
+                _shard_scores(module, self._mesh)
+            if module in self._units:
+                self._send(_gated_in(module))  # not before: an outer module may have written to an inner one
+                options: Any = {"reshard_after_forward": self._reshard, "mp_policy": self._inner}
+                fully_shard(module, mesh=self._mesh, ignored_params=self._ignored(module), **options)
+                self._cut += [(n, p) for n, p in module.named_parameters() if isinstance(p, DTensor)]
+        self._send(t for t in (*self._wsn.parameters(), *self._wsn.buffers()) if not isinstance(t, DTensor))
+        ignored = self._ignored(self._wsn)
+        fully_shard(self._wsn, mesh=self._mesh, mp_policy=self._of_root, ignored_params=ignored)
+
+    def _send(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors that are still whole the values of the first process."""
+        alike.send(self._mesh.get_group(), [tensor for tensor in tensors if tensor.numel()])
+
+    def _ignored(self, module: nn.Module) -> Any:
+        """The parameters of a module that are not gated."""
+        gated = {*_gated_in(module)}
+        return {param for param in module.parameters() if param not in gated}
+
+    def _check_unchanged(self, module: nn.Module, versions: Sequence[int]) -> None:
+        """Raise ``ValueError`` if ``reset_parameters`` of a module has written to what was cut before."""
+        for (name, tensor), before in zip(self._cut, versions, strict=True):
+            if tensor._version != before:
+                raise ValueError(
+                    f"reset_parameters() of {type(module).__name__} writes to {name} of an inner module, which is "
+                    "cut into shards already: name the outer module in groups, or give the model its memory before "
+                    "shard. The model is broken now: build it again"
+                )
+
+
+def _gated_in(module: nn.Module) -> list[Tensor]:
+    return [gate.param for layer in module.modules() if isinstance(layer, SubnetLayer) for gate in layer.gated()]
 
 
 def _take_shards(path: str, layer: SubnetLayer, sharding: Sharding) -> list[ShardedGate]:
@@ -267,10 +327,10 @@ def full_state_dict(wsn: WSN) -> dict[str, Any]:
         ValueError: it is not sharded.
     """
     sharding = _sharding_of(wsn)
-    state = _exported(wsn, sharding)
+    state = exported(wsn)
     first = sharding.group.rank() == 0
     for name, one, what in _tensors_of_shards(wsn):
-        whole = one.whole_masks() if what == "_masks" else one.whole(one.score if what else one.param)
+        whole = one.whole_masks(one.gated().masks) if what == "_masks" else one.whole(one.score if what else one.param)
         state[name] = whole.cpu() if first else None
         del whole
     return state if first else {}
@@ -299,12 +359,9 @@ def load_full_state_dict(wsn: WSN, state: dict[str, Any]) -> None:
             if whole.ndim == 2 and whole.shape[1] == ops.packed_size(one.param.numel()) and whole.dtype is torch.uint8:
                 state[name] = one.part_of_masks(whole)
         elif whole.shape == one.shape:
-            state[name] = one.like_score(whole[one.rows].to(wsn.gates.sharding.device))  # type: ignore[union-attr]
-    wsn.__dict__["_is_exported"] = True
-    try:
+            state[name] = one.placed(whole[one.rows].to(wsn.gates.sharding.device))  # type: ignore[union-attr]
+    with parts_are_known(wsn):
         wsn.load_state_dict(state)
-    finally:
-        del wsn.__dict__["_is_exported"]
 
 
 def _sharding_of(wsn: object) -> Sharding:
@@ -313,15 +370,6 @@ def _sharding_of(wsn: object) -> Sharding:
     if wsn.gates.sharding is None:
         raise ValueError("wsn must be sharded: state_dict() and load_state_dict() are for a WSN that is whole")
     return wsn.gates.sharding
-
-
-def _exported(wsn: WSN, sharding: Sharding) -> dict[str, Any]:
-    wsn.__dict__["_is_exported"] = sharding.is_exported = True
-    try:
-        return dict(wsn.state_dict())
-    finally:
-        del wsn.__dict__["_is_exported"]
-        sharding.is_exported = False
 
 
 def _tensors_of_shards(wsn: WSN) -> list[tuple[str, ShardedGate, str]]:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from wsn_fast import WSN
 from wsn_fast.continual.first_inputs import FirstInputs
 from wsn_fast.continual.model_parts import Density
+from wsn_fast.distributed import leave_alone
 from wsn_fast.nn.task_ids import TaskId, check_task
 from wsn_fast.optim.averages import Averaging, averaging
 
@@ -20,6 +21,7 @@ if find_spec("lightning") is None:
     raise ImportError('this needs Lightning: pip install "wsn-fast[lightning]"', name="lightning")
 
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 
 class WSNCallback(Callback):
@@ -62,10 +64,13 @@ class WSNCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """Begin the task, unless it is in progress already. A checkpoint to resume from is loaded after this, and
-        replaces the state of the model."""
+        replaces the state of the model. Afterwards Lightning may wrap ``pl_module`` for several processes."""
         wsn = self._wsn(pl_module)
-        if stage == "fit" and wsn.current_task != self.task:
-            wsn.begin_task(self.task, density=self.density, out_features=self.out_features)
+        if stage == "fit":
+            if wsn.current_task != self.task:
+                wsn.begin_task(self.task, density=self.density, out_features=self.out_features)
+            if isinstance(trainer.strategy, DDPStrategy) and any(module is wsn for module in pl_module.modules()):
+                leave_alone(pl_module, scores=True)  # the optimizer comes later, and may be a one-pass optimizer
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Guard the optimizers that hold parameters of the model, and let averages of weights leave alone what finished

@@ -332,12 +332,20 @@ class SubnetLayer(refusals.KeepsItsWeights):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.gate_state.shards is not None:
-            raise RuntimeError("a WSN that is sharded cannot be moved or cast: do that before shard(wsn, mesh)")
+            self._check_stays(fn)
+            return self
         self.gate_state.drop()
         on_meta = [name for name, param in self._parameters.items() if param is not None and param.is_meta]
         super()._apply(fn, recurse)
         self.initialise(on_meta)
         return self
+
+    def _check_stays(self, fn: Any) -> None:
+        """Raise ``RuntimeError`` if ``fn``, of ``.to()`` for instance, would return other tensors than it is given."""
+        for param in self.parameters(recurse=False):
+            like_it = torch.empty(0, dtype=param.dtype, device=param.device)
+            if fn(like_it) is not like_it:
+                raise RuntimeError("a WSN that is sharded cannot be moved or cast: do that before shard(wsn, mesh)")
 
     def dtype_of_pass(self, x: Tensor) -> torch.dtype:
         """The dtype of the masked tensors for an input, or a gated tensor, ``x``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -243,17 +243,20 @@ class ShardedGate:
             sums = local(before)
             sums.copy_(torch.where(trained, ds, sums + ds))
         elif before is None:
-            self.score.grad = self.like_score(ds.clone() if not ds.numel() else ds)
+            self.score.grad = self.placed(ds.clone() if not ds.numel() else ds)
         else:
             local(before).add_(ds)
 
-    def like_score(self, values: Tensor) -> Tensor:
-        """A DTensor of these rows."""
+    def placed(self, rows: Tensor) -> Tensor:
+        """A DTensor that is cut as this gate is, of which this process has these rows, contiguous. Their inner
+        dimensions may be others than those of the gated tensor."""
         from torch.distributed.tensor import DTensor  # imported here, because it takes long
 
         score: Any = self.score
+        shape = torch.Size([self.shape[0], *rows.shape[1:]])
+        stride = [prod(shape[i + 1 :]) for i in range(len(shape))]
         place = score.device_mesh, score.placements
-        return DTensor.from_local(values, *place, run_check=False, shape=self.shape, stride=score.stride())
+        return DTensor.from_local(rows, *place, run_check=False, shape=shape, stride=tuple(stride))
 
     # --- what belongs to the whole tensor
     @torch.no_grad()
@@ -271,21 +274,18 @@ class ShardedGate:
         local(self.score).copy_(self.draw(self.score, fill))
         increment_version(self.score)
 
-    def masked_values(self, row: int) -> Tensor:
-        """The elements of the whole tensor that the finished task of ``row`` uses, 1-d."""
-        values = local(self.param).detach()
-        mask = ops.unpack_mask(self.gated().masks[row], values.shape)
-        return collectives.joined(self.group, values[mask])
+    def masked_values(self, tensor: Tensor, packed: Tensor) -> Tensor:
+        """The elements of the whole of a tensor, of which this is a shard, that are in a packed mask, 1-d."""
+        values = local(tensor).detach()
+        return collectives.joined(self.group, values[ops.unpack_mask(packed, values.shape)])
 
     @torch.no_grad()
     def whole(self, tensor: Tensor) -> Tensor:
         """The whole of :attr:`param` or :attr:`score`, a copy."""
         return collectives.joined(self.group, local(tensor).detach().reshape(-1)).view(self.shape)
 
-    def whole_masks(self, rows: Sequence[int] | None = None) -> Tensor:
-        """The packed masks of the whole tensor for these rows, or for all: ``uint8`` [T, ceil(n / 8)]."""
-        masks = self.gated().masks
-        masks = masks if rows is None else masks[list(rows)]
+    def whole_masks(self, masks: Tensor) -> Tensor:
+        """The packed masks of the whole tensor, ``uint8`` [T, ceil(n / 8)], of which this process has these parts."""
         tasks, sizes = len(masks), [ops.packed_size(n) for n in self.counts]
         parts = collectives.joined(self.group, masks.reshape(-1)).split([tasks * size for size in sizes])
         parts = tuple(part.view(tasks, size) for part, size in zip(parts, sizes, strict=True))

@@ -19,10 +19,19 @@ from wsn_fast.continual.wsn import WSN
 _SEE_A_PART = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def in_use(device: torch.device, processes: int = 1) -> dict[str, Any]:
+def in_use(wsn: WSN, device: torch.device, processes: int = 1) -> dict[str, Any]:
     """What a checkpoint keeps: ``backends`` (see :func:`wsn_fast.backends.chosen`), the type of the ``device``, the
-    digest of its tuning ``table``, which is empty if there is none, and the number of ``processes``."""
-    return {"backends": chosen(device), "device": device.type, "table": _digest(device), "processes": processes}
+    digest of its tuning ``table``, which is empty if there is none, and the number of ``processes``.
+
+    Args:
+        wsn: the model. What other models of the process use does not count.
+        device: where the model is.
+        processes: how many train it together.
+    """
+    backends = chosen(device)
+    for override in {layer.backend for layer in wsn.subnet_layers().values()} - {None}:
+        backends |= chosen(device, override)
+    return {"backends": backends, "device": device.type, "table": _digest(device), "processes": processes}
 
 
 def take(wsn: WSN, recorded: Mapping[str, Any], device: torch.device, processes: int = 1) -> list[str]:

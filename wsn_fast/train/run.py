@@ -349,7 +349,7 @@ class Run:
             "config": asdict(self.settings),
             "fingerprint": self.fingerprint,
             "progress": asdict(self.progress),
-            "paths": paths.in_use(self.device, self.processes.size),
+            "paths": paths.in_use(self.wsn, self.device, self.processes.size),
         }
         if self._optimizer is not None:
             state["optimizer"], packed = checkpoint.pack_optimizer(self._optimizer.state_dict())

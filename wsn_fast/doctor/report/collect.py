@@ -99,13 +99,13 @@ def _line(finding: findings.Finding) -> dict[str, str]:
 def _device(device: torch.device, attempts: Attempts, plan: Plan, say: Say) -> dict[str, Any]:
     table = tables.of(tables.device_name(device))
     say(f"{device}: which backend runs what, and whether it is right")
+    verdicts = attempts.finish(f"the check of {device}", lambda: list(_verdicts(device))) or []
     entry: dict[str, Any] = {
         "device": str(device),
         "name": tables.device_name(device),
         "facts": machine.facts(device),
-        "choices": attempts.attempt(f"the choices on {device}", lambda: list(map(_line, findings.routes(device))))
-        or [],
-        "verdicts": attempts.finish(f"the check of {device}", lambda: list(_verdicts(device))) or [],
+        "choices": attempts.attempt(f"the choices on {device}", lambda: list(_choices(device, verdicts))) or [],
+        "verdicts": verdicts,
         "table": {"digest": table.digest, "notes": list(map(scrubbed, table.notes)), "entries": dict(table.data)},
     }
     say(f"{device}: training steps")
@@ -122,6 +122,16 @@ def _device(device: torch.device, attempts: Attempts, plan: Plan, say: Say) -> d
         entry["copy"] = operations.quantiles(copy.timing) | {"gb_per_s": round(copy.bytes_per_us / 1e3, 2)}
     entry["operations"] = operations.times(attempts, device, plan.elements, copy, plan.seconds)
     return entry
+
+
+def _choices(device: torch.device, verdicts: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    """Which backend runs what, after a check: PyTorch runs what is wrong."""
+    wrong = {one["operation"]: one for one in verdicts if one["problem"] and one["dtype"] in ("float32", "bits")}
+    for finding in findings.routes(device):
+        line, verdict = _line(finding), wrong.get(finding.subject)
+        if verdict is not None:
+            line |= {"found": "torch", "reason": f"{verdict['backend']} is wrong here"}
+        yield line
 
 
 def _verdicts(device: torch.device) -> Iterator[dict[str, Any]]:
