@@ -98,6 +98,18 @@ def killed(rank: int, net: str, which: int, steps: int) -> None:
     Console.step = step  # type: ignore[method-assign]
 
 
+def terminated(rank: int, which: int, steps: int) -> None:
+    """SIGTERM for one process after so many steps of its own."""
+
+    def step(self: Console) -> None:
+        nonlocal steps
+        steps -= 1
+        if rank == which and steps == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Console.step = step  # type: ignore[method-assign]
+
+
 def dying(rank: int, which: int, place: str, moment: int, counts: str) -> None:
     """SIGKILL for one process at a moment of a place: see ``dying_run``. With moment 0, each process writes into
     ``counts`` how many moments each place has until the run is finished."""

@@ -68,7 +68,9 @@ def drive(
     words = [str(word) for word in arguments]
     targets = [(rank, world, store.port, str(folder), program, words, prepare, tuple(using)) for rank in range(world)]
     ranks = [context.Process(target=_work, args=arguments) for arguments in targets]
-    for one in ranks:
+    for rank, one in enumerate(ranks):
+        for kind in ("out", "err"):
+            (folder / f"{kind}.{rank}").write_text("")  # it may be ended before it does this itself
         one.start()
     end, failed = time.monotonic() + WAIT, False
     while any(one.is_alive() for one in ranks):

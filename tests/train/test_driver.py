@@ -75,6 +75,7 @@ def test_a_run_writes_one_folder(settings: Callable[..., TrainConfig]) -> None:
         "val_acc",
         "lr",
         "seconds",
+        "processes",
         "captured_steps",
     }
     assert [entry["task"] for entry in logged(s.out, "epoch")] == [0, 0, 0, 1, 1, 1]

@@ -169,6 +169,13 @@ def test_data_that_one_process_cannot_read_are_one_error(tmp_path: Path, which: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_process_that_is_to_end_says_how_to_go_on(tmp_path: Path) -> None:
+    arguments = ("train", *SMALL, "--out", tmp_path / "run", "--quiet")
+    ended = drive(tmp_path, 2, *arguments, prepare="driver_cases:terminated", using=[1, 7])
+    assert f"was killed; what started the processes says which. `wsn-fast train --resume {tmp_path}" in one_error(ended)
+    assert ended.codes == [2, 2] and ended.errors[0] == "", "the one that got the signal says so"
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_processes_that_are_hurried_still_say_one_error(tmp_path: Path, which: int) -> None:
     arguments = ("train", *SMALL, "--out", tmp_path / "run")

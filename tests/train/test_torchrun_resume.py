@@ -148,7 +148,7 @@ class Killed(NamedTuple):
 
 
 # --- kills at any moment ----------------------------------------------------------------------------------
-KILLED = [*SMALL[:4], "2", *SMALL[5:], "--optimizer", "adamw", "--weight-decay", "0.01", "--quiet"]
+KILLED = [*SMALL, "--optimizer", "adamw", "--weight-decay", "0.01", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,8 @@ def test_torchrun_stops_the_others_and_one_says_so(undisturbed: Runs, tmp_path: 
     assert_same_end(folder, undisturbed("float64", 2))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.ci) for seed in (1, 2))])
+# Seed 4 dies within a task, and its checkpoint has the state of an optimizer. Seed 2 kills both.
+@pytest.mark.parametrize("seed", [4, *(pytest.param(seed, marks=pytest.mark.ci) for seed in (1, 2))])
 def test_a_run_killed_at_a_random_moment_ends_the_same(counted: Killed, tmp_path: Path, seed: int) -> None:
     kill_and_resume(counted, tmp_path, seed)
 
