@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from wsn_fast import WSN
+from wsn_fast import WSN, FastSubnetLinear, TaskHeads
 from wsn_fast.distributed import load_checkpoint, load_optimizer, save_checkpoint
 from wsn_fast.distributed.entries import flat_masks, masks_by_row
 from wsn_fast.ops import pack_mask
@@ -175,6 +175,31 @@ def test_a_finished_task_that_was_broken_before_it_was_saved_is_not_loaded(
     message = message_of(tmp_path / "new", fresh("one pass", 4))
     assert message.startswith("finished tasks are not what they were when they ended:")
     assert f"  {DRIFTS[change]}" in message.splitlines()
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
+def shifted() -> WSN:
+    model = nn.Sequential(FastSubnetLinear(4, 5, density=0.5), Shift(), TaskHeads(5, 2))
+    return WSN(model, frozen="1.by")
+
+
+def test_a_frozen_parameter_of_finished_tasks_is_checked_too(tmp_path: Path) -> None:
+    wsn = shifted()
+    wsn.begin_task(0)
+    wsn.end_task()
+    save_checkpoint(tmp_path / "right", wsn)
+    assert message_of(tmp_path / "right", shifted()) == "it was loaded"
+    wsn.model[1].by.data += 1
+    save_checkpoint(tmp_path / "wrong", wsn)
+    assert "  task 0: 1.by" in message_of(tmp_path / "wrong", shifted()).splitlines()
 
 
 def test_a_checkpoint_without_an_optimizer_gives_none(folder: Path) -> None:

@@ -48,7 +48,6 @@ REFUSED = {
     "to_dense": r"RuntimeError: a sharded model has parts of its weights only",
     "probe": r"RuntimeError: a probe needs whole tensors",
     "moved": r"RuntimeError: a WSN that is sharded cannot be moved or cast",
-    "moments": r"ValueError: moments must be 'float32' for a WSN that is sharded, got 8bit",
     "average": r"RuntimeError: an average of weights needs whole tensors",
     "capture": r"ValueError: wsn must be whole",
     "divide factor": r"RuntimeError: set_gradient_divide_factor would change the gradients of gated tensors",

@@ -252,7 +252,6 @@ CASES: dict[str, Case] = {
     "to_dense": with_sharded(lambda wsn: to_dense(wsn, 0)),
     "probe": with_sharded(lambda wsn: wsn.verify(probe=x_of(wsn))),
     "moved": with_sharded(lambda wsn: wsn.float()),
-    "moments": with_sharded(lambda wsn: SubnetAdamW(wsn, moments="8bit")),
     "average": with_sharded(lambda wsn: (wsn.begin_task(1), wsn.moving())),
     "capture": with_sharded(lambda wsn: capture_step(wsn, one_pass(wsn), F.cross_entropy)),
     "divide factor": with_sharded(lambda wsn: wsn.set_gradient_divide_factor(3.0)),  # type: ignore[operator]
