@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ddp_training import adamw, one_pass, part
 from fsdp_uses import pair, step, train
@@ -247,7 +248,9 @@ CASES: dict[str, Case] = {
     "deepcopy": with_sharded(copy.deepcopy),
     "pickle": with_sharded(lambda wsn: torch.save(wsn, io.BytesIO())),
     "compile": with_sharded(lambda wsn: wsn.compile()),
-    "forward_tasks": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [0] * BATCH)),
+    "rows in one pass": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [0] * BATCH, one_pass=True)),
+    "rows of an unknown task": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [7 * dist.get_rank()] * BATCH)),
+    "too few tasks": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [0] * (BATCH - dist.get_rank()))),
     "masked_reads": with_sharded(lambda wsn: wsn.masked_reads()),
     "to_dense": with_sharded(lambda wsn: to_dense(wsn, 0)),
     "probe": with_sharded(lambda wsn: wsn.verify(probe=x_of(wsn))),

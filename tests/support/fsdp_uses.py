@@ -193,6 +193,22 @@ def between_tasks(rank: int) -> None:
     check(not far, str(far))
 
 
+def rows_of_tasks(rank: int) -> None:
+    """Each process has rows of other tasks, and the second one none of one task."""
+    wsn, _ = pair()
+    train(wsn, 3)
+    wsn.eval()
+    x = batches(50 + rank, 1, BATCH)[0][0].double()
+    ids = [0, 2, 1, 2] * 3 if rank == 0 else [2, 1] * 6
+    found, expected = wsn.forward_tasks(x, ids), torch.empty(BATCH, 3, dtype=torch.float64)
+    for task in range(3):
+        with torch.no_grad(), wsn.use_task(task):
+            own = [i for i, one in enumerate(ids) if one == task]
+            expected[own] = wsn(x)[own]
+    check(torch.allclose(found, expected, rtol=1e-12), "other rows")
+    check(wsn._view.task is None, "a finished task is still in use")
+
+
 def best_epoch(rank: int) -> None:
     wsn, _ = pair()
     wsn.begin_task(0)
@@ -479,6 +495,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     **{f"wire {name}": lambda rank, p=policy: on_the_wire(rank, p) for name, policy in POLICIES.items()},
     "a finished task in the middle of another": between_tasks,
     "the best epoch": best_epoch,
+    "rows of tasks": rows_of_tasks,
     "an optimizer that moves everything": an_optimizer_that_moves_everything,
     "a written weight": a_written_weight,
     "a written head": a_written_head,

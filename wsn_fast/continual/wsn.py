@@ -297,6 +297,9 @@ class WSN(FinishedTasks):
     def forward_tasks(self, x: Tensor, task_ids: Sequence[TaskId] | Tensor, *, one_pass: bool | None = None) -> Tensor:
         """Run a batch whose rows belong to different tasks, for inference, without gradients.
 
+        The processes of a sharded WSN call this together, each with rows of its own. All of them run every task that
+        one of them has rows of.
+
         Args:
             x: ``[B, ...]``.
             task_ids: B task ids, a sequence or an integer tensor.
@@ -312,12 +315,8 @@ class WSN(FinishedTasks):
             ValueError: the lengths differ, a task is unknown, B is 0, the tasks' outputs differ in shape, or
                 ``one_pass`` is not possible with this model or these tasks; the message says why.
         """
-        self._check_whole("forward_tasks()", "run the rows of each task as a batch, inside of use_task")
-        ids = [check_task(t) for t in (task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids)]
-        if len(ids) != x.shape[0] or not ids:
-            raise ValueError(
-                f"task_ids must name a task for each of the {x.shape[0]} rows of x (at least one), got {len(ids)}"
-            )
+        with together(self._guards.parallel.sharded, device_of(self)):
+            ids = mixed_batch.checked_ids(x, task_ids)
         self._restore_frozen()
         return mixed_batch.forward(self._parts, x, ids, one_pass, self.use_task, self.forward)
 
