@@ -270,3 +270,12 @@ def test_a_damaged_running_mean_is_named_and_the_optimizer_is_as_before(folder: 
     with pytest.raises(RuntimeError, match=r"damaged: optimizer\.model\.1\.weight\.exp_avg are not what was saved"):
         load_optimizer(tmp_path / "copy", wsn, optimizer)
     assert not optimizer.state
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    class Full(FileSystemWriter):
+        def write_data(self, *args: Any) -> Any:
+            raise OSError("no space left on device")
+
+    with pytest.raises(RuntimeError, match="the checkpoint was not written: OSError: no space left on device"):
+        save_checkpoint(Full(tmp_path / "new"), fresh("one pass"))

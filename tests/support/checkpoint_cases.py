@@ -30,8 +30,8 @@ from wsn_fast.optim.stored_means import local_mean
 
 def wide() -> nn.Module:
     """Rows that two or three processes cannot share evenly, of several blocks of running means each."""
-    layers = [FastSubnetLinear(36, 31, density=0.4), FastSubnetLinear(31, 20, density=0.5)]
-    return nn.Sequential(nn.Flatten(), layers[0], nn.LayerNorm(31), nn.ReLU(), layers[1], TaskHeads(20, 3))
+    layers = [FastSubnetLinear(36, 29, density=0.4), FastSubnetLinear(29, 20, density=0.5)]
+    return nn.Sequential(nn.Flatten(), layers[0], nn.LayerNorm(29), nn.ReLU(), layers[1], TaskHeads(20, 3))
 
 
 def stored(wsn: WSN, storage: str) -> SubnetAdamW:
