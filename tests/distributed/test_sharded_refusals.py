@@ -48,7 +48,6 @@ REFUSED = {
     "too few tasks": r"(ValueError|RuntimeError: another process.*): task_ids must name a task for each of the 12 rows",
     "masked_reads": r"RuntimeError: masked_reads\(\) needs whole tensors",
     "to_dense": r"RuntimeError: a sharded model has parts of its weights only",
-    "probe": r"RuntimeError: a probe needs whole tensors",
     "moved": r"RuntimeError: a WSN that is sharded cannot be moved or cast",
     "average": r"RuntimeError: an average of weights needs whole tensors",
     "capture": r"ValueError: wsn must be whole",

@@ -253,7 +253,6 @@ CASES: dict[str, Case] = {
     "too few tasks": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [0] * (BATCH - dist.get_rank()))),
     "masked_reads": with_sharded(lambda wsn: wsn.masked_reads()),
     "to_dense": with_sharded(lambda wsn: to_dense(wsn, 0)),
-    "probe": with_sharded(lambda wsn: wsn.verify(probe=x_of(wsn))),
     "moved": with_sharded(lambda wsn: wsn.float()),
     "average": with_sharded(lambda wsn: (wsn.begin_task(1), wsn.moving())),
     "capture": with_sharded(lambda wsn: capture_step(wsn, one_pass(wsn), F.cross_entropy)),

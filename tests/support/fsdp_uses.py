@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from wsn_fast import WSN, ForgottenError, convert, explain
+from wsn_fast import WSN, ForgottenError, UnmaskedReadError, convert, explain
 from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
 from wsn_fast.nn.shards import local, shard_of
 
@@ -207,6 +207,44 @@ def rows_of_tasks(rank: int) -> None:
             expected[own] = wsn(x)[own]
     check(torch.allclose(found, expected, rtol=1e-12), "other rows")
     check(wsn._view.task is None, "a finished task is still in use")
+
+
+class Mixed(nn.Module):
+    """Adds what the head of another task computes to the output, in one of two processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.only = uneven(), -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body[:-1](x)
+        heads = self.body[-1]
+        return heads(x) + (0.1 * heads.head(0)(x) if dist.get_rank() == self.only else 0)
+
+
+def probed(rank: int) -> None:
+    """A probe finds nothing in an honest model and leaves no trace, and finds what one process alone reads."""
+    wsn, _ = pair(Mixed)
+    x = batches(60 + rank, 1, BATCH)[0][0].double()
+    for task in (0, 1):
+        wsn.begin_task(task)
+        step(wsn, one_pass(wsn), task, count=2)
+        before = full_state_dict(wsn)
+        wsn.model.only = 1
+        found = found_by(wsn, x) if task else ""
+        check(("6.heads.i0.weight" in found) == (task == 1), f"task {task}: {found}")
+        check(all_equal([before, full_state_dict(wsn)]), "the probe has left a trace")
+        wsn.model.only = -1
+        wsn.end_task(probe=x)
+    wsn.verify(probe=x)
+
+
+def found_by(wsn: WSN, x: Tensor) -> str:
+    try:
+        wsn.end_task(probe=x)
+    except UnmaskedReadError as error:
+        return str(error)
+    return ""
 
 
 def best_epoch(rank: int) -> None:
@@ -496,6 +534,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "a finished task in the middle of another": between_tasks,
     "the best epoch": best_epoch,
     "rows of tasks": rows_of_tasks,
+    "a probe": probed,
     "an optimizer that moves everything": an_optimizer_that_moves_everything,
     "a written weight": a_written_weight,
     "a written head": a_written_head,
