@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from wsn_fast import WSN, FastSubnetLinear, TaskHeads, capture_step, convert, to_dense
 from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
@@ -254,7 +255,7 @@ CASES: dict[str, Case] = {
     "masked_reads": with_sharded(lambda wsn: wsn.masked_reads()),
     "to_dense": with_sharded(lambda wsn: to_dense(wsn, 0)),
     "moved": with_sharded(lambda wsn: wsn.float()),
-    "average": with_sharded(lambda wsn: (wsn.begin_task(1), wsn.moving())),
+    "an averaged model": with_sharded(lambda wsn: (wsn.begin_task(1), AveragedModel(wsn))),
     "capture": with_sharded(lambda wsn: capture_step(wsn, one_pass(wsn), F.cross_entropy)),
     "divide factor": with_sharded(lambda wsn: wsn.set_gradient_divide_factor(3.0)),  # type: ignore[operator]
     "full state of a whole one": lambda rank: full_state_dict(WSN(uneven())),

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from wsn_fast import WSN, ForgottenError, UnmaskedReadError, convert, explain
 from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
 from wsn_fast.nn.shards import local, shard_of
+from wsn_fast.optim import averaging
 
 Make = Callable[[], nn.Module]
 
@@ -245,6 +246,28 @@ def found_by(wsn: WSN, x: Tensor) -> str:
     except UnmaskedReadError as error:
         return str(error)
     return ""
+
+
+def averages(rank: int) -> None:
+    """Averages of weights are those of a single process, and leave finished tasks as they are."""
+    wsn, single = pair()
+    for task in (0, 1):
+        ends = []
+        for one in (wsn, single):
+            torch.manual_seed(task)
+            one.begin_task(task)
+            optimizer, average = one_pass(one), averaging(one, lambda mean, now, count: mean.lerp(now, 0.3))
+            mean = one.trainable_state()
+            for i in range(3):
+                step(one, optimizer, 10 * task + i, of_all=one is single)
+                now = {n.removeprefix("model."): t for n, t in (*one.named_parameters(), *one.named_buffers())}
+                average([*mean.values()], [now[name] for name in mean], i + 1)
+            one.load_trainable_state(mean)
+            ends.append(whole(one) if one is wsn else dict(one.named_parameters()))
+            one.end_task()
+        far = [name for name in ends[1] if not torch.allclose(ends[0][name], ends[1][name], rtol=1e-9, atol=1e-11)]
+        check(not far, f"task {task}: other averages of {far}")
+    wsn.verify()
 
 
 def best_epoch(rank: int) -> None:
@@ -535,6 +558,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "the best epoch": best_epoch,
     "rows of tasks": rows_of_tasks,
     "a probe": probed,
+    "averages": averages,
     "an optimizer that moves everything": an_optimizer_that_moves_everything,
     "a written weight": a_written_weight,
     "a written head": a_written_head,
