@@ -249,14 +249,15 @@ def found_by(wsn: WSN, x: Tensor) -> str:
 
 
 def averages(rank: int) -> None:
-    """Averages of weights are those of a single process, and leave finished tasks as they are."""
+    """Averages of weights are those of a single process, and leave finished tasks as they are. An average of equal
+    numbers is rounded here."""
     wsn, single = pair()
     for task in (0, 1):
         ends = []
         for one in (wsn, single):
             torch.manual_seed(task)
             one.begin_task(task)
-            optimizer, average = one_pass(one), averaging(one, lambda mean, now, count: mean.lerp(now, 0.3))
+            optimizer, average = one_pass(one), averaging(one, lambda mean, now, count: 0.7 * mean + 0.3 * now)
             mean = one.trainable_state()
             for i in range(3):
                 step(one, optimizer, 10 * task + i, of_all=one is single)
