@@ -11,6 +11,7 @@ from checkpoint_cases import ACROSS, DAMAGE, KINDS, OTHERS, differences, fresh, 
 from processes import needs_gloo, run_cases
 
 pytestmark = needs_gloo
+SAME = ["one pass", "guarded", "8 bits"]
 REFUSED = {
     "a file is missing": r"lacks the file __1_0.distcp",
     "a file is cut": r"the file __1_0.distcp in .* has \d+ bytes of \d+",
@@ -36,14 +37,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What three and two processes have seen."""
     saved(fresh("one pass"), "one pass", 1, folder=folder)
-    others = ["nothing is gathered", "sizes of files", *(f"refuse {name}" for name in (*DAMAGE, *OTHERS))]
+    others = [
+        "whole in each",
+        "nothing is gathered",
+        "sizes of files",
+        *(f"refuse {name}" for name in (*DAMAGE, *OTHERS)),
+    ]
     names = {
         3: ["save one pass", "one pass of 3"],
         2: [
-            "save one pass",
-            "save guarded",
-            "one pass of 2",
-            "guarded of 2",
+            *("save " + kind for kind in SAME),
+            *(f"{kind} of 2" for kind in SAME),
             "one pass of 1",
             "one pass of 3",
             *others,
@@ -69,9 +73,9 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", ["one pass of 2", "guarded of 2"])
-def test_as_many_processes_go_on_to_the_bit(case: str, seen: dict[int, list[dict[str, Any]]]) -> None:
-    assert [one[case] for one in seen[2]] == [[], []]
+@pytest.mark.parametrize("kind", SAME)
+def test_as_many_processes_go_on_to_the_bit(kind: str, seen: dict[int, list[dict[str, Any]]]) -> None:
+    assert [one[f"{kind} of 2"] for one in seen[2]] == [[], []]
 
 
 def test_three_processes_of_which_one_has_no_rows_go_on_to_the_bit(seen: dict[int, Any]) -> None:
@@ -86,7 +90,7 @@ def test_two_processes_load_what_a_whole_model_has_saved(seen: dict[int, Any]) -
     assert [one["one pass of 1"] for one in seen[2]] == [[], []]
 
 
-@pytest.mark.parametrize("kind", ["one pass", "guarded"])
+@pytest.mark.parametrize("kind", SAME)
 def test_a_whole_model_loads_what_two_processes_have_saved(kind: str, folder: Path, seen: dict[int, Any]) -> None:
     assert seen
     assert differences(fresh(kind, 5), kind, 2, exactly=False, folder=folder) == []
@@ -99,6 +103,10 @@ def test_a_whole_model_loads_what_two_processes_have_saved(kind: str, folder: Pa
 def test_any_number_loads_what_any_other_has_saved(kind: str, own: int, other: int, every: dict[int, Any]) -> None:
     if kind in ACROSS or own == other:
         assert [one[f"{kind} of {other}"] for one in every[own]] == [[]] * own
+
+
+def test_processes_that_have_the_whole_model_save_and_load_it(seen: dict[int, Any]) -> None:
+    assert [one["whole in each"] for one in seen[2]] == [[], []]
 
 
 def test_no_tensor_is_gathered(seen: dict[int, Any]) -> None:

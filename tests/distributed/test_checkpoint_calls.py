@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_cases import flip, fresh, message_of, trained
@@ -14,9 +16,10 @@ from ddp_training import one_pass
 from sharded_training import sgd
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from wsn_fast import WSN
+from wsn_fast import WSN, FastSubnetLinear, TaskHeads
 from wsn_fast.distributed import load_checkpoint, load_optimizer, save_checkpoint
 from wsn_fast.distributed.entries import flat_masks, masks_by_row
 from wsn_fast.ops import pack_mask
@@ -177,6 +180,62 @@ def test_a_finished_task_that_was_broken_before_it_was_saved_is_not_loaded(
     assert f"  {DRIFTS[change]}" in message.splitlines()
 
 
+def test_a_checkpoint_can_be_read_by_its_page_alone(folder: Path) -> None:
+    reader = FileSystemReader(folder / NAME)
+    sizes = reader.read_metadata().state_dict_metadata
+    read = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in sizes.items()}
+    with pytest.warns(UserWarning, match="single process"):
+        load(read, storage_reader=reader)
+    info = json.loads(read.pop("wsn_fast").numpy().tobytes())
+    assert {name: checksum_of(tensor.numpy()) for name, tensor in read.items()} == info["checksums"]
+    assert info["version"] == 1
+    assert [len(names) for names in info["optimizer"]["groups"]] == [10, 4]
+    state, packed = loaded(folder).state_dict(), read["wsn.model.1.weight_masks"].numpy()
+    bits = np.unpackbits(packed, axis=2, bitorder="little")[:, :, :36]  # [rows, T, elements of a row]
+    flat = np.packbits(bits.transpose(1, 0, 2).reshape(2, -1), axis=1, bitorder="little")
+    assert np.array_equal(flat, state["model.1.weight_masks"].numpy())
+    assert torch.equal(read["wsn.model.1.weight"], state["model.1.weight"])
+
+
+def checksum_of(values: np.ndarray[Any, Any]) -> str:
+    words = values.reshape(-1).view({1: "u1", 4: "i4", 8: "i8"}[values.itemsize]).astype(np.int64)
+    with np.errstate(over="ignore"):
+        x = np.arange(len(words), dtype=np.int64) * as_signed(0x9E3779B97F4A7C15) + words
+        x = (x ^ x >> 32) * as_signed(0xBF58476D1CE4E5B9)
+        x = (x ^ x >> 29) * as_signed(0x94D049BB133111EB)
+        x ^= x >> 32
+    return f"{values.dtype} {int(x.sum()) % 2**64:016x}"
+
+
+def as_signed(number: int) -> np.int64:
+    return np.uint64(number).astype(np.int64)
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
+def shifted() -> WSN:
+    model = nn.Sequential(FastSubnetLinear(4, 5, density=0.5), Shift(), TaskHeads(5, 2))
+    return WSN(model, frozen="1.by")
+
+
+def test_a_frozen_parameter_of_finished_tasks_is_checked_too(tmp_path: Path) -> None:
+    wsn = shifted()
+    wsn.begin_task(0)
+    wsn.end_task()
+    save_checkpoint(tmp_path / "right", wsn)
+    assert message_of(tmp_path / "right", shifted()) == "it was loaded"
+    wsn.model[1].by.data += 1
+    save_checkpoint(tmp_path / "wrong", wsn)
+    assert "  task 0: 1.by" in message_of(tmp_path / "wrong", shifted()).splitlines()
+
+
 def test_a_checkpoint_without_an_optimizer_gives_none(folder: Path) -> None:
     wsn = loaded(folder)
     with pytest.raises(RuntimeError, match="no optimizer has no optimizer: save_checkpoint was not given one"):
@@ -211,3 +270,12 @@ def test_a_damaged_running_mean_is_named_and_the_optimizer_is_as_before(folder: 
     with pytest.raises(RuntimeError, match=r"damaged: optimizer\.model\.1\.weight\.exp_avg are not what was saved"):
         load_optimizer(tmp_path / "copy", wsn, optimizer)
     assert not optimizer.state
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    class Full(FileSystemWriter):
+        def write_data(self, *args: Any) -> Any:
+            raise OSError("no space left on device")
+
+    with pytest.raises(RuntimeError, match="the checkpoint was not written: OSError: no space left on device"):
+        save_checkpoint(Full(tmp_path / "new"), fresh("one pass"))

@@ -45,15 +45,15 @@ def test_it_is_refused_in_both_processes(case: str, seen: list[dict[str, Any]]) 
         assert re.match(REFUSED[case], str(one[case])), one[case]
 
 
-def test_no_process_holds_more_than_its_shards_and_two_layers(seen: list[dict[str, Any]]) -> None:
+def test_no_process_holds_more_than_its_shards_and_a_layer(seen: list[dict[str, Any]]) -> None:
     for one in seen:
         most, shards, layer = one["live bytes"]
-        assert shards <= most <= shards + 2 * layer
+        assert shards <= most <= shards + layer
 
 
 @pytest.mark.ci
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of one call")
-def test_the_resident_memory_grows_by_the_shards_and_two_layers(tmp_path: Path) -> None:
+def test_the_resident_memory_grows_by_the_shards_and_a_layer(tmp_path: Path) -> None:
     for one in run_cases("meta_cases", 2, tmp_path, [LONG]):
         most, shards, layer = one[LONG]
-        assert 0.9 * shards < most < shards + 2 * layer
+        assert 0.9 * shards < most < shards + 1.5 * layer  # of 3 layers that a whole model would add

@@ -21,8 +21,21 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import cross_entropy
 
 from wsn_fast import WSN, FastSubnetLinear, TaskHeads
-from wsn_fast.backends import collectives
+from wsn_fast.backends import collectives, moments
 from wsn_fast.distributed import full_state_dict, load_checkpoint, load_optimizer, save_checkpoint, shard
+from wsn_fast.nn.shards import local, shard_of
+from wsn_fast.optim import SubnetAdamW
+from wsn_fast.optim.stored_means import local_mean
+
+
+def wide() -> nn.Module:
+    """Rows that two or three processes cannot share evenly, of several blocks of running means each."""
+    layers = [FastSubnetLinear(36, 29, density=0.4), FastSubnetLinear(29, 20, density=0.5)]
+    return nn.Sequential(nn.Flatten(), layers[0], nn.LayerNorm(29), nn.ReLU(), layers[1], TaskHeads(20, 3))
+
+
+def stored(wsn: WSN, storage: str) -> SubnetAdamW:
+    return SubnetAdamW(wsn, 1e-2, one_pass=True, moments=storage)
 
 
 class Kind(NamedTuple):
@@ -39,7 +52,11 @@ KINDS = {
     "momentum": Kind(optimizer=sgd),
     "attention": Kind(transformer),
     "convolution": Kind(convnet),
+    "bfloat16": Kind(wide, partial(stored, storage="bfloat16")),
+    "8 bits": Kind(wide, partial(stored, storage="8bit")),
+    "8 bits of few rows": Kind(uneven, partial(stored, storage="8bit")),
 }
+CODED = ("bfloat16", "8 bits", "8 bits of few rows")
 ACROSS = [kind for kind in KINDS if kind != "convolution"]  # the statistics of batch norm are those of a process's part
 
 
@@ -86,6 +103,8 @@ def saved(wsn: WSN, kind: str, world: int, rank: int = 0, folder: Path = Path())
     optimizer = trained(wsn, kind)
     save_checkpoint(folder / f"{kind} by {world}", wsn, optimizer)
     keep(state_of(wsn), folder / f"{kind} at {world}.pt", rank)
+    if kind in CODED:
+        keep(means_of(wsn, optimizer), folder / f"{kind} means {world}.pt", rank)
     go_on(wsn, optimizer)
     keep(state_of(wsn), folder / f"{kind} after {world}.pt", rank)
 
@@ -93,6 +112,29 @@ def saved(wsn: WSN, kind: str, world: int, rank: int = 0, folder: Path = Path())
 def keep(state: dict[str, Tensor], path: Path, rank: int) -> None:
     if rank == 0:
         torch.save(state, path)
+
+
+def means_of(wsn: WSN, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The running means of gated tensors and scores as float32, whole."""
+    found = {}
+    for name, param in wsn.named_parameters():
+        gate, state = shard_of(param), optimizer.state[param]
+        for key, signed in SubnetAdamW.MEANS.items() if gate is not None or "score" in name else ():
+            mean = local_mean(state, key)
+            own = local(param).detach()
+            values = own if mean is None else moments.decode(mean, own, signed)  # None: this process has no rows
+            values = values.float()
+            whole = values if gate is None else collectives.joined(gate.group, values.reshape(-1)).view(param.shape)
+            found[f"{name} {key}"] = whole
+    return found
+
+
+def read_by_torch(wsn: WSN, kind: str, of: int, folder: Path = Path()) -> list[str]:
+    """The running means that an optimizer of torch, which knows no codes, has got otherwise than they were."""
+    plain = torch.optim.Adam([p for p in wsn.parameters() if p.requires_grad], decoupled_weight_decay=True)
+    load_optimizer(folder / f"{kind} by {of}", wsn, plain)
+    now, then = means_of(wsn, plain), torch.load(folder / f"{kind} means {of}.pt")
+    return [f"{name} was read otherwise" for name in now if not torch.equal(now[name], then[name])]
 
 
 def load(rank: int, kind: str, of: int) -> list[str]:
@@ -107,7 +149,10 @@ def differences(wsn: WSN, kind: str, of: int, exactly: bool, rank: int = 0, fold
     load_optimizer(folder / f"{kind} by {of}", wsn, optimizer)
     check(wsn.verify().tasks == [0, "two"] and wsn.current_task == 2, "other tasks")
     problems = [f"{name} was loaded otherwise" for name in _different(wsn, folder / f"{kind} at {of}.pt", rank, True)]
+    problems += read_by_torch(wsn, kind, of, folder) if kind in CODED else []
     go_on(wsn, optimizer)
+    if kind in CODED and not exactly:  # blocks begin elsewhere, and the dither too
+        return problems
     return problems + [
         f"{name} is otherwise after" for name in _different(wsn, folder / f"{kind} after {of}.pt", rank, exactly)
     ]
@@ -129,6 +174,16 @@ def _different(wsn: WSN, then: Path, rank: int, exactly: bool) -> list[str]:
 
 def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+def whole_in_each(rank: int) -> list[str]:
+    """A WSN that each of two processes has whole, as DistributedDataParallel wants it, is saved and loaded too."""
+    wsn = fresh("one pass")
+    save_checkpoint("whole in each", wsn, trained(wsn, "one pass"))
+    other = fresh("one pass", seed=3 + rank)
+    load_checkpoint("whole in each", other)
+    one, two = wsn.state_dict(), other.state_dict()
+    return [name for name in one if not torch.equal(one[name], two[name])]
 
 
 # --- what is written
@@ -242,6 +297,7 @@ def worlds(names: list[str], world: int) -> dict[str, Callable[[int], Any]]:
 CASES: dict[str, Callable[[int], Any]] = {
     **{f"save {kind}": partial(save, kind=kind) for kind in KINDS},
     **{name: case for world in (1, 2, 3) for name, case in worlds([*KINDS], world).items()},
+    "whole in each": whole_in_each,
     "nothing is gathered": nothing_is_gathered,
     "sizes of files": sizes_of_files,
     **{f"refuse {name}": partial(refused, name=name) for name in (*DAMAGE, *OTHERS)},

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ddp_training import adamw, one_pass, part
 from fsdp_uses import pair, step, train
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from wsn_fast import WSN, FastSubnetLinear, TaskHeads, capture_step, convert, to_dense
 from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
@@ -248,13 +250,13 @@ CASES: dict[str, Case] = {
     "deepcopy": with_sharded(copy.deepcopy),
     "pickle": with_sharded(lambda wsn: torch.save(wsn, io.BytesIO())),
     "compile": with_sharded(lambda wsn: wsn.compile()),
-    "forward_tasks": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [0] * BATCH)),
+    "rows in one pass": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [0] * BATCH, one_pass=True)),
+    "rows of an unknown task": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [7 * dist.get_rank()] * BATCH)),
+    "too few tasks": with_sharded(lambda wsn: wsn.forward_tasks(x_of(wsn), [0] * (BATCH - dist.get_rank()))),
     "masked_reads": with_sharded(lambda wsn: wsn.masked_reads()),
     "to_dense": with_sharded(lambda wsn: to_dense(wsn, 0)),
-    "probe": with_sharded(lambda wsn: wsn.verify(probe=x_of(wsn))),
     "moved": with_sharded(lambda wsn: wsn.float()),
-    "moments": with_sharded(lambda wsn: SubnetAdamW(wsn, moments="8bit")),
-    "average": with_sharded(lambda wsn: (wsn.begin_task(1), wsn.moving())),
+    "an averaged model": with_sharded(lambda wsn: (wsn.begin_task(1), AveragedModel(wsn))),
     "capture": with_sharded(lambda wsn: capture_step(wsn, one_pass(wsn), F.cross_entropy)),
     "divide factor": with_sharded(lambda wsn: wsn.set_gradient_divide_factor(3.0)),  # type: ignore[operator]
     "full state of a whole one": lambda rank: full_state_dict(WSN(uneven())),

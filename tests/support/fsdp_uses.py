@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from wsn_fast import WSN, ForgottenError, convert, explain
+from wsn_fast import WSN, ForgottenError, UnmaskedReadError, convert, explain
 from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
 from wsn_fast.nn.shards import local, shard_of
+from wsn_fast.optim import averaging
 
 Make = Callable[[], nn.Module]
 
@@ -191,6 +192,83 @@ def between_tasks(rank: int) -> None:
     theirs = dict(single.named_parameters())
     far = [k for k, v in whole(wsn).items() if not torch.allclose(v, theirs[k], rtol=1e-9, atol=1e-11)]
     check(not far, str(far))
+
+
+def rows_of_tasks(rank: int) -> None:
+    """Each process has rows of other tasks, and the second one none of one task."""
+    wsn, _ = pair()
+    train(wsn, 3)
+    wsn.eval()
+    x = batches(50 + rank, 1, BATCH)[0][0].double()
+    ids = [0, 2, 1, 2] * 3 if rank == 0 else [2, 1] * 6
+    found, expected = wsn.forward_tasks(x, ids), torch.empty(BATCH, 3, dtype=torch.float64)
+    for task in range(3):
+        with torch.no_grad(), wsn.use_task(task):
+            own = [i for i, one in enumerate(ids) if one == task]
+            expected[own] = wsn(x)[own]
+    check(torch.allclose(found, expected, rtol=1e-12), "other rows")
+    check(wsn._view.task is None, "a finished task is still in use")
+
+
+class Mixed(nn.Module):
+    """Adds what the head of another task computes to the output, in one of two processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.only = uneven(), -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body[:-1](x)
+        heads = self.body[-1]
+        return heads(x) + (0.1 * heads.head(0)(x) if dist.get_rank() == self.only else 0)
+
+
+def probed(rank: int) -> None:
+    """A probe finds nothing in an honest model and leaves no trace, and finds what one process alone reads."""
+    wsn, _ = pair(Mixed)
+    x = batches(60 + rank, 1, BATCH)[0][0].double()
+    for task in (0, 1):
+        wsn.begin_task(task)
+        step(wsn, one_pass(wsn), task, count=2)
+        before = full_state_dict(wsn)
+        wsn.model.only = 1
+        found = found_by(wsn, x) if task else ""
+        check(("6.heads.i0.weight" in found) == (task == 1), f"task {task}: {found}")
+        check(all_equal([before, full_state_dict(wsn)]), "the probe has left a trace")
+        wsn.model.only = -1
+        wsn.end_task(probe=x)
+    wsn.verify(probe=x)
+
+
+def found_by(wsn: WSN, x: Tensor) -> str:
+    try:
+        wsn.end_task(probe=x)
+    except UnmaskedReadError as error:
+        return str(error)
+    return ""
+
+
+def averages(rank: int) -> None:
+    """Averages of weights are those of a single process, and leave finished tasks as they are. An average of equal
+    numbers is rounded here."""
+    wsn, single = pair()
+    for task in (0, 1):
+        ends = []
+        for one in (wsn, single):
+            torch.manual_seed(task)
+            one.begin_task(task)
+            optimizer, average = one_pass(one), averaging(one, lambda mean, now, count: 0.7 * mean + 0.3 * now)
+            mean = one.trainable_state()
+            for i in range(3):
+                step(one, optimizer, 10 * task + i, of_all=one is single)
+                now = {n.removeprefix("model."): t for n, t in (*one.named_parameters(), *one.named_buffers())}
+                average([*mean.values()], [now[name] for name in mean], i + 1)
+            one.load_trainable_state(mean)
+            ends.append(whole(one) if one is wsn else dict(one.named_parameters()))
+            one.end_task()
+        far = [name for name in ends[1] if not torch.allclose(ends[0][name], ends[1][name], rtol=1e-9, atol=1e-11)]
+        check(not far, f"task {task}: other averages of {far}")
+    wsn.verify()
 
 
 def best_epoch(rank: int) -> None:
@@ -492,6 +570,9 @@ CASES: dict[str, Callable[[int], Any]] = {
     **{f"wire {name}": lambda rank, p=policy: on_the_wire(rank, p) for name, policy in POLICIES.items()},
     "a finished task in the middle of another": between_tasks,
     "the best epoch": best_epoch,
+    "rows of tasks": rows_of_tasks,
+    "a probe": probed,
+    "averages": averages,
     "an optimizer that moves everything": an_optimizer_that_moves_everything,
     "a written weight": a_written_weight,
     "a written head": a_written_head,

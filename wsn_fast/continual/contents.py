@@ -92,7 +92,6 @@ class Contents(nn.Module):
         Raises:
             RuntimeError: no task is in progress, or a finished task is in use.
         """
-        self._check_whole("an average of weights", "average in one process")
         if self.current_task is None or self._view.task is not None:
             raise RuntimeError("nothing may change: no task is in progress, or a finished task is in use")
         self._restore_frozen()

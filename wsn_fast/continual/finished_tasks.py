@@ -48,8 +48,6 @@ class FinishedTasks(StaysInTheLibrary, Contents):
             RenamedError: only the names of modules have changed; see :meth:`rename`.
             UnmaskedReadError: a task reads something outside of its mask; the message names the tensors.
         """
-        if probe is not None:
-            self._check_whole("a probe", "load the full state in one process, and verify(probe=...) there")
         self._refresh()
         report = self._register.verify(self._parts, progress)
         with parallel.together(self._guards.parallel.sharded, parallel.device_of(cast(Any, self))):

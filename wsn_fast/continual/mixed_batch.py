@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .. import ops
+from ..backends import collectives
 from ..nn.heads import TaskHeads, stack_rows
 from ..nn.reads import Reader
 from ..nn.registry import LAYERS
-from ..nn.task_ids import TaskId
+from ..nn.sharding import Sharding
+from ..nn.task_ids import TaskId, check_task, task_from_key, task_key
 from .model_parts import ModelParts
 
 ROW_WISE = (
@@ -32,6 +34,16 @@ ROW_WISE = (
 
 Groups = list[tuple[TaskId, Tensor]]
 """Each task with the indices of its rows, int64."""
+
+
+def checked_ids(x: Tensor, task_ids: Sequence[TaskId] | Tensor) -> list[TaskId]:
+    """The task of each row of ``x``. Raises ``ValueError`` unless there is one for each, and a row."""
+    ids = [check_task(t) for t in (task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids)]
+    if len(ids) != x.shape[0] or not ids:
+        raise ValueError(
+            f"task_ids must name a task for each of the {x.shape[0]} rows of x (at least one), got {len(ids)}"
+        )
+    return ids
 
 
 def forward(
@@ -63,6 +75,8 @@ def forward(
     """
     one_pass = None if one_pass is None else ops.check_bool("one_pass", one_pass)
     groups = _group(ids, x.device)
+    if parts.sharding is not None:
+        return _forward_sharded(parts.sharding, x, groups, one_pass, use_task, run)
     if one_pass or (one_pass is None and _is_faster_at_once(parts, len(ids), len(groups))):
         obstacle = _obstacle(parts, [task for task, _ in groups])
         if one_pass and obstacle:
@@ -77,6 +91,31 @@ def forward(
                 use_task(task)
             outputs[task] = run(x.index_select(0, where))
     return stack_rows(outputs, groups)
+
+
+def _forward_sharded(
+    sharding: Sharding,
+    x: Tensor,
+    groups: Groups,
+    one_pass: bool | None,
+    use_task: Callable[[TaskId], AbstractContextManager[object]],
+    run: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Run the rows of each task that any process has rows of. A process without any runs one row of another task, whose
+    output it drops: the gated tensors are gathered from all processes."""
+    if any(text != str(one_pass) for text in collectives.texts_of(sharding.group, str(one_pass))) or one_pass:
+        raise ValueError(
+            "one_pass is not possible: a sharded WSN gathers tensors that are masked for one task at a time"
+        )
+    every = [task_from_key(key) for key in sharding.agree(task_key(task) for task, _ in groups)]
+    rows, outputs = dict(groups), {}
+    with use_task(every[0]):  # when it is left, what was in use before is back
+        for task in every:
+            use_task(task)
+            out = run(x.index_select(0, rows[task]) if task in rows else x[:1])
+            if task in rows:
+                outputs[task] = out
+    return stack_rows({task: outputs[task] for task in rows}, groups)
 
 
 def _is_faster_at_once(parts: ModelParts, rows: int, tasks: int) -> bool:

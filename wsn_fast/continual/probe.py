@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..nn.shards import local
 from ..nn.task_ids import TaskId, task_key
 from ..ops.same_bits import same_bits
 from .model_parts import ModelParts
@@ -57,7 +58,8 @@ def check_reads(wsn: WSN, parts: ModelParts, tasks: Sequence[TaskId], probe: Pro
     """Check that the finished ``tasks`` read nothing that they must not read when the model computes ``probe``.
 
     The model computes in evaluation mode, without gradients. Afterwards every parameter, buffer and mode is what it
-    was, and so is the state of PyTorch's random generators. This takes the memory of a second copy of the model.
+    was, and so is the state of PyTorch's random generators. This takes the memory of a second copy of the model. If the
+    model is sharded, all processes call this, each with inputs of its own, and find what any of them finds.
 
     Args:
         wsn: the model.
@@ -109,11 +111,11 @@ def _hidden_from(parts: ModelParts, task: TaskId, row: int) -> Iterator[_Hidden]
     own: dict[int, Tensor] = {}  # tensors may be gated twice, with different scores
     gated = [*parts.gated()]  # some are computed at each asking: see torch.nn.utils.parametrize
     for _, gate in gated:
-        mask = ops.unpack_mask(gate.masks[row], gate.param.shape)
+        mask = ops.unpack_mask(gate.masks[row], local(gate.param).shape)
         own[id(gate.param)] = mask | own.get(id(gate.param), mask)
     for name, gate in gated:
-        yield _Hidden(name, gate.param, own[id(gate.param)])
-        yield _Hidden(f"{name}_score", gate.score, None)
+        yield _Hidden(name, local(gate.param), own[id(gate.param)])
+        yield _Hidden(f"{name}_score", local(gate.score), None)
         if gate.union is not None:
             yield _Hidden(f"{name}_union", gate.union, None)
     for prefix, heads in parts.heads.items():
@@ -159,7 +161,7 @@ class _Runs:
     """
 
     def __init__(self, wsn: WSN, parts: ModelParts, hidden: Sequence[_Hidden]) -> None:
-        self._wsn, self._hidden = wsn, hidden
+        self._wsn, self._parts, self._hidden = wsn, parts, hidden
         heads = [tensor for one in parts.heads.values() for tensor in _tensors_of(one)]
         tensors = [*(one.tensor for one in hidden), *(item.tensor for item in parts.owned), *heads]
         self._saved = [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
@@ -191,25 +193,30 @@ class _Runs:
         """The names of the hidden tensors that ``compute`` reads, and the error that it raised because of them, if it
         did."""
         expected = self._outputs(compute, ())
-        if not any(bool(one.isfinite().any()) for one in expected):
+        if not self._any(any(bool(one.isfinite().any()) for one in expected)):
             raise ValueError("the outputs for probe have no finite element, so nothing can be compared")
         error: list[Exception] = []
         exact = True
 
         def differ(poisoned: Sequence[_Hidden]) -> bool:
             try:
-                return not _same(expected, self._outputs(compute, poisoned), exact)
+                different = not _same(expected, self._outputs(compute, poisoned), exact)
             except torch.OutOfMemoryError:
                 raise
             except Exception as raised:  # the model may notice NaN by itself
                 error.append(raised)
-                return True
+                different = True
+            return self._any(different)
 
         if not differ(self._hidden):
             return [], None
         exact = _same(expected, self._outputs(compute, ()), True)  # some kernels are not deterministic
         names = [one.name for one in _smallest(self._hidden, differ)]
         return names, error[-1] if error else None
+
+    def _any(self, condition: bool) -> bool:
+        """Whether this holds in any process that has a part of the model. All of them go on alike."""
+        return bool(self._parts.agree(["it holds"] if condition else []))
 
     def _outputs(self, compute: Callable[[], Any], poisoned: Iterable[_Hidden]) -> list[Tensor]:
         """What the model computes with these tensors poisoned."""

@@ -184,8 +184,6 @@ class WSN(FinishedTasks):
         """
         if self._register.current is None:
             raise RuntimeError("no task is in progress: begin_task(task) first")
-        if probe is not None:
-            self._check_whole("a probe", "load the full state in one process, and verify(probe=...) there")
         task, row, parallel = self._register.current.task, len(self.tasks), self._guards.parallel
         with together(parallel.group, device_of(self)):
             self._check_can_end(self._register.current)
@@ -304,6 +302,9 @@ class WSN(FinishedTasks):
     def forward_tasks(self, x: Tensor, task_ids: Sequence[TaskId] | Tensor, *, one_pass: bool | None = None) -> Tensor:
         """Run a batch whose rows belong to different tasks, for inference, without gradients.
 
+        The processes of a sharded WSN call this together, each with rows of its own. All of them run every task that
+        one of them has rows of.
+
         Args:
             x: ``[B, ...]``.
             task_ids: B task ids, a sequence or an integer tensor.
@@ -319,12 +320,8 @@ class WSN(FinishedTasks):
             ValueError: the lengths differ, a task is unknown, B is 0, the tasks' outputs differ in shape, or
                 ``one_pass`` is not possible with this model or these tasks; the message says why.
         """
-        self._check_whole("forward_tasks()", "run the rows of each task as a batch, inside of use_task")
-        ids = [check_task(t) for t in (task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids)]
-        if len(ids) != x.shape[0] or not ids:
-            raise ValueError(
-                f"task_ids must name a task for each of the {x.shape[0]} rows of x (at least one), got {len(ids)}"
-            )
+        with together(self._guards.parallel.sharded, device_of(self)):
+            ids = mixed_batch.checked_ids(x, task_ids)
         self._restore_frozen()
         return mixed_batch.forward(self._parts, x, ids, one_pass, self.use_task, self.forward)
 

@@ -22,7 +22,7 @@ from ..continual import alike, loading, saved_fingerprints
 from ..continual.loading import StateError
 from ..continual.parallel import device_of, together
 from ..continual.wsn import WSN
-from ..nn.shards import local, shard_of
+from ..nn.shards import local
 from ..nn.task_ids import encode_json
 from . import optimizer_entries
 from .entries import MODEL, STATE, Entry, checksums, gated_places, of_model, parts_are_known
@@ -148,10 +148,10 @@ def load_optimizer(path: Path | StorageReader, wsn: WSN, optimizer: torch.optim.
         saved.check_tasks(wsn.tasks, wsn.current_task)
         optimizer_entries.check(wsn, optimizer, info)
         cut = optimizer_entries.expected(wsn, info, saved.sizes)
-        staged = {name: saved.space(name, gate, device_of(wsn)) for name, gate in cut.items()}
+        staged = {name: saved.space(name, how.gate, device_of(wsn), how.by_process) for name, how in cut.items()}
     _read(wsn, saved, staged)
     with together(group, device):
-        state = optimizer_entries.state_for(wsn, optimizer, info, staged)
+        state = optimizer_entries.state_for(wsn, optimizer, info, staged, saved.sizes)
     optimizer.load_state_dict(state)
 
 
@@ -172,9 +172,9 @@ def _as_in_first(wsn: WSN, entries: dict[str, Entry]) -> dict[str, Entry]:
             raise RuntimeError(
                 f"only some of the processes have {alike.listed(sorted(differ))}: nothing has been saved"
             )
-    gates = {name: shard_of(param) for name, param in wsn.named_parameters()}
+    params = dict(wsn.named_parameters())
     for name in lacking:
-        entries[name] = Entry(torch.empty(0), gates[name.removeprefix(STATE).rpartition(".")[0]])
+        entries[name] = optimizer_entries.lacking(name, params[name.removeprefix(STATE).rpartition(".")[0]])
     return {name: entries[name] for name in names}
 
 

@@ -26,19 +26,25 @@ class Entry(NamedTuple):
     Attributes:
         rows: what this process holds of it, contiguous: all of it, or the rows of a shard.
         gate: that of the shard, which is cut in the same way; None for a tensor that is whole.
+        by_process: whether each process has one row, whatever the rows of the shard are.
     """
 
     rows: Tensor
     gate: ShardedGate | None = None
+    by_process: bool = False
 
     def for_dcp(self) -> Tensor:
         """The tensor as ``torch.distributed.checkpoint`` takes it."""
-        return self.rows if self.gate is None else self.gate.placed(self.rows)
+        if self.gate is None:
+            return self.rows
+        return self.gate.placed(self.rows, collectives.size(self.gate.group) if self.by_process else None)
 
     def checksum(self) -> Tensor:
         """The checksum of the rows, int64, 0-d. Those of all processes add up to that of the whole tensor."""
-        first = 0 if self.gate is None else self.gate.rows.start * math.prod(self.rows.shape[1:])
-        return checksum(self.rows, first=first)
+        if self.gate is None:
+            return checksum(self.rows)
+        start = self.gate.group.rank() if self.by_process else self.gate.rows.start
+        return checksum(self.rows, first=start * math.prod(self.rows.shape[1:]))
 
 
 def checksums(entries: Mapping[str, Entry], wsn: WSN) -> dict[str, str]:

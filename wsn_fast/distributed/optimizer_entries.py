@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from ..continual.loading import StateError
 from ..continual.wsn import WSN
 from ..nn.shards import ShardedGate, is_dtensor, shard_of
+from ..optim.stored_means import SCALES
+from ..optim.subnet_optimizer import SubnetOptimizer
+from . import coded_means
 from .entries import STATE, Entry, plain
 
 _TENSOR = "tensor"
@@ -35,7 +38,7 @@ def of_optimizer(wsn: WSN, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
         for key, value in state.items():
             what = f"{key} of {names[index]} in the optimizer"
             if isinstance(value, Tensor):
-                entries[_name(names[index], key)] = _entry(what, value, params[names[index]])
+                entries[_name(names[index], key)] = _entry(what, key, value, params[names[index]])
                 own[key] = None
             else:
                 own[key] = [_in_json(what, value)]
@@ -46,8 +49,10 @@ def of_optimizer(wsn: WSN, optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
     return entries, {"groups": groups, "settings": settings, "states": states}
 
 
-def _entry(what: str, value: Tensor, param: Tensor) -> Entry:
+def _entry(what: str, key: str, value: Tensor, param: Tensor) -> Entry:
     shard = shard_of(param)
+    if shard is not None and key.removesuffix(SCALES) in coded_means.MEANS and key.endswith(SCALES):
+        return Entry(coded_means.scales_of_process(value, shard), shard, True)
     if shard is None or value.ndim == 0:
         return Entry(plain(value))
     if not is_dtensor(value) or (value.shape, value.placements) != (param.shape, param.placements):  # type: ignore[attr-defined]
@@ -72,45 +77,80 @@ def names_in(wsn: WSN, optimizer: object) -> list[list[str]]:
     return groups
 
 
-def expected(wsn: WSN, saved: Mapping[str, Any], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, ShardedGate | None]:
-    """The names of all entries of a saved optimizer, each with the shard that it is cut as. ``sizes`` are the shapes
-    of whole tensors in the checkpoint.
+def lacking(name: str, param: Tensor) -> Entry:
+    """The entry of a process that has no rows of a parameter, and so no running means of it."""
+    shard = shard_of(param)
+    if shard is not None and name.endswith(SCALES):
+        return Entry(coded_means.scales_of_process(torch.zeros(0), shard), shard, True)
+    return Entry(torch.empty(0), shard)
+
+
+class Cut(NamedTuple):
+    """How a tensor of a checkpoint is read: see :class:`Entry`."""
+
+    gate: ShardedGate | None
+    by_process: bool = False
+
+
+def expected(wsn: WSN, saved: Mapping[str, Any], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Cut]:
+    """The names of all entries of a saved optimizer, and how each is read. ``sizes`` are the shapes of whole tensors in
+    the checkpoint.
 
     Raises:
         StateError: a state of a shard has another shape than the shard.
     """
     params = dict(wsn.named_parameters())
-    found: dict[str, ShardedGate | None] = {}
+    found: dict[str, Cut] = {}
     for name, state in saved["states"].items():
         for key in [key for key, value in state.items() if value is None]:
             entry, param = _name(name, key), params[name]
             shard, size = shard_of(param), sizes.get(entry)
             if size is None:
                 raise StateError(f"the checkpoint lacks {entry}. Nothing has been loaded")
+            if key.endswith(SCALES):
+                by_process = shard is not None and len(size) == 2 and coded_means.has_same_blocks(size, shard)
+                found[entry] = Cut(shard if by_process else None, by_process)
+                continue
             if shard is not None and size not in ((), tuple(param.shape)):
                 raise StateError(
                     f"{key} of {name} has the shape {size} in the checkpoint, and the parameter {tuple(param.shape)}. "
                     "Nothing has been loaded"
                 )
-            found[entry] = shard if size else None
+            found[entry] = Cut(shard if size else None)
     return found
 
 
 def state_for(
-    wsn: WSN, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], entries: Mapping[str, Entry]
+    wsn: WSN,
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    entries: Mapping[str, Entry],
+    sizes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Any]:
     """The state that ``optimizer.load_state_dict`` takes.
 
     Raises:
         StateError: the optimizer has other parameters or settings than the saved one.
     """
-    groups = check(wsn, optimizer, saved)
+    groups, params = check(wsn, optimizer, saved), dict(wsn.named_parameters())
     places = {name: i for i, name in enumerate(chain.from_iterable(groups))}
     states: dict[int, dict[str, Any]] = {}
     for name, state in saved["states"].items():
         own = states[places[name]] = {}
         for key, value in state.items():
             own[key] = entries[_name(name, key)].for_dcp() if value is None else _of_json(value[0], None)
+        for key in [key for key in state if key.endswith(SCALES)]:
+            scales, codes, param = entries[_name(name, key)], key.removesuffix(SCALES), params[name]
+            rows, shard = entries[_name(name, codes)].rows, shard_of(param)
+            if not coded_means.has_same_blocks(sizes[_name(name, key)], shard):
+                values = coded_means.decoded(rows, scales.rows, codes, param, shard)
+            elif isinstance(optimizer, SubnetOptimizer):  # it knows the codes
+                own[key] = coded_means.own_scales(scales.rows, param)
+                continue
+            else:
+                values = coded_means.decoded_here(rows, scales.rows, codes, param)
+            del own[key]
+            own[codes] = Entry(values, shard).for_dcp()
     numbers = iter(range(len(places)))
     param_groups = [
         {

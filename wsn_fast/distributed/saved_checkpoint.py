@@ -74,14 +74,15 @@ class SavedCheckpoint:
         """The names that begin with ``prefix``."""
         return [name for name in self._kinds if name.startswith(prefix)]
 
-    def space(self, name: str, gate: ShardedGate | None, device: torch.device) -> Entry:
-        """Memory for what this process will hold of a tensor, which is cut as ``gate`` is."""
+    def space(self, name: str, gate: ShardedGate | None, device: torch.device, by_process: bool = False) -> Entry:
+        """Memory for what this process will hold of a tensor, which is cut as ``gate`` is, or into a row for each
+        process."""
         size = self.sizes[name]
         if gate is not None:
-            size = (gate.rows.stop - gate.rows.start, *size[1:])
+            size = (1 if by_process else gate.rows.stop - gate.rows.start, *size[1:])
         if name.endswith("_extra_state"):
             device = torch.device("cpu")
-        return Entry(torch.empty(size, dtype=self._kinds[name].properties.dtype, device=device), gate)
+        return Entry(torch.empty(size, dtype=self._kinds[name].properties.dtype, device=device), gate, by_process)
 
     def check_tasks(self, tasks: list[TaskId], current: TaskId | None) -> None:
         """Raise ``StateError`` if the checkpoint is of other tasks."""

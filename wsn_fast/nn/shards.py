@@ -247,13 +247,14 @@ class ShardedGate:
         else:
             local(before).add_(ds)
 
-    def placed(self, rows: Tensor) -> Tensor:
+    def placed(self, rows: Tensor, length: int | None = None) -> Tensor:
         """A DTensor that is cut as this gate is, of which this process has these rows, contiguous. Their inner
-        dimensions may be others than those of the gated tensor."""
+        dimensions may be others than those of the gated tensor. ``length`` is the number of all rows, if it is
+        another one."""
         from torch.distributed.tensor import DTensor  # imported here, because it takes long
 
         score: Any = self.score
-        shape = torch.Size([self.shape[0], *rows.shape[1:]])
+        shape = torch.Size([self.shape[0] if length is None else length, *rows.shape[1:]])
         stride = [prod(shape[i + 1 :]) for i in range(len(shape))]
         place = score.device_mesh, score.placements
         return DTensor.from_local(rows, *place, run_check=False, shape=shape, stride=tuple(stride))

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_swa_avg_fn
 
 from .. import ops
 from ..continual.wsn import WSN
+from ..nn.shards import local
 from ..nn.task_ids import TaskId
 
 AvgFn = Callable[[Tensor, Tensor, Tensor | int], Tensor]
@@ -25,7 +26,8 @@ def averaging(wsn: WSN, avg_fn: AvgFn | None = None, multi_avg_fn: MultiAvgFn | 
     It is meant for ``torch.optim.swa_utils.AveragedModel(wsn, multi_avg_fn=averaging(wsn, ...))`` and for all that
     takes such a function. It averages gated tensors outside of what finished tasks use, scores, the head of the task in
     progress, and tensors that are declared ``per_task`` or ``shared``. It copies all other elements, masks included: an
-    average of equal numbers may differ from them in the last bit.
+    average of equal numbers may differ from them in the last bit. A sharded WSN cannot be copied, as ``AveragedModel``
+    does: call the function with the tensors of ``wsn.trainable_state()``. Each process averages its own rows.
 
     Args:
         wsn: the model that is trained.
@@ -74,9 +76,11 @@ class Averaging:
     @torch.no_grad()
     def __call__(self, averaged: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:
         """See :func:`averaging`."""
-        moving = {_key(tensor): union for tensor, union in self._wsn.moving()}
+        averaged, current = [*map(local, averaged)], [*map(local, current)]
+        moving = {_key(local(tensor)): union for tensor, union in self._wsn.moving()}
         self._check_task(int(num_averaged))
-        own = dict.fromkeys(map(_key, chain(self._wsn.parameters(), self._wsn.buffers())), False)
+        tensors = chain(self._wsn.parameters(), self._wsn.buffers())
+        own = dict.fromkeys((_key(local(tensor)) for tensor in tensors), False)
         own |= dict.fromkeys(moving, True)
         self._check(averaged, current, own)
         moved = []

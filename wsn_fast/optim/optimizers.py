@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import moments as codes
 from ..backends.moments import Stored
 from ..backends.updates import SGD, AdamW, AdamWState, Batch, CodedAdamWState, CodedSGDState, SGDState, State
 from ..nn.shards import local
 from .gated_params import Group, Model, check_flags, param_groups
 from .step_plan import Call
-from .stored_means import check_storage, convert, local_mean, put
+from .stored_means import check_storage, convert, local_mean, put, zeros
 from .subnet_optimizer import SubnetOptimizer
 
 
@@ -64,7 +63,8 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
             of the sum so far.
         moments: how the running means of gated tensors and their scores are stored: ``"float32"`` (in the dtype of the
             parameter), ``"bfloat16"``, or ``"8bit"`` with a scale for each block (:mod:`wsn_fast.backends.moments`).
-            What PyTorch's step updates, such as heads and norms, has them in the dtype of the parameter.
+            What PyTorch's step updates, such as heads and norms, has them in the dtype of the parameter. Of a sharded
+            WSN each process stores the means of its rows as if the rows were a whole tensor.
         score_moments: how those of the scores are stored, if in another way.
         amsgrad, maximize: must be False.
 
@@ -126,7 +126,7 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
         state = self.state[param]
         if not state:
             step = torch.zeros((), dtype=torch.float32, device=param.device)
-            means = [codes.zeros(param, storage, signed) for signed in self.MEANS.values()]
+            means = [zeros(param, storage, signed) for signed in self.MEANS.values()]
             state["step"] = step  # not before all of them are there: memory may be short
             for key, mean in zip(self.MEANS, means, strict=True):
                 put(state, key, mean)
@@ -230,7 +230,7 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
         if group["momentum"] == 0:
             return None
         if state.get("momentum_buffer") is None:
-            put(state, "momentum_buffer", codes.zeros(param, storage, True))
+            put(state, "momentum_buffer", zeros(param, storage, True))
             self._new = [*self._new, local(state["momentum_buffer"])]
         convert(state, param, self.MEANS, storage)
         return local_mean(state, "momentum_buffer")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import moments
 from ..backends.moments import STORAGES, Stored
-from ..nn.shards import local
+from ..nn.shards import local, shard_of
 
 SCALES = "_scales"
 
@@ -69,6 +69,18 @@ def is_coded(mean: Stored, param: Tensor) -> bool:
     return mean.scales is not None or (mean.storage == "bfloat16" and param.dtype is not torch.bfloat16)
 
 
+def zeros(param: Tensor, storage: str, signed: bool) -> Stored:
+    """Zeros for a running mean of a parameter. If other processes hold the rest of it, the blocks of 8-bit codes begin
+    with the rows of this process, and the scales are those of these rows."""
+    return _placed(moments.zeros(local(param).detach(), storage, signed), param)
+
+
+def _placed(mean: Stored, param: Tensor) -> Stored:
+    """A mean of what this process has of a parameter, as it is in a state: cut as the parameter is."""
+    shard = shard_of(param)
+    return mean if shard is None else mean._replace(values=shard.placed(mean.values))
+
+
 def put(state: State, key: str, mean: Stored) -> None:
     """Put a mean into a state."""
     state[key] = mean.values
@@ -80,12 +92,13 @@ def put(state: State, key: str, mean: Stored) -> None:
 
 def convert(state: State, param: Tensor, means: Mapping[str, bool], storage: str) -> None:
     """Bring those of the ``means``, by name and with whether they have a sign, that are in a state into a form."""
+    own = local(param).detach()
     for key, signed in means.items():
-        mean = mean_in(state, key)
-        if mean is not None and not _has_form(mean, param, storage):
-            converted = moments.zeros(param, storage, signed)
-            moments.encode(moments.decode(mean, param, signed), converted, signed)
-            put(state, key, converted)
+        mean = local_mean(state, key)
+        if mean is not None and not _has_form(mean, own, storage):
+            converted = moments.zeros(own, storage, signed)
+            moments.encode(moments.decode(mean, own, signed), converted, signed)
+            put(state, key, _placed(converted, param))
 
 
 def _has_form(mean: Stored, param: Tensor, storage: str) -> bool:
@@ -129,7 +142,7 @@ def _check(mean: Stored, key: str, param: Tensor) -> None:
         raise ValueError(f"{key} must have the shape {tuple(param.shape)} of its parameter, got {tuple(values.shape)}")
     if values.dtype is torch.bfloat16 and scales is None:
         return
-    blocks = (moments.blocks_of(param),)
+    blocks = (moments.blocks_of(local(param)),)
     if values.dtype is not torch.uint8 or not isinstance(scales, Tensor) or scales.dtype is not torch.float32:
         kind = getattr(scales, "dtype", type(scales).__name__)
         raise ValueError(f"{key} must be uint8 with float32 {key}{SCALES}, got {values.dtype} with {kind}")

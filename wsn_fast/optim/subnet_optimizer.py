@@ -58,11 +58,6 @@ class SubnetOptimizer(torch.optim.Optimizer):
     def _attach(self, wsn: Model, one_pass: bool, accumulate_in: str) -> None:
         self.one_pass, self._known_gates = ops.check_bool("one_pass", one_pass), wsn.gates
         self.accumulate_in = check_accumulation(accumulate_in, one_pass)
-        if wsn.gates.sharding is not None and self.storage.is_coded:
-            raise ValueError(
-                f"moments must be 'float32' for a WSN that is sharded, got {self.storage}: the blocks of other forms "
-                "would depend on the number of processes"
-            )
         self._has_coded = self.storage.is_coded
         self._step_supports_amp_scaling = False  # GradScaler has to unscale G, as it unscales any gradient
         wsn.guard(self)  # the guard calls claim
