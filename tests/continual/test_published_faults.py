@@ -14,7 +14,7 @@ from torch import nn
 
 from wsn_fast import WSN, FastSubnetLinear, convert
 from wsn_fast.continual import statistics
-from wsn_fast.train.__main__ import main
+from wsn_fast.train.command_line import main
 from wsn_fast.train.nets import build
 
 

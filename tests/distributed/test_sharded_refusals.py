@@ -46,7 +46,7 @@ REFUSED = {
     "compile": r"RuntimeError: compile\(\) needs whole tensors",
     "rows in one pass": r"ValueError: one_pass is not possible: a sharded WSN gathers",
     "rows of an unknown task": r"ValueError: task 7 is unknown",
-    "too few tasks": r"(ValueError|OtherFailedError: another process.*): task_ids must name a task for each of the 12 rows",
+    "too few tasks": r"(ValueError|OtherFailedError: another process.*): task_ids must name a task for each of the 12",
     "masked_reads": r"RuntimeError: masked_reads\(\) needs whole tensors",
     "to_dense": r"RuntimeError: a sharded model has parts of its weights only",
     "moved": r"RuntimeError: a WSN that is sharded cannot be moved or cast",

@@ -22,7 +22,7 @@ NAMES = [
 
 
 def check(folder: Path, world: int = 2, *words: str, plant: str = "") -> Ended:
-    return drive(folder, world, *(words or ["--check"]), prepare=plant, program="wsn_fast.doctor")
+    return drive(folder, world, *(words or ["--check"]), prepare=plant, program="wsn_fast.doctor.__main__")
 
 
 def lines_of(ended: Ended) -> dict[str, str]:
@@ -105,7 +105,7 @@ def test_a_wrong_option_is_said_once(tmp_path: Path, words: list[str]) -> None:
 def test_the_findings_are_those_of_the_first_process(tmp_path: Path) -> None:
     ended = check(tmp_path, 2, "--device", "cpu")
     assert 2 in ended.codes  # no command that measures
-    ended = drive(tmp_path, 2, program="wsn_fast.doctor")
+    ended = drive(tmp_path, 2, program="wsn_fast.doctor.__main__")
     assert ended.codes == [0, 0] and "native library" in ended.said[0] and ended.said[1] == "", ended
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from wsn_fast.train import __main__ as command_line
+from wsn_fast.train import command_line
 
 ROOT = Path(__file__).parents[2]
 SITE = sorted((ROOT / "docs").rglob("*.md"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wsn_fast import WSN, convert
 from wsn_fast.optim import SubnetAdamW
-from wsn_fast.train.__main__ import main
+from wsn_fast.train.command_line import main
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import checkpoint
-from wsn_fast.train.__main__ import main
+from wsn_fast.train.command_line import main
 from wsn_fast.train.run import Run
 
 PLACES = {"anywhere": main, "checkpoint": checkpoint.save, "end_task": WSN.end_task, "task_end": Run._end_task}

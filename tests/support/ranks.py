@@ -50,7 +50,7 @@ def drive(
     prepare: str = "",
     using: Sequence[Any] = (),
     one_kills_all: bool = False,
-    program: str = "wsn_fast.train",
+    program: str = "wsn_fast.train.command_line",
 ) -> Ended:
     """Run ``wsn-fast``, or another ``program``, with the same arguments in ``world`` processes, until all have ended.
 
@@ -102,7 +102,7 @@ def _work(
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
         os.environ.update({name: str(value) for name, value in names.items()})
-    main = importlib.import_module(f"{program}.__main__").main
+    main = importlib.import_module(program).main
     if prepare:
         module, _, name = prepare.partition(":")
         getattr(importlib.import_module(module), name)(rank, *using)

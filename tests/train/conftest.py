@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsn_fast.train.__main__ import main
+from wsn_fast.train.command_line import main
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsn_fast.train import __main__ as cli
 from wsn_fast.train import checkpoint, commands
+from wsn_fast.train import command_line as cli
 from wsn_fast.train.run import Run
 
 SMALL = ["--tasks", "2", "--epochs", "2", "--batch-size", "128", "--device", "cpu"]

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import checkpoint, loop, run
-from wsn_fast.train.__main__ import main
 from wsn_fast.train.checkpoint import CheckpointError
+from wsn_fast.train.command_line import main
 from wsn_fast.train.config import resolve
 from wsn_fast.train.lock import FolderLock, RunInUseError
 from wsn_fast.train.report import Console

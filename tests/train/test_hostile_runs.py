@@ -21,8 +21,8 @@ from peak_memory import peak_of
 
 from wsn_fast.nn import json_text
 from wsn_fast.page import markup
-from wsn_fast.train import __main__ as cli
 from wsn_fast.train import checkpoint, page, records, safe_files
+from wsn_fast.train import command_line as cli
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import resolve
 from wsn_fast.train.folder import read_config

@@ -13,8 +13,8 @@ import pytest
 import torch
 from pages import Page, render
 
-from wsn_fast.train import __main__ as cli
 from wsn_fast.train import checkpoint, records, report
+from wsn_fast.train import command_line as cli
 from wsn_fast.train.records import TaskLog
 from wsn_fast.train.run import Run
 

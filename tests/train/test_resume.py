@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import checkpoint, data, loop, nets, run
-from wsn_fast.train.__main__ import main
+from wsn_fast.train.command_line import main
 from wsn_fast.train.config import resolve
 from wsn_fast.train.processes import Processes
 from wsn_fast.train.report import Console
@@ -75,7 +75,7 @@ def test_a_run_killed_at_any_moment_ends_the_same(undisturbed: Path, tmp_path: P
 KILLED_IN_A_WRITE = """
 import os, signal, sys
 from wsn_fast.train import checkpoint
-from wsn_fast.train.__main__ import main
+from wsn_fast.train.command_line import main
 
 function, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 original, save = getattr(os, function), checkpoint.save

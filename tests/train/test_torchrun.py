@@ -19,7 +19,7 @@ from ranks import Ended, drive
 from torch import Tensor
 
 from wsn_fast.train import checkpoint
-from wsn_fast.train.__main__ import main
+from wsn_fast.train.command_line import main
 from wsn_fast.train.folder import read_config
 from wsn_fast.train.lock import FolderLock
 

@@ -190,7 +190,7 @@ import os, sys
 sys.path.insert(0, {support!r})
 import driver_cases
 driver_cases.killed(int(os.environ["RANK"]), "float64", 1, 9)
-from wsn_fast.train.__main__ import main
+from wsn_fast.train.command_line import main
 sys.exit(main())
 """
 

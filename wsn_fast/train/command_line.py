@@ -1,0 +1,181 @@
+"""The command ``wsn-fast``: train, eval, report. ``python -m wsn_fast.train`` and the program of that name start it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from wsn_fast import __version__, launch
+from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
+from wsn_fast.train import config
+from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS
+
+_TRAIN = """\
+Train one network on a stream of tasks without forgetting any of them. Everything is written into one folder:
+config.json, metrics.jsonl, results.json, checkpoint/ and two plots. To continue a run that was killed, use
+--resume."""
+_EVAL = "Measure a run again from its checkpoint. The exit code is 1 if a number differs from results.json."
+_REPORT = """\
+Compare runs, finished or not. Prints a table beside the paper's numbers, draws the plots of finished runs again, and
+writes one HTML page that needs neither network nor script. The exit code is 2 if a folder cannot be read; the other
+runs are still reported."""
+_EXAMPLES = """\
+examples:
+  wsn-fast train permuted                                  the vendored digits, 5 tasks, under two minutes
+  wsn-fast train permuted --data mnist --data-dir mnist/   the paper's Permuted MNIST, 10 tasks
+  wsn-fast train split --data cifar100 --data-dir cifar/ --density 0.1
+  torchrun --nproc-per-node 2 -m wsn_fast.train train permuted   two processes
+  wsn-fast train --resume runs/permuted-digits-paper-seed0
+  wsn-fast eval runs/permuted-digits-paper-seed0
+  wsn-fast report runs/*
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    0: the command succeeded. 1: a loss is not finite, a task was forgotten, or a number of ``eval`` differs. 2: the
+    arguments, the files or the data are wrong, or another process of the run has failed. 130: the command was
+    interrupted. 141: what reads the output has gone.
+    """
+    try:
+        try:
+            with launch.said_once():
+                args = _parser().parse_args(argv)
+            from wsn_fast.train import commands  # PyTorch with it, which the parser does not need
+
+            return commands.run(args)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt this line
+        if launch.is_first():
+            print("; ".join(("wsn-fast: interrupted", *map(str, interrupt.args))), file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes there again when it ends
+        return 141
+
+
+# --- arguments --------------------------------------------------------------------------------------------
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="wsn-fast",
+        description="Forget-free continual learning with winning subnetworks (WSN).",
+        epilog=_EXAMPLES,
+        formatter_class=style,
+    )
+    parser.add_argument("--version", action="version", version=f"wsn-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,report}")
+    about = "train a stream of tasks, or continue a run"
+    train = commands.add_parser(
+        "train",
+        usage="wsn-fast train [STREAM] [option ...]\n       wsn-fast train --resume RUN [option ...]",
+        help=about,
+        description=_TRAIN,
+        epilog=_EXAMPLES,
+        formatter_class=style,
+    )
+    train.set_defaults(command="train")
+    _add_tasks(train.add_argument_group("tasks"))
+    _add_method(train.add_argument_group("method"))
+    _add_training(train.add_argument_group("training of each task"))
+    _add_run(train.add_argument_group("run"))
+    evaluation = commands.add_parser("eval", help="measure a run again from its checkpoint", description=_EVAL)
+    evaluation.set_defaults(command="eval")
+    evaluation.add_argument("run", metavar="RUN", help="folder of the run")
+    evaluation.add_argument("--checkpoint", metavar="NAME", help="file in RUN/checkpoint (default: the newest)")
+    evaluation.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: as in the run)")
+    evaluation.add_argument("--device", choices=DEVICES, help="device (default: as in the run)")
+    reporting = commands.add_parser("report", help="compare runs and draw their plots", description=_REPORT)
+    reporting.set_defaults(command="report")
+    reporting.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run")
+    places = "file of the page (default: report.html in RUN; for several runs, wsn-fast-report.html in this folder)"
+    reporting.add_argument("--html", metavar="FILE", help=places)
+    for command in (train, evaluation, reporting):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _default(name: str) -> str:
+    """The default of a setting in words, with the data for which it is another one."""
+    special = [("digits", config.DIGITS), *((" ".join(key), table) for key, table in config.PAPER.items())]
+    usual = config.FALLBACK[name]
+    words = [f"{table[name]:g} for {key}" for key, table in special if table.get(name, usual) != usual]
+    return f"(default: {'; '.join([f'{usual:g}', *words])})"
+
+
+def _add_tasks(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    kinds = "how tasks are made: permuted pixels, split classes or rotated images (default: permuted)"
+    add("stream", nargs="?", choices=KINDS, metavar="STREAM", help=kinds)
+    add("--data", choices=DATASETS, help="dataset (default: digits, which needs no files)")
+    add("--data-dir", metavar="DIR", help="folder with the dataset's files")
+    add("--tasks", type=int, metavar="T", help=f"number of tasks {_default('tasks')}")
+    held_out = f"fraction of the training samples for validation {_default('val_fraction')}"
+    add("--val-fraction", type=float, metavar="F", help=held_out)
+    add("--net", choices=NETS, help="network (default: the paper's for the data; mlp for digits)")
+
+
+def _add_method(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    presets = "paper: rule magnitude, tasks keep the scores of the task before; clarena: rule value, new scores"
+    add("--preset", choices=tuple(config.PRESETS), help=f"{presets} (default: paper)")
+    kept = f"fraction of the weights that each task keeps, 0 < C <= 1 {_default('density')}"
+    add("--density", type=float, metavar="C", help=kept)
+    add("--rule", choices=RULES, help="keep the scores of largest magnitude or of largest value")
+    again = "draw new scores for every task (no: start with the scores of the task before)"
+    add("--reinit-scores", action=argparse.BooleanOptionalAction, help=again)
+    add(
+        "--score-init",
+        choices=SCORE_INITS,
+        help="distribution of new scores: uniform as torch draws weights, N(0,1) or U(0,1)",
+    )
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--epochs", type=int, metavar="N", help=f"largest number of epochs per task {_default('epochs')}")
+    add("--batch-size", type=int, metavar="N", help=f"samples per step {_default('batch_size')}")
+    add("--optimizer", choices=OPTIMIZERS, help="sgd has momentum 0.9 (default: adam)")
+    add("--lr", type=float, metavar="X", help=f"learning rate at the start of a task {_default('lr')}")
+    add("--weight-decay", type=float, metavar="X", help=f"weight decay {_default('weight_decay')}")
+    add(
+        "--cuda-graph",
+        choices=CUDA_GRAPH,
+        help="auto captures the training step in a CUDA graph where possible (default: auto)",
+    )
+    add(
+        "--one-pass",
+        action=argparse.BooleanOptionalAction,
+        help="update weights and scores in one pass over memory, which is faster (default: yes)",
+    )
+    stored = "how running means of weights and scores are stored; the last two need --one-pass (default: float32)"
+    add("--moments", choices=STORAGES, help=stored)
+    patience = f"epochs without a better validation loss after which lr is divided {_default('lr_patience')}"
+    add("--lr-patience", type=int, metavar="N", help=patience)
+    add("--lr-factor", type=float, metavar="X", help=f"number that lr is then divided by {_default('lr_factor')}")
+    add("--lr-min", type=float, metavar="X", help=f"a task ends when lr is below {_default('lr_min')}")
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--seed", type=int, metavar="N", help=f"seed of everything random {_default('seed')}")
+    add("--device", choices=DEVICES, help="auto takes a GPU if there is one (default: auto)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of CPU threads (default: 1 for mlp, else the number that torch chooses)",
+    )
+    folder = "runs/STREAM-DATA-PRESET-seedN"
+    add("--out", metavar="RUN", help=f"folder of the run, new or empty (default: {folder})")
+    add("--resume", metavar="RUN", help="continue the run in this folder; only --data-dir and --device may change")
+    add("--checkpoint", metavar="NAME", help="with --resume: a file in RUN/checkpoint (default: the newest)")
+    seconds = f"least time in seconds between two checkpoints of a task {_default('checkpoint_seconds')}"
+    add("--checkpoint-seconds", type=float, metavar="S", help=seconds)
+    add("--quiet", action="store_true", help="print nothing but errors")
