@@ -65,16 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, processes: Processes) -> int:
     console = Console(quiet=args.quiet or not processes.is_first)
-    given = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
-    if args.resume is None:
-        if args.checkpoint is not None:
-            raise ValueError("--checkpoint: expected together with --resume RUN")
-        run = Run.start(processes.first(lambda: config.resolve(**given)), console, processes)
+    settings = processes.first(lambda: _settings(args))
+    if settings is not None:
+        run = Run.start(settings, console, processes)
     else:
-        places = {"data_dir": given.pop("data_dir"), "device": given.pop("device")}
-        extra = [name for name, value in given.items() if value is not None]
-        if extra:
-            raise ValueError(f"--resume: the settings are those of the run, got {', '.join(extra)} as well")
+        places = {"data_dir": args.data_dir, "device": args.device}
         run = Run.resume(Path(args.resume), console, processes, name=args.checkpoint, **places)
     settings = run.settings
     together = f" ({processes.size} processes)" if processes.size > 1 else ""
@@ -94,6 +89,19 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         console.close()
     console.say(in_words(results))
     return 0
+
+
+def _settings(args: argparse.Namespace) -> config.TrainConfig | None:
+    """The settings of a new run; None for one that is resumed, which has its own."""
+    given = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
+    if args.resume is None:
+        if args.checkpoint is not None:
+            raise ValueError("--checkpoint: expected together with --resume RUN")
+        return config.resolve(**given)
+    extra = [name for name, value in given.items() if value is not None and name not in ("data_dir", "device")]
+    if extra:
+        raise ValueError(f"--resume: the settings are those of the run, got {', '.join(extra)} as well")
+    return None
 
 
 def _eval(args: argparse.Namespace, processes: Processes) -> int:
