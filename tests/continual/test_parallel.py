@@ -124,6 +124,10 @@ def test_only_gradients_of_gated_tensors_are_rounded(seen: list[dict[str, Any]])
         assert all(one["rounded"]) and len(one["rounded"]) > 4
 
 
+def test_the_threads_of_gloo_get_time_at_the_end_of_the_process(seen: list[dict[str, Any]]) -> None:
+    assert [one["the end of the process"] for one in seen] == [1, 1]
+
+
 def test_wrong_arguments(seen: list[dict[str, Any]]) -> None:
     assert seen[0]["wrong arguments"] == [
         "TypeError: module must be a torch.nn.Module, got int",

@@ -545,6 +545,12 @@ def described(rank: int) -> None:
     check([one.task for one in wsn.task_stats()] == [0, 1], str(wsn.task_stats()))
 
 
+def waits_when_it_ends(rank: int) -> None:
+    collectives.end_calmly.cache_clear()
+    pair()
+    check(collectives.end_calmly.cache_info().currsize == 1, "gloo may abort the process when it ends")
+
+
 def moved_to_where_it_is(rank: int) -> None:
     """Trainers do that."""
     runs = []
@@ -585,6 +591,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "a resumed optimizer": resumed,
     "inference mode": evaluated_in_inference_mode,
     "to the same device": moved_to_where_it_is,
+    "the end of the process": waits_when_it_ends,
     "a step that fails": a_step_that_fails,
     "what is said of it": described,
 }

@@ -20,6 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from wsn_fast import WSN, FastSubnetLinear, ForgottenError, TaskHeads, distributed
+from wsn_fast.backends import collectives
 from wsn_fast.optim import SubnetAdamW
 
 X = batches(0, 1, 4)[0][0]
@@ -343,6 +344,13 @@ def standard(wsn: WSN) -> torch.optim.Optimizer:
     return SubnetAdamW(wsn, 1e-2)
 
 
+def waits_when_it_ends(rank: int) -> int:
+    collectives.end_calmly.cache_clear()
+    wsn = begun()
+    step(wsn, DistributedDataParallel(wsn), rank)
+    return collectives.end_calmly.cache_info().currsize
+
+
 def wrong_arguments(rank: int) -> list[str]:
     found = []
     for call, argument in (
@@ -412,6 +420,7 @@ RIGHT_CASES: dict[str, Callable[[int], Any]] = {
     "no sync": without_sync,
     "compiled without a wrapper": compiled_without_a_wrapper,
     "wrong arguments": wrong_arguments,
+    "the end of the process": waits_when_it_ends,
     "rounded": in_one_way_only,
 }
 CASES = REFUSED_CASES | RIGHT_CASES

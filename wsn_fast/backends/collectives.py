@@ -3,6 +3,9 @@ one."""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +14,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.futures import Future
+
+
+_LAST_SECONDS = 0.2
+
+
+@functools.cache
+def end_calmly() -> None:
+    """Let this process wait a moment when it ends. Whoever keeps a process group calls this.
+
+    The threads of gloo let go of a tensor after its collective has returned, and need Python for that. If Python is
+    already ending and the group is still there, they abort the process: "terminate called without an active exception"
+    (torch 2.13; 4 of 20 programs with FSDP2 on two cores, and none of 40 with this).
+    """
+    atexit.register(time.sleep, _LAST_SECONDS)
 
 
 def check_group(group: object) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .. import launch
+from . import collectives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
@@ -51,4 +52,5 @@ def meet(timeout: timedelta | None = None) -> Meeting:
     own = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=size)
     assert dist.group.WORLD is not None
+    collectives.end_calmly()
     return Meeting(rank, size, dist.group.WORLD, store)

@@ -116,6 +116,7 @@ class Parallel:
         ddp._assign_modules_buffers()  # it would send an empty list if no buffer is left
         if self._begun != wsn._generation:
             self._trained_in = ddp.process_group
+            collectives.end_calmly()
             drawn = {id(tensor): tensor for tensor in drawn_by_processes(wsn)}
             alike.send(ddp.process_group, drawn.values())
             _check_alike(ddp.process_group, wsn, [one for one in kept_of_tasks(wsn) if id(one[1]) not in drawn])

@@ -33,6 +33,7 @@ class Sharding:
     """
 
     def __init__(self, group: ProcessGroup, modules: Sequence[Any], compute_dtype: torch.dtype | None) -> None:
+        collectives.end_calmly()
         self.group, self.modules, self.compute_dtype = group, modules, compute_dtype
         self.gates: list[ShardedGate] = []
         self.device = torch.device("cpu")
