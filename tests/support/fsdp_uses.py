@@ -32,6 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from wsn_fast import WSN, ForgottenError, UnmaskedReadError, convert, explain
+from wsn_fast.backends import collectives
 from wsn_fast.distributed import full_state_dict, load_full_state_dict, shard
 from wsn_fast.nn.shards import local, shard_of
 from wsn_fast.optim import averaging
