@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from .contents import Contents
 from .guard import Guards
 from .probe import Probe, check_reads
 from .statistics import Capacity, TaskStats
+from .task_inference import InferredTask, infer
 from .view import View
 
 
@@ -64,6 +66,31 @@ class FinishedTasks(StaysInTheLibrary, Contents):
     def check_finite(self) -> None:
         """Raise ``FloatingPointError``, naming the tensor, if a gated tensor or its scores are not all finite."""
         self._parts.check_finite()
+
+    # --- which one is it? ------------------------------------------------------------------------------------------
+    def infer_task(
+        self, x: Tensor, *, tasks: Sequence[TaskId] | None = None, one_pass: bool | None = None
+    ) -> InferredTask:
+        """Find which finished task inputs belong to, where nobody says: the one whose outputs have the least entropy.
+
+        Every row is computed as every task, in one mixed batch (:meth:`~wsn_fast.WSN.forward_tasks`), so this costs as
+        much as T forward passes. Call it in evaluation mode. It finds tasks whose inputs differ, such as permuted
+        images. A model is often sure of inputs that it has never seen, so measure it on your tasks.
+
+        Args:
+            x: ``[B, ...]``. The rows of a batch that belong to one task find it better together than each by itself.
+            tasks: the finished tasks to choose from; None means all of them.
+            one_pass: see :meth:`~wsn_fast.WSN.forward_tasks`.
+
+        Returns:
+            The task of the whole batch, the task of each row, and all entropies.
+
+        Raises:
+            ValueError: no task has ended, one of ``tasks`` is unknown, or the outputs are no logits of two classes or
+                more.
+        """
+        forward = partial(cast(Any, self).forward_tasks, one_pass=one_pass)
+        return infer(x, [*map(check_task, self._register.tasks if tasks is None else tasks)], forward)
 
     # --- what the tasks share --------------------------------------------------------------------------------------
     def capacity(self) -> Capacity:
