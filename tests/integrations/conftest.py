@@ -1,4 +1,4 @@
-"""Tiny tasks and a quiet trainer for the frameworks' tests; a torchvision that imports beside a CPU build of torch."""
+"""Tiny tasks and a quiet trainer for the frameworks' tests."""
 
 from __future__ import annotations
 
@@ -7,29 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision_beside_cpu_torch  # noqa: F401 - first of all
 from torch.utils.data import DataLoader, TensorDataset
 
 INPUTS, CLASSES = 20, 3
-
-
-def _import_torchvision() -> torch.library.Library | None:
-    """CLArena and Lightning import torchvision where it is installed. Its wheel does not load its compiled part beside
-    a CPU build of torch, and then its Python part misses two operators: declare them and try again."""
-    try:
-        import torchvision
-    except ImportError:
-        return None
-    except RuntimeError:
-        operators = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
-        return operators
-    return None
-
-
-_OPERATORS = _import_torchvision()  # they go with this object
 
 
 @pytest.fixture

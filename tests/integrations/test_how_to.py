@@ -58,18 +58,20 @@ def test_clarena() -> None:
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
-SAYS = "\nprint('logits', logits.sum().item(), 'of task', module.wsn.tasks)\n"
+SAYS = "\nprint(f'logits {logits.sum().item():.6f}')\n"
 
 
 def said_by(folder: Path, script: str, *launcher: str) -> list[str]:
     """What a script says of its logits, in each process."""
-    (folder / "train.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    (folder / "train.py").write_text(f"import torchvision_beside_cpu_torch\n{script}")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, "train.py"]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert "was not checked" not in ran.stderr
-    return re.findall(r"(?:logits|process \d:) (\S+)", ran.stdout)
+    # Two processes may print into one line, each its own text at once.
+    return re.findall(r"(?:logits|process \d:) (-?\d+\.\d{6})", ran.stdout)
 
 
 @needs_gloo
