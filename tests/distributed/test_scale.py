@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import needs_gloo, run_cases
 from scale_cases import CASES, MODEL, TASKS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import scale
+from wsn_fast.backends import digits
 
 WORLD = 2
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "scale.md"
@@ -37,6 +41,28 @@ def test_a_step_sends_what_the_formula_says(case: str, seen: list[dict[str, Any]
     said = sum(scale.on_the_wire(MODEL, WORLD, compute=int(compute), reduce=int(reduce)).values())
     for one in seen:
         assert one[case][1] == pytest.approx(said, rel=0.01)
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes of operands and results of all operations that compute."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor))
+        return result
+
+
+def test_the_search_for_a_threshold_moves_what_the_constant_says() -> None:
+    scores, known = torch.randn(1 << 15), 0
+    with Moved() as moved:
+        for width in digits.WIDTHS[4]:
+            counts = torch.zeros(1 << width, dtype=torch.int32)
+            digits.count(scores, "magnitude", torch.tensor(0), known, width, counts)
+            known += width
+    assert moved.bytes / len(scores) == pytest.approx(scale.CONSTANTS["search bytes"].value, rel=0.01)
 
 
 def test_the_page_has_the_tables_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
