@@ -112,8 +112,9 @@ class FinishedTasks(StaysInTheLibrary, Contents):
     @torch.inference_mode(False)  # what is left is trained
     def remove_task(self, task: TaskId, *, redraw_free: bool = False) -> None:
         """Remove a finished task (exact unlearning). Its mask, head and per-task values go, and the weights that it
-        alone used are drawn anew, with their scores, and are free again. Every other task computes what it did, to the
-        bit. The task may be begun again.
+        alone used are drawn anew, with their scores, and are free again. Weights with ``requires_grad=False`` stay as
+        they are, because no task has trained them. Every other task computes what it did, to the bit. The task may be
+        begun again.
 
         Build the optimizer anew after this call: its running means come from the weights of then.
 

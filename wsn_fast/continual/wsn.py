@@ -14,7 +14,7 @@ from ..convert.patterns import Patterns, as_patterns
 from ..nn import model_owner
 from ..nn.densities import Densities
 from ..nn.model_gates import ModelGates, in_parallel
-from ..nn.scores import check_score_init
+from ..nn.scores import ScoreInit, check_score_init
 from ..nn.task_ids import TaskId, check_task
 from . import advice, fingerprints, mixed_batch, ownership, state_hooks, statistics
 from .finished_tasks import FinishedTasks
@@ -44,7 +44,8 @@ class WSN(FinishedTasks):
         rest: "per_task", "frozen" or "shared", for all parameters that are left; None makes them an error.
         reinit_scores: draw new scores for every task, as CLArena does; the default keeps them, as the paper's code
             does.
-        score_init: how these scores are drawn: "default", "N01" or "U01" (see :meth:`SubnetLayer.reset_scores`).
+        score_init: how these scores are drawn: "default", "N01", "U01", or the value of all of them (see
+            :meth:`SubnetLayer.reset_scores`).
         keep_masked: keep the masked weights of the finished task in use, which take as much memory as the gated
             weights. Each batch after the first then costs what it costs a dense model. A number n keeps those of the
             last n finished tasks that were in use, for :meth:`forward_tasks` and for programs that often change the
@@ -69,7 +70,7 @@ class WSN(FinishedTasks):
         shared: Patterns = (),
         rest: str | None = None,
         reinit_scores: bool = False,
-        score_init: str = "default",
+        score_init: ScoreInit = "default",
         keep_masked: bool | int = True,
         gates_ahead: bool = False,
     ) -> None:
