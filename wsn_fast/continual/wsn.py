@@ -116,8 +116,8 @@ class WSN(FinishedTasks):
                 ``TaskHeads`` has no common width.
 
         Raises:
-            ValueError: the task has ended already; a density is outside (0, 1] or its pattern matches no layer; a width
-                is missing or differs from that of the existing head.
+            ValueError: the task has ended already; a density is outside (0, 1] or its pattern matches no layer, or a
+                layer has a rule without one; a width is missing or differs from that of the existing head.
             RuntimeError: another task is in progress; a tensor is on the meta device; or a gated tensor has NaN,
                 because it was never initialised.
             OwnershipError: a parameter or buffer that tasks share has no owner.
@@ -160,6 +160,8 @@ class WSN(FinishedTasks):
         self._parts.check_rows(len(self.tasks))
         densities = self._parts.task_densities(density)
         self._parts.check_tied(densities)
+        if density is not None:
+            self._parts.check_ranked()
         for heads in self._parts.heads.values():
             heads.width(task, out_features)
         return densities
