@@ -68,6 +68,5 @@ def draw_signed_constants(model: nn.Module) -> None:
                     gate.param.zero_()
             module.density = {g.name: 1.0 if is_bias(g.name) else module.density_of(g.name) for g in module.gated()}
         elif per_task.is_norm(module) and module not in of_heads:
-            for name, param in module._parameters.items():
-                if param is not None:
-                    param.fill_(float(not is_bias(name)))
+            for name, param in module.named_parameters(recurse=False):
+                param.fill_(float(not is_bias(name)))
