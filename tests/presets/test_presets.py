@@ -267,6 +267,15 @@ def test_a_supsup_task_has_scores_of_its_own() -> None:
     assert not (wsn.subnet_layers()["1"].weight_score == first).any()
 
 
+@pytest.mark.filterwarnings("error")
+def test_nobody_is_warned_that_weights_which_are_not_trained_are_used_up() -> None:
+    wsn = piggyback(mlp(), heads="3")
+    for task in range(2):  # the masks have all weights
+        wsn.begin_task(task)
+        wsn.end_task()
+    assert wsn.capacity().union_density == 1
+
+
 def test_without_heads_the_last_layer_is_masked_too() -> None:
     wsn = supsup(mlp())
     learn(wsn, 0)
