@@ -132,6 +132,7 @@ def test_a_packnet_task_uses_the_weights_of_all_before_it() -> None:
     assert [int(mask.sum()) for mask in masks] == [288, 432, 504]
     assert all((later | earlier).equal(later) for earlier, later in itertools.pairwise(masks))
     assert layer.mask("bias", 0).all(), "biases belong to the first task, whole"
+    assert not layer.weight[~masks[2]].any(), "the optimizer of before has moved them"
 
 
 def test_each_task_may_have_a_density_of_its_own() -> None:
