@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from wsn_fast.train.streams import TaskStream
 METHODS = ("entropy", "one-shot", "binary")
 BATCHES = (1, 10, 100)
 ROUNDS = 15
+STEPS, BATCH_SIZE = 400, 128
 
 
 class Found(NamedTuple):
@@ -101,10 +103,12 @@ def cost(wsn: WSN, x: Tensor, method: str) -> float:
     return median(ratios[1:])
 
 
-def trained_supsup(stream: TaskStream, outputs: int, batch_size: int = 128) -> WSN:
-    """SupSup's LeNet-300-100 without heads, trained for an epoch of every task. It has as many ``outputs`` as the tasks
-    have classes, or more: SupSup adds some that no class needs, which are improbable for the inputs of a task that was
-    trained."""
+def trained_supsup(stream: TaskStream, outputs: int) -> WSN:
+    """SupSup's LeNet-300-100 without heads, trained for ``STEPS`` or more, in whole epochs of every task.
+
+    It has as many ``outputs`` as the tasks have classes, or more: SupSup adds some that no class needs, which are
+    improbable for the inputs of a task that was trained.
+    """
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Flatten()]
     widths = (torch.Size(stream.input_shape).numel(), 300, 100, max(outputs, *stream.classes.values()))
@@ -115,10 +119,11 @@ def trained_supsup(stream: TaskStream, outputs: int, batch_size: int = 128) -> W
         wsn.begin_task(data.task)
         optimizer = wsn.guard(torch.optim.Adam(wsn.parameters(), lr=1e-3))
         wsn.train()
-        for rows in torch.randperm(len(data.train_x)).split(batch_size):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(wsn(data.train_x[rows]), data.train_y[rows]).backward()
-            optimizer.step()
+        for _ in range(math.ceil(STEPS * BATCH_SIZE / len(data.train_x))):
+            for rows in torch.randperm(len(data.train_x)).split(BATCH_SIZE):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(wsn(data.train_x[rows]), data.train_y[rows]).backward()
+                optimizer.step()
         wsn.end_task()
     return wsn
 
