@@ -126,7 +126,7 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
 
 _SHOWN = 500  # characters of a message
 
-_NAME = re.compile(r"[\w.+-]{1,100}")
+_NAME = re.compile(r"\w[\w.+-]{0,99}")
 _NUMBERS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 
 # The settings that only say where files are on one machine. They do not change what a run computes.
@@ -280,14 +280,14 @@ def resolve(
     settings |= {**FALLBACK, **_of_stream(stream, data), **table, **PRESETS[preset], **explicit}
     if "threads" not in settings:
         settings["threads"] = _default_threads(settings["net"])
-    settings.setdefault("out", f"runs/{stream}-{data.replace(',', '+')}-{preset}-seed{settings['seed']}")
+    settings.setdefault("out", f"runs/{stream}-{str(data).replace(',', '+')}-{preset}-seed{settings['seed']}")
     return from_dict(settings)
 
 
 def _of_stream(stream: str, data: str) -> dict[str, Any]:
     """The defaults that come with the kind of the stream."""
     if stream == "datasets":
-        return {"tasks": data.count(",") + 1}
+        return {"tasks": str(data).count(",") + 1}
     return {"class_order": "given"} if stream == "superclass" else {}
 
 
