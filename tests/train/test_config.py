@@ -119,7 +119,7 @@ def test_a_bad_setting_is_named_with_its_value(name: str, value: Any) -> None:
 @pytest.mark.parametrize("data", ["digits,..", "digits,", ",", "digits,a/b", 5, None])
 def test_a_bad_name_among_several_datasets(data: Any) -> None:
     settings = dataclasses.asdict(resolve(stream="datasets", data="digits,mnist"))
-    with pytest.raises(ValueError, match="^data: expected one of .*, or folders of images, with commas between them"):
+    with pytest.raises(ValueError, match=r"^data: expected one of .*, or folders of images, with commas between them"):
         config.from_dict({**settings, "data": data})
 
 
