@@ -125,9 +125,8 @@ class WSNCallback(Callback):
         self._first = None
         if self.verify:
             wsn.verify()
-        for callback in trainer.checkpoint_callbacks if ends else ():
-            if getattr(callback, "save_last", None) and getattr(callback, "last_model_path", ""):
-                trainer.save_checkpoint(callback.last_model_path, getattr(callback, "save_weights_only", False))
+        if ends:
+            save_last_again(trainer)
 
     def _is_finished(self, wsn: WSN) -> bool:
         return wsn.current_task is None and self.task in wsn.tasks
@@ -167,6 +166,13 @@ def end_task(wsn: WSN, first: FirstInputs | None, trainer: Any) -> None:
     """End the task in progress. ``first`` has what the model was called with first in this fit; None if it was not."""
     with trainer.precision_plugin.forward_context():  # the model is called as it was in training
         (first or FirstInputs(wsn)).end_task()
+
+
+def save_last_again(trainer: Any) -> None:
+    """Write the ``last.ckpt`` of every ``ModelCheckpoint`` again: its task was in progress, and has ended since."""
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "save_last", None) and getattr(callback, "last_model_path", ""):
+            trainer.save_checkpoint(callback.last_model_path, getattr(callback, "save_weights_only", False))
 
 
 def guard(wsn: WSN, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:

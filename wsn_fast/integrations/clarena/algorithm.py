@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 from clarena import heads as clarena_heads
 from clarena.cl_algorithms import CLAlgorithm
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wsn_fast import ops
 from wsn_fast.continual.first_inputs import FirstInputs
-from wsn_fast.integrations.lightning import end_task
+from wsn_fast.integrations.lightning import end_task, save_last_again
 from wsn_fast.nn.scores import check_score_init
 
 from .backbone import FastSubnetBackbone
@@ -63,6 +63,7 @@ class FastWSN(CLAlgorithm):
             raise TypeError(f"heads must be a HeadsTIL or a HeadDIL, got {type(heads).__name__}")
         super().__init__(backbone, heads, non_algorithmic_hparams or {})
         self._first: FirstInputs | None = None
+        self._has_ended = False  # in the fit that runs
         self.mask_percentage = ops.check_density(mask_percentage, "mask_percentage")
         self.save_hyperparameters("mask_percentage", "parameter_score_init_mode", "reinit_scores")
         backbone.wsn.score_init = check_score_init(parameter_score_init_mode)
@@ -143,26 +144,39 @@ class FastWSN(CLAlgorithm):
         return {"loss_cls": self.criterion(logits, y), "acc": (preds == y).float().mean(), "preds": preds}
 
     def on_fit_start(self) -> None:
-        """Look at the inputs of the first call. Raise ``RuntimeError`` if the task that was set up is not in progress,
-        because it has ended or a checkpoint of another task was loaded."""
+        """Look at the inputs of the first call. Raise ``RuntimeError`` if the task that was set up is neither in
+        progress nor finished, because a checkpoint of another task was loaded."""
         wsn = self.backbone.wsn
-        if wsn.current_task != self.task_id:
-            raise RuntimeError(
-                f"task {self.task_id} was set up last, but {wsn.current_task!r} is in progress and these are finished: "
-                f"{wsn.tasks}"
-            )
-        self._first = FirstInputs(wsn)
+        if wsn.current_task == self.task_id:
+            self._first = FirstInputs(wsn)
+        elif wsn.current_task is not None or self.task_id not in wsn.tasks:
+            self._refuse()
+
+    def on_train_start(self) -> None:
+        """Lightning calls this if an epoch is left to train. Raise ``RuntimeError`` if the task has ended."""
+        if self.backbone.wsn.current_task is None:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        wsn = self.backbone.wsn
+        raise RuntimeError(
+            f"task {self.task_id} was set up last, but {wsn.current_task!r} is in progress and these are finished: "
+            f"{wsn.tasks}"
+        )
 
     def on_train_end(self) -> None:
         """End the task. The first batch of this fit serves as the probe of ``end_task``."""
         if self.backbone.wsn.current_task is not None:
             end_task(self.backbone.wsn, self._first, self.trainer)
-            self._first = None
+            self._first, self._has_ended = None, True
 
     def on_fit_end(self) -> None:
-        """End the task if ``on_train_end`` has not done so. Lightning skips that hook if the checkpoint has no epoch
-        left to train."""
+        """End the task if ``on_train_end`` has not done so: Lightning skips that hook if the checkpoint has no epoch
+        left to train. Write checkpoints called ``last`` again, so that the task is finished in them."""
         self.on_train_end()
+        if self._has_ended:
+            self._has_ended = False
+            save_last_again(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the ids of the tasks that were set up."""
