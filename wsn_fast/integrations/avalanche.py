@@ -163,13 +163,22 @@ class WSNPlugin(SupervisedPlugin):
 
     # --- what an experience is of -----------------------------------------------------------------------------------
     def _has_labels(self, experience: Any) -> bool:
-        return not self.by_number and hasattr(experience, "task_labels")
+        return not self.by_number and hasattr(_whole(experience), "task_labels")
 
     def _tasks_of(self, experience: Any) -> list[int]:
         """The tasks of an experience: its task labels in ascending order, or its number."""
+        whole = _whole(experience)
         if self._has_labels(experience):
-            return sorted({int(label) for label in experience.task_labels})
-        return [int(experience.logging().current_experience)]
+            return sorted({int(label) for label in whole.task_labels})
+        return [int(whole.current_experience)]
+
+
+def _whole(experience: Any) -> Any:
+    """The experience that ``experience`` is a part of, if it comes from an online stream. Parts have other numbers, and
+    neither labels nor classes."""
+    shown = experience.logging()  # else Avalanche hides the number
+    whole = getattr(shown, "origin_experience", None)
+    return shown if whole is None else whole.logging()
 
 
 def _wsn_of(strategy: Any) -> WSN:
@@ -197,8 +206,9 @@ def _make_heads(wsn: WSN, task: int, experience: Any) -> None:
 
 def _classes_of(experience: Any) -> Iterable[int]:
     """The classes of an experience. Only some benchmarks list them."""
-    listed = getattr(experience, "classes_in_this_experience", None)
-    return map(int, experience.dataset.targets if listed is None else listed)
+    whole = _whole(experience)
+    listed = getattr(whole, "classes_in_this_experience", None)
+    return map(int, whole.dataset.targets if listed is None else listed)
 
 
 def _hold_first_heads(optimizer: torch.optim.Optimizer, wsn: WSN) -> None:
