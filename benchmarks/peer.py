@@ -1,4 +1,4 @@
-"""How do WSN programs that people can install compare? CLArena's WSN beside this library inside CLArena: accuracy, time.
+"""How do WSN programs that people can install compare? CLArena's beside this library inside CLArena: accuracy, time.
 
     pip install "wsn-fast[clarena]"
     python -m benchmarks.peer mnist/ --out peers.json
@@ -34,17 +34,17 @@ PROGRAMS = {
     "CLArena": "CLArena's `WSN` on its `WSNMaskMLP`, with the gate mended",
     "on our backbone": "CLArena's `WSN` on our `FastSubnetMLP`",
     "ours": "our `FastWSN` on our `FastSubnetMLP`",
-    "dense": "CLArena's `Finetuning` on its `MLP`: no masks, and it forgets",
+    "dense": "CLArena's `Finetuning` on its `CLMLP`: no masks, and it forgets",
 }
 SETTINGS: Mapping[str, Any] = {
-    "tasks": 5, "epochs": 1, "batch": 64, "width": 100, "density": 0.3, "lr": 1e-3, "threads": 1,
+    "tasks": 3, "epochs": 1, "batch": 64, "width": 100, "density": 0.3, "lr": 1e-3, "threads": 1,
 }  # fmt: skip
 SEEDS = (1, 2, 3)
 
 
 def make(program: str, inputs: int, settings: Mapping[str, Any]) -> Any:
     """The algorithm of a program, with a backbone of two layers."""
-    from clarena.backbones import MLP, WSNMaskMLP
+    from clarena.backbones import CLMLP, WSNMaskMLP
     from clarena.backbones.base import PercentileLayerParameterMaskingByScore as Gate
     from clarena.cl_algorithms import WSN, Finetuning
     from clarena.heads import HeadsTIL
@@ -57,7 +57,7 @@ def make(program: str, inputs: int, settings: Mapping[str, Any]) -> Any:
         "CLArena": (WSN, WSNMaskMLP),
         "on our backbone": (WSN, FastSubnetMLP),
         "ours": (FastWSN, FastSubnetMLP),
-        "dense": (Finetuning, MLP),
+        "dense": (Finetuning, CLMLP),
     }[program]
     width = settings["width"]
     density = {} if program == "dense" else {"mask_percentage": settings["density"]}
