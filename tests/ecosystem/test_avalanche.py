@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from wsn_fast import WSN, TaskHeads, convert
+from wsn_fast import WSN, TaskHeads, UnmaskedReadError, convert
 
 if find_spec("avalanche") is None:
     pytest.skip('needs Avalanche: pip install "wsn-fast[avalanche]"', allow_module_level=True)
@@ -33,6 +33,31 @@ def test_finished_tasks_stay_to_the_bit(optimizer: str) -> None:
     strategy = strategy_of(model(), optimizer, [WSNPlugin(verify=True)])
     assert kept(strategy, labelled().train_stream)
     assert strategy.model.tasks == [0, 1, 2]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_tasks_are_verified_after_each_experience_where_one_asks_for_it(
+    verify: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    monkeypatch.setattr(WSN, "verify", lambda wsn: seen.append(list(wsn.tasks)))
+    strategy_of(model(), plugins=[WSNPlugin(verify=verify)]).train(labelled().train_stream[:2])
+    assert seen == ([[0], [0, 1]] if verify else [])
+
+
+def test_a_task_that_reads_past_its_mask_is_found_when_it_ends() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(INPUTS, 16), nn.Linear(INPUTS, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.layer(x)) @ self.layer.weight.detach())
+
+    strategy = strategy_of(WSN(convert(Tied(), density=0.4, heads="head")))
+    with pytest.raises(UnmaskedReadError, match=r"layer\.weight"):
+        strategy.train(labelled().train_stream[0])
+    assert strategy.model.current_task == 0
 
 
 def test_a_task_learns() -> None:
