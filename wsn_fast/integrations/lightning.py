@@ -18,6 +18,8 @@ from wsn_fast.nn.task_ids import TaskId, check_task
 from wsn_fast.ops import check_bool
 from wsn_fast.optim.averages import Averaging, averaging
 
+from .wsn_within import wsn_within
+
 if find_spec("lightning") is None:
     raise ImportError('this needs Lightning: pip install "wsn-fast[lightning]"', name="lightning")
 
@@ -140,12 +142,7 @@ class WSNCallback(Callback):
     def _wsn(self, pl_module: nn.Module) -> WSN:
         if self._given is not None:
             return self._given
-        found = [module for module in pl_module.modules() if isinstance(module, WSN)]
-        if len(found) != 1:
-            raise ValueError(
-                f"{type(pl_module).__name__} must contain one WSN, found {len(found)}: say which, WSNCallback(wsn=...)"
-            )
-        return found[0]
+        return wsn_within(pl_module, "say which, WSNCallback(wsn=...)")
 
 
 def _average_what_moves(wsn: WSN, pl_module: nn.Module, averaged: AveragedModel, callback: str) -> None:
