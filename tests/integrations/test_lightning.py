@@ -82,15 +82,40 @@ def test_finished_tasks_stay_to_the_bit(
     assert all(torch.equal(logits(module, task, probe), before) for task, before in then.items())
 
 
-def test_a_one_pass_optimizer_keeps_finished_tasks(
-    loader: Loader, make_trainer: MakeTrainer, probe: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = Module()
-    monkeypatch.setattr(module, "configure_optimizers", lambda: SubnetAdamW(module.wsn, 0.02, weight_decay=0.2))
+class Ours(Module):
+    """It is trained by our optimizer."""
+
+    one_pass = True
+
+    def configure_optimizers(self) -> Any:
+        return SubnetAdamW(self.wsn, 0.02, weight_decay=0.2, eps=1e-3, one_pass=self.one_pass)
+
+
+def test_a_one_pass_optimizer_keeps_finished_tasks(loader: Loader, make_trainer: MakeTrainer, probe: Tensor) -> None:
+    module = Ours()
     fit(module, 1, loader, make_trainer())
     before = logits(module, 1, probe)
     fit(module, 2, loader, make_trainer())
     assert torch.equal(logits(module, 1, probe), before)
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.3])
+def test_a_one_pass_optimizer_clips_by_the_norm_of_all_gradients(
+    loader: Loader, make_trainer: MakeTrainer, clip: float
+) -> None:
+    trained = []
+    for one_pass in (False, True):
+        module = Ours()  # it seeds what is drawn from here on
+        module.one_pass = one_pass
+        for task in (1, 2):
+            fit(module, task, loader, make_trainer(gradient_clip_val=clip))
+        trained.append(dict(module.named_parameters()))
+    torch.testing.assert_close(trained[1], trained[0])
+
+
+def test_a_one_pass_optimizer_does_not_clip_values(loader: Loader, make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match='gradient_clip_algorithm must be "norm" with a one-pass optimizer'):
+        fit(Ours(), 1, loader, make_trainer(gradient_clip_val=0.5, gradient_clip_algorithm="value"))
 
 
 def test_a_task_learns(loader: Loader, make_trainer: MakeTrainer) -> None:

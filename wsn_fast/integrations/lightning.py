@@ -17,6 +17,7 @@ from wsn_fast.distributed import leave_alone
 from wsn_fast.nn.task_ids import TaskId, check_task
 from wsn_fast.ops import check_bool
 from wsn_fast.optim.averages import Averaging, averaging
+from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 
 from .wsn_within import wsn_within
 
@@ -100,6 +101,7 @@ class WSNCallback(Callback):
         if wsn.current_task != self.task and not self._is_finished(wsn):
             self._refuse(wsn)
         guard(wsn, trainer.optimizers)
+        clip_with_optimizer(trainer.precision_plugin)
         self._first = FirstInputs(wsn)
         for callback in trainer.callbacks:
             averaged = getattr(callback, "_average_model", None)
@@ -170,6 +172,39 @@ def save_last_again(trainer: Any) -> None:
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "save_last", None) and getattr(callback, "last_model_path", ""):
             trainer.save_checkpoint(callback.last_model_path, getattr(callback, "save_weights_only", False))
+
+
+def clip_with_optimizer(plugin: Any) -> None:
+    """Let Lightning's ``gradient_clip_val`` clip by the norm that a one-pass optimizer computes. The gradients of its
+    weights and scores are not there yet.
+
+    Args:
+        plugin: the precision plugin of a trainer.
+    """
+    if "clip_grad_by_norm" in vars(plugin):
+        return  # an earlier fit of this trainer has done it
+    by_norm, by_value = plugin.clip_grad_by_norm, plugin.clip_grad_by_value
+
+    def clip_grad_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+        if is_one_pass(optimizer):
+            optimizer.clip_grad_norm_(clip_val)  # type: ignore[attr-defined]
+        else:
+            by_norm(optimizer, clip_val)
+
+    def clip_grad_by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+        if is_one_pass(optimizer):
+            raise ValueError(
+                'gradient_clip_algorithm must be "norm" with a one-pass optimizer, got "value": the gradients of its '
+                "weights and scores are not there yet"
+            )
+        by_value(optimizer, clip_val)
+
+    plugin.clip_grad_by_norm, plugin.clip_grad_by_value = clip_grad_by_norm, clip_grad_by_value
+
+
+def is_one_pass(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is ours and updates weights and scores in one pass."""
+    return isinstance(optimizer, SubnetOptimizer) and optimizer.one_pass
 
 
 def guard(wsn: WSN, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
