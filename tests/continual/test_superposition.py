@@ -127,6 +127,22 @@ def test_under_autocast_coefficients_stay_precise() -> None:
     assert (found - gradient).abs().max() < 0.03 * gradient.abs().max()
 
 
+def test_masks_are_not_added_up_in_the_dtype_of_autocast() -> None:
+    from wsn_fast.continual.superposition import _Mixed
+
+    layer: Any = finished(mlp()).subnet_layers()["1"]
+    alpha = torch.tensor([0.3, 0.3, 0.4], requires_grad=True)
+
+    def both() -> tuple[Tensor, Tensor]:
+        mixed = _Mixed.apply(alpha, layer.weight.detach(), layer.weight_masks)
+        return mixed, torch.autograd.grad(mixed.square().sum(), alpha)[0]
+
+    expected = both()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = both()
+    assert all(map(torch.equal, found, expected))
+
+
 class Repeated(nn.Module):
     """Runs its layers again while backward runs."""
 
