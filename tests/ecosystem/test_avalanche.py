@@ -46,16 +46,14 @@ def test_tasks_are_verified_after_each_experience_where_one_asks_for_it(
 
 
 def test_a_task_that_reads_past_its_mask_is_found_when_it_ends() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.head = nn.Linear(INPUTS, 16), nn.Linear(INPUTS, 3)
-
+    class Reads(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.relu(self.layer(x)) @ self.layer.weight.detach())
+            return super().forward(x) + self.held[0].detach().sum()
 
-    strategy = strategy_of(WSN(convert(Tied(), density=0.4, heads="head")))
-    with pytest.raises(UnmaskedReadError, match=r"layer\.weight"):
+    net = convert(Reads(nn.Linear(INPUTS, 16), nn.ReLU(), nn.Linear(16, 3)), density=0.4, heads="2")
+    net.held = [net[0].weight]
+    strategy = strategy_of(WSN(net))
+    with pytest.raises(UnmaskedReadError, match=r"0\.weight"):
         strategy.train(labelled().train_stream[0])
     assert strategy.model.current_task == 0
 
