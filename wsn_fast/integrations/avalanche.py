@@ -50,13 +50,6 @@ class WSNPlugin(SupervisedPlugin):
 
     Raises:
         TypeError: ``by_number`` or ``verify`` is no bool.
-
-    In training and evaluation:
-
-    Raises:
-        ValueError: the model does not contain one WSN; or the experience to train has several task labels, or that of
-            a finished task.
-        TypeError: the model contains a ``DynamicModule`` of Avalanche, which grows by itself.
     """
 
     def __init__(self, *, density: Density | None = None, by_number: bool = False, verify: bool = False) -> None:
@@ -70,11 +63,21 @@ class WSNPlugin(SupervisedPlugin):
 
     # --- training ----------------------------------------------------------------------------------------------------
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
-        """Check the model before Avalanche adapts it."""
+        """Check the model before Avalanche adapts it.
+
+        Raises:
+            TypeError: the model has a ``DynamicModule`` of Avalanche.
+            ValueError: it does not contain one WSN.
+        """
         _wsn_of(strategy)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Begin the task, unless it is in progress already."""
+        """Begin the task, unless it is in progress already.
+
+        Raises:
+            ValueError: the experience has several task labels, or that of a finished task.
+            RuntimeError, OwnershipError: as ``begin_task`` of :class:`wsn_fast.WSN`.
+        """
         wsn, tasks = _wsn_of(strategy), self._tasks_of(strategy.experience)
         if len(tasks) > 1:
             raise ValueError(
@@ -107,7 +110,7 @@ class WSNPlugin(SupervisedPlugin):
         """
         if not self._has_labels(strategy.experience):
             return
-        task = _wsn_of(strategy).current_task
+        (task,) = self._tasks_of(strategy.experience)
         own = strategy.mb_task_id == task
         if own.all():
             return
@@ -124,7 +127,12 @@ class WSNPlugin(SupervisedPlugin):
             )
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """End the task. The first batch of its training serves as the probe of ``end_task``."""
+        """End the task. The first batch of its training serves as the probe of ``end_task``.
+
+        Raises:
+            UnmaskedReadError, FloatingPointError, ForgottenError: as ``end_task`` of :class:`wsn_fast.WSN`; the task is
+                still in progress.
+        """
         if not getattr(strategy.experience, "is_last_subexp", True):
             return  # an online stream has cut the experience into parts
         wsn = _wsn_of(strategy)
@@ -135,7 +143,7 @@ class WSNPlugin(SupervisedPlugin):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
-        """Check the model before Avalanche adapts it."""
+        """Check the model, as :meth:`before_training` does."""
         _wsn_of(strategy)
 
     def before_eval_exp(self, strategy: Any, **kwargs: Any) -> None:
