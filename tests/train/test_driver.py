@@ -57,6 +57,13 @@ def test_a_run_forgets_nothing_and_learns_every_task(settings: Callable[..., Tra
     assert results["acc"] == pytest.approx(sum(matrix[-1]) / 3)
 
 
+def test_several_datasets_are_tasks_of_one_run(settings: Callable[..., TrainConfig]) -> None:
+    s = settings(stream="datasets", data="digits,digits", tasks=None, net="mlp")
+    results = start(s).finish()
+    assert s.tasks == 2 and results["bwt"] == 0.0 and min(results["accuracy_matrix"][-1]) > 80
+    assert results["command"].startswith("wsn-fast train datasets --data digits,digits --preset paper --epochs 3")
+
+
 def test_a_run_writes_one_folder(settings: Callable[..., TrainConfig]) -> None:
     s = settings(tasks=2)
     results = start(s).finish()
