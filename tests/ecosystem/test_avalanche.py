@@ -30,13 +30,13 @@ pytestmark = [pytest.mark.ecosystem, pytest.mark.filterwarnings("default", "erro
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_finished_tasks_stay_to_the_bit(optimizer: str) -> None:
-    strategy = strategy_of(model(), optimizer, [WSNPlugin(verify=True)])
+    strategy = strategy_of(model(), optimizer)
     assert kept(strategy, labelled().train_stream)
     assert strategy.model.tasks == [0, 1, 2]
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_tasks_are_verified_after_each_experience_where_one_asks_for_it(
+def test_finished_tasks_are_verified_after_each_experience_unless_one_asks_for_none(
     verify: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
