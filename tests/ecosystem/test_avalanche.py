@@ -128,37 +128,67 @@ def test_heads_without_a_width_have_an_output_for_each_class() -> None:
     assert {task: head.out_features for task, head in strategy.model.heads.items()} == {0: 3, 1: 2}
 
 
-def test_a_training_that_an_exception_ended_goes_on() -> None:
-    class Breaks(Clips):
-        def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-            if strategy.clock.train_exp_counter == 1 and strategy.clock.train_exp_iterations == 2:
-                strategy.plugins.remove(self)
-                raise ConnectionError("the data are gone")
+class Breaks(SupervisedPlugin):
+    """Raises an error once, at a backward pass of the second experience or in an evaluation."""
 
-    strategy, stream = strategy_of(model(), plugins=[Breaks()]), labelled().train_stream
-    strategy.train(stream[0])
-    before = logits(strategy.model, 0)
+    def __init__(self, moment: str) -> None:
+        super().__init__()
+        self.moment = moment
+
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        if (self.moment, strategy.clock.train_exp_counter, strategy.clock.train_exp_iterations) == ("training", 1, 2):
+            self._break(strategy)
+
+    def after_eval_forward(self, strategy: Any, **kwargs: Any) -> None:
+        if self.moment == "evaluation":
+            self._break(strategy)
+
+    def _break(self, strategy: Any) -> None:
+        strategy.plugins.remove(self)
+        raise ConnectionError("the data are gone")
+
+
+def interrupted(**options: Any) -> Any:
+    """A strategy whose second experience was interrupted."""
+    strategy, stream = strategy_of(model(), plugins=[Breaks("training")], **options), labelled().train_stream
+    strategy.train(stream[0], eval_streams=[])
     with pytest.raises(ConnectionError):
-        strategy.train(stream[1])
+        strategy.train(stream[1], eval_streams=[])
     assert strategy.model.current_task == 1
-    with strategy.model.use_task(0):  # somebody looks at it, and it stays in use
-        strategy.eval(stream[0])
-    strategy.train(stream[1])
-    assert strategy.model.tasks == [0, 1]
-    assert torch.equal(logits(strategy.model, 0), before)
+    return strategy
 
 
-def test_an_evaluation_that_an_exception_ended_does_not_disturb_training() -> None:
-    class Breaks(SupervisedPlugin):
-        def after_eval_forward(self, strategy: Any, **kwargs: Any) -> None:
-            raise ConnectionError("the data are gone")
+def goes_on(strategy: Any) -> bool:
+    """Train the second experience. Does the first task compute what it did, to the bit?"""
+    before = logits(strategy.model, 0)
+    strategy.train(labelled().train_stream[1])
+    return strategy.model.tasks == [0, 1] and torch.equal(logits(strategy.model, 0), before)
 
+
+def test_a_training_that_an_exception_ended_goes_on() -> None:
+    assert goes_on(interrupted())
+
+
+def test_a_training_goes_on_while_a_finished_task_is_in_use() -> None:
+    strategy = interrupted()
+    strategy.model.use_task(0)
+    assert goes_on(strategy)
+
+
+def test_a_training_goes_on_after_an_evaluation_that_an_exception_ended() -> None:
+    strategy = interrupted(eval_every=1)
+    strategy.plugins.append(Breaks("evaluation"))
+    with pytest.raises(ConnectionError), strategy.model.use_task(0):
+        strategy.eval(labelled().test_stream[0])
+    assert goes_on(strategy)
+
+
+def test_a_task_begins_after_an_evaluation_that_an_exception_ended() -> None:
     strategy, benchmark = strategy_of(model()), labelled()
     strategy.train(benchmark.train_stream[0])
-    strategy.plugins.append(Breaks())
+    strategy.plugins.append(Breaks("evaluation"))
     with pytest.raises(ConnectionError):
         strategy.eval(benchmark.test_stream[0])
-    strategy.plugins.pop()
     assert kept(strategy, benchmark.train_stream[1:])
 
 
