@@ -148,9 +148,9 @@ class Breaks(SupervisedPlugin):
         raise ConnectionError("the data are gone")
 
 
-def interrupted(**options: Any) -> Any:
+def interrupted() -> Any:
     """A strategy whose second experience was interrupted."""
-    strategy, stream = strategy_of(model(), plugins=[Breaks("training")], **options), labelled().train_stream
+    strategy, stream = strategy_of(model(), plugins=[Breaks("training")]), labelled().train_stream
     strategy.train(stream[0], eval_streams=[])
     with pytest.raises(ConnectionError):
         strategy.train(stream[1], eval_streams=[])
@@ -176,10 +176,15 @@ def test_a_training_goes_on_while_a_finished_task_is_in_use() -> None:
 
 
 def test_a_training_goes_on_after_an_evaluation_that_an_exception_ended() -> None:
-    strategy = interrupted(eval_every=1)
+    class Evaluates(SupervisedPlugin):
+        def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            strategy.eval(test)
+
+    strategy, test = interrupted(), labelled().test_stream[0]
     strategy.plugins.append(Breaks("evaluation"))
     with pytest.raises(ConnectionError), strategy.model.use_task(0):
-        strategy.eval(labelled().test_stream[0])
+        strategy.eval(test)
+    strategy.plugins.append(Evaluates())
     assert goes_on(strategy)
 
 
