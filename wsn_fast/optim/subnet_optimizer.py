@@ -61,9 +61,20 @@ class SubnetOptimizer(torch.optim.Optimizer):
         return self._known_gates is not None
 
     def attach(self, wsn: Model, one_pass: bool, accumulate_in: str) -> None:
-        """Let this optimizer train ``wsn``, whose parameters it holds, in this mode. ``wsn`` guards it."""
-        self.one_pass, self._known_gates = ops.check_bool("one_pass", one_pass), wsn.gates
+        """Let this optimizer train ``wsn``, whose parameters it holds, in this mode. ``wsn`` guards it.
+
+        Args:
+            wsn: the model.
+            one_pass: as for the constructor.
+            accumulate_in: as for the constructor.
+
+        Raises:
+            TypeError: ``one_pass`` is no bool.
+            ValueError: ``accumulate_in`` is unknown or not possible.
+        """
+        one_pass = ops.check_bool("one_pass", one_pass)
         self.accumulate_in = check_accumulation(accumulate_in, one_pass)
+        self.one_pass, self._known_gates = one_pass, wsn.gates
         self._has_coded = self.storage.is_coded
         self._step_supports_amp_scaling = False  # GradScaler has to unscale G, as it unscales any gradient
         wsn.guard(self)  # the guard calls claim
