@@ -6,6 +6,7 @@ import inspect
 import os
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,13 +21,18 @@ from wsn_fast.ops import check_bool
 from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 
 if find_spec("transformers") is None or find_spec("accelerate") is None:
-    raise ImportError('this needs transformers and accelerate: pip install "wsn-fast[transformers]"', name="transformers")
+    raise ImportError(
+        'this needs transformers and accelerate: pip install "wsn-fast[transformers]"', name="transformers"
+    )
 
 from safetensors import safe_open
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, can_return_loss, find_labels
+
+
+_REGISTER = "_extra_state"  # its name in the state of a WSN
 
 
 class WSNTrainer(Trainer):
@@ -86,6 +92,8 @@ class WSNTrainer(Trainer):
     def _look_inside(self) -> None:
         """Find out about the model in the WSN what ``Trainer`` finds out about its model."""
         inner = self.wsn.model
+        if hasattr(inner, "get_base_model"):  # of PEFT
+            inner = inner.get_base_model()
         taken = inspect.signature(inner.forward).parameters
         if self.args.label_names is None:
             self.label_names = find_labels(type(inner))
@@ -121,29 +129,30 @@ class WSNTrainer(Trainer):
 
     def _checkpoint(self, asked: str | bool | None) -> str | None:
         """The folder of the checkpoint to resume from. Its tasks have been checked."""
-        folder = get_last_checkpoint(self.args.output_dir) if asked is True else asked or None
-        if folder is None:
-            if asked is True:
-                raise ValueError(f"there is no checkpoint in {self.args.output_dir}: resume_from_checkpoint=False")
-            return None
-        path = os.path.join(folder, SAFE_WEIGHTS_NAME)
-        if os.path.isfile(path):
-            with safe_open(path, "pt") as file:
-                if "_extra_state" not in file.keys():
-                    raise ValueError(f"{path} is no state of a WSN: it has no register of tasks")
-                register = parse(file.get_tensor("_extra_state"))
-            current = None if register.current is None else register.current["task"]
-            if current != self.task:
-                raise ValueError(
-                    f"task {self.task!r} is to be trained, but {folder} has {current!r} in progress: "
-                    "give each task an output_dir of its own"
-                )
-            if self.wsn.tasks and self.wsn.tasks != register.tasks:
-                raise ValueError(
-                    f"{folder} is of a model with the finished tasks {register.tasks}, and this WSN has "
-                    f"{self.wsn.tasks}"
-                )
+        folder = _last_checkpoint(self.args.output_dir) if asked is True else asked or None
+        if folder is not None:
+            self._check_tasks(folder)
         return folder
+
+    def _check_tasks(self, folder: str) -> None:
+        path = os.path.join(folder, SAFE_WEIGHTS_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(f"there is no {path} to resume from")
+        with safe_open(path, "pt") as file:
+            if _REGISTER not in file.keys():
+                raise ValueError(f"{path} is not the state of a WSN: it has no register of tasks")
+            register = parse(file.get_tensor(_REGISTER))
+        current = None if register.current is None else register.current["task"]
+        if current != self.task:
+            raise ValueError(
+                f"task {self.task!r} is to be trained, but {folder} has {current!r} in progress: give each task an "
+                "output_dir of its own"
+            )
+        if self.wsn.tasks not in ([], register.tasks):
+            raise ValueError(
+                f"{folder} has the finished tasks {register.tasks}, and this WSN has {self.wsn.tasks}: resume with a "
+                "new WSN, or with the one that the checkpoint is of"
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer as ``Trainer`` does, and guard it."""
@@ -182,6 +191,14 @@ class WSNTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
 
+def _last_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint that is complete: ``Trainer`` writes its own state last."""
+    found = [one.parent for one in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    if not found:
+        raise ValueError(f"resume_from_checkpoint=True, but there is no complete checkpoint in {output_dir}")
+    return str(max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-"))))
+
+
 def _check_settings(args: Any) -> None:
     """Raise ``ValueError`` if a training argument cannot be right for a WSN."""
     for name in ("fp16_full_eval", "bf16_full_eval"):
@@ -189,7 +206,10 @@ def _check_settings(args: Any) -> None:
             raise ValueError(f"{name}=True rounds the weights of finished tasks: use bf16=True, which is autocast")
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name):
-            raise ValueError(f"{name} cuts parameters into shards without their masks: use DDP, or wsn_fast.distributed.shard")
+            raise ValueError(
+                f"{name} would cut parameters into shards without their masks: use DDP, or wsn_fast.distributed.shard "
+                "with a training loop of your own"
+            )
     if args.n_gpu > 1:
         raise ValueError(
             f"Trainer would use DataParallel on {args.n_gpu} GPUs, whose copies do not know the tasks: start it with "
