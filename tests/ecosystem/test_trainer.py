@@ -77,7 +77,8 @@ def plain() -> WSN:
 
 @pytest.mark.parametrize("make", [bert, gpt, plain])
 @pytest.mark.parametrize(
-    "found", ["label_names", "can_return_loss", "model_accepts_loss_kwargs", "_loss_shifts_labels", "_signature_columns"]
+    "found",
+    ["label_names", "can_return_loss", "model_accepts_loss_kwargs", "_loss_shifts_labels", "_signature_columns"],
 )
 def test_it_finds_what_trainer_finds_of_the_model(make: Any, found: str, tmp_path: Path) -> None:
     ours = trainer(make(), 1, tmp_path)
@@ -89,7 +90,12 @@ def test_it_finds_what_trainer_finds_of_the_model(make: Any, found: str, tmp_pat
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.2}, {"gradient_accumulation_steps": 2, "bf16": True}],
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"label_smoothing_factor": 0.2},
+        {"gradient_accumulation_steps": 2, "bf16": True},
+    ],
     ids=["defaults", "accumulate", "smoothing", "bf16"],
 )
 def test_at_density_1_it_trains_as_trainer_trains_the_dense_model(options: dict[str, Any], tmp_path: Path) -> None:
@@ -286,7 +292,7 @@ def _checked(args: Any) -> None:
 def test_data_parallel_is_refused(tmp_path: Path) -> None:
     one = trainer(bert(), 1, tmp_path)
     one.args._n_gpu = 2
-    with pytest.raises(ValueError, match="DataParallel on 2 GPUs.*torchrun"):
+    with pytest.raises(ValueError, match=r"DataParallel on 2 GPUs.*torchrun"):
         WSNTrainer(one.wsn, one.args, task=1)
 
 

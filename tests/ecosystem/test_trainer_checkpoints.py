@@ -34,7 +34,9 @@ def test_a_task_that_is_resumed_ends_as_one_that_was_not_interrupted(
         trainer(wsn, earlier, tmp_path, more=more).train()
     trainer(wsn, task, tmp_path, more=more, **STEPS, weight_decay=0.1).train()
     fresh = make()
-    trainer(fresh, task, tmp_path, more=more, **STEPS, weight_decay=0.1).train(str(tmp_path / f"task-{task}/checkpoint-3"))
+    trainer(fresh, task, tmp_path, more=more, **STEPS, weight_decay=0.1).train(
+        str(tmp_path / f"task-{task}/checkpoint-3")
+    )
     assert same(wsn, fresh) == []
     assert torch.equal(logits(fresh, 1), logits(wsn, 1))
 
@@ -74,7 +76,7 @@ def test_a_checkpoint_of_another_task_is_refused(tmp_path: Path) -> None:
     trainer(bert(), 1, tmp_path, **STEPS).train()
     wsn = bert()
     before = {name: tensor.clone() for name, tensor in wsn.state_dict().items()}
-    with pytest.raises(ValueError, match="task 2 is to be trained, but .*checkpoint-3 has 1 in progress"):
+    with pytest.raises(ValueError, match=r"task 2 is to be trained, but .*checkpoint-3 has 1 in progress"):
         trainer(wsn, 2, tmp_path).train(str(tmp_path / "task-1" / "checkpoint-3"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in wsn.state_dict().items())
     assert wsn.current_task is None

@@ -31,7 +31,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, can_return_loss, find_labels
 
-
 _REGISTER = "_extra_state"  # its name in the state of a WSN
 
 
@@ -65,6 +64,9 @@ class WSNTrainer(Trainer):
         ValueError: a setting would change what finished tasks use, or needs what a WSN cannot do; the message names it.
     """
 
+    optimizer: Any
+    label_smoother: Any
+
     def __init__(
         self,
         model: WSN,
@@ -91,7 +93,7 @@ class WSNTrainer(Trainer):
 
     def _look_inside(self) -> None:
         """Find out about the model in the WSN what ``Trainer`` finds out about its model."""
-        inner = self.wsn.model
+        inner: Any = self.wsn.model
         if hasattr(inner, "get_base_model"):  # of PEFT
             inner = inner.get_base_model()
         taken = inspect.signature(inner.forward).parameters
@@ -139,7 +141,7 @@ class WSNTrainer(Trainer):
         if not os.path.isfile(path):
             raise ValueError(f"there is no {path} to resume from")
         with safe_open(path, "pt") as file:
-            if _REGISTER not in file.keys():
+            if _REGISTER not in set(file.keys()):
                 raise ValueError(f"{path} is not the state of a WSN: it has no register of tasks")
             register = parse(file.get_tensor(_REGISTER))
         current = None if register.current is None else register.current["task"]
