@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from ecosystem.trainers import Tokens, bert, dense_gpt, gpt, logits, same, trainer
+from ecosystem.trainers import Tokens, arguments, bert, dense_gpt, gpt, logits, same, trainer
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+)
 
 from wsn_fast import WSN, ForgottenError, UnmaskedReadError, convert, to_dense
 from wsn_fast.integrations.transformers import WSNTrainer
@@ -147,6 +153,20 @@ def test_a_finished_task_generates(tmp_path: Path) -> None:
     with wsn.use_task(1):
         tokens = wsn.eval().generate(prompt, max_new_tokens=5, do_sample=False)
     assert torch.equal(tokens, to_dense(wsn, 1).eval().generate(prompt, max_new_tokens=5, do_sample=False))
+
+
+def test_a_subclass_of_trainer_serves_too(tmp_path: Path) -> None:
+    class Mine(WSNTrainer, Seq2SeqTrainer):
+        """Predicts with ``generate``."""
+
+    wsn, predicted = gpt(), []
+    for task in (1, 2):
+        args = arguments(tmp_path, Seq2SeqTrainingArguments, predict_with_generate=True, generation_max_length=12)
+        one = Mine(wsn, args, task=task, train_dataset=Tokens(task, lm=True))
+        one.train()
+        with wsn.use_task(1):
+            predicted.append(one.predict(Tokens(9, lm=True)).predictions)
+    assert (predicted[0] == predicted[1]).all()
 
 
 def test_the_precision_is_that_of_each_trainer(tmp_path: Path) -> None:

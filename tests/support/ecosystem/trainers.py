@@ -59,9 +59,9 @@ def gpt() -> WSN:
     return WSN(convert(dense_gpt(), density=0.4))
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
+def arguments(folder: Path, kind: type[TrainingArguments] = TrainingArguments, **options: Any) -> TrainingArguments:
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
-    return TrainingArguments(str(folder), **({"num_train_epochs": 2, "learning_rate": 0.01} | quiet | options))
+    return kind(str(folder), **({"num_train_epochs": 2, "learning_rate": 0.01} | quiet | options))
 
 
 def trainer(wsn: WSN, task: int, folder: Path, *, more: dict[str, Any] | None = None, **options: Any) -> WSNTrainer:
