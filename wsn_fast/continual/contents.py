@@ -25,6 +25,7 @@ class Contents(nn.Module):
     """The part of :class:`wsn_fast.WSN` that says what is there."""
 
     gates: ModelGates
+    model: nn.Module
     _parts: ModelParts
     _register: TaskRegister
     _view: View
@@ -39,14 +40,13 @@ class Contents(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            model = self.__dict__.get("_modules", {}).get("model")
-            if name.startswith("_") or not hasattr(model, name):
+            if name.startswith("_") or name == "model" or not hasattr(self.model, name):
                 raise
             if name in _WITHOUT_TASKS:
                 raise AttributeError(
                     f"{name} would leave out the tasks: save wsn.state_dict(), or a plain copy, to_dense(wsn, task)"
                 ) from None
-            return getattr(model, name)
+            return getattr(self.model, name)
 
     @property
     def tasks(self) -> list[TaskId]:
