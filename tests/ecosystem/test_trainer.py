@@ -224,15 +224,17 @@ def test_the_task_ends_after_all_callbacks(tmp_path: Path) -> None:
     assert (seen, wsn.tasks) == ([1], [1])
 
 
-def test_after_an_error_the_task_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end"])
+def test_after_an_error_the_task_goes_on(event: str, tmp_path: Path) -> None:
     wsn = bert()
 
-    class Fail(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            raise KeyboardInterrupt
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
+    fail = TrainerCallback()
+    setattr(fail, event, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        trainer(wsn, 1, tmp_path, more={"callbacks": [Fail()]}).train()
+        trainer(wsn, 1, tmp_path, more={"callbacks": [fail]}).train()
     assert wsn.current_task == 1
     assert not wsn._forward_pre_hooks
     trainer(wsn, 1, tmp_path).train()
