@@ -1,15 +1,19 @@
-"""How often does ``WSN.infer_task`` find the task of a test image, and what does it cost?
+"""How often does ``WSN.infer_task`` find the task of test data, and what does it cost?
 
     wsn-fast train permuted --data mnist --data-dir mnist/ --tasks 10 --out RUN
     python -m benchmarks.task_inference RUN
+    python -m benchmarks.task_inference RUN --supsup
 
-It prints a Markdown table of a finished run: the share of batches of one task whose task was found, and the accuracy
-with the tasks that were found beside that with the true ones (an oracle).
+It prints a Markdown table of a finished run, for each method and size of a batch: the share of batches of one task
+whose task was found, the accuracy with the tasks that were found beside that with the true ones (an oracle), and the
+time by that of a forward pass of one known task. With --supsup it trains SupSup on the tasks of the run, and measures
+that.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,57 +21,71 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsn_fast import WSN
+from wsn_fast.presets import supsup
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
+from wsn_fast.train.streams import TaskStream
 
+METHODS = ("entropy", "one-shot", "binary")
 BATCHES = (1, 10, 100)
 ROUNDS = 5
 
 
 class Found(NamedTuple):
-    """What was found for the test data of one task, in percent.
+    """What a method found for the test data of one task, in percent.
 
     Attributes:
-        tasks: by the size of a batch, the share of batches whose task was found.
-        accuracy: the same, of rows that were classified rightly as the task that was found. Where tasks have classes of
+        tasks: the share of batches whose task was found.
+        accuracy: the share of rows that were classified rightly as the task that was found. Where tasks have classes of
             their own, the task must be right, too.
-        oracle: the accuracy as the true task.
+        oracle: the accuracy as the true task, of the same rows.
     """
 
-    tasks: dict[int, float]
-    accuracy: dict[int, float]
+    tasks: float
+    accuracy: float
     oracle: float
 
 
-def measure(wsn: WSN, task: int, x: Tensor, y: Tensor, batches: Sequence[int], own_classes: bool) -> Found:
-    """Infer the task of these test data of ``task``, in batches of each size. What is over is left out."""
-    size = len(x) // max(batches) * max(batches)
-    parts = x[:size].split(max(batches))
-    entropy = torch.cat([wsn.infer_task(part).entropy for part in parts])
-    right = torch.stack([_right(wsn, one, parts, y[:size]) for one in wsn.tasks], 1)  # [B, T]
-    true = wsn.tasks.index(task)
-    tasks, accuracy = {}, {}
-    for batch in batches:
-        found = entropy.view(-1, batch, len(wsn.tasks)).mean(1).argmin(1)
-        tasks[batch] = _percent(found == true)
-        rows = found.repeat_interleave(batch)
-        accuracy[batch] = _percent(right.gather(1, rows[:, None])[:, 0] & ((rows == true) | (not own_classes)))
-    return Found(tasks, accuracy, _percent(right[:, true]))
+class Data(NamedTuple):
+    """The test data of one task, and which rows are classified rightly as each task, bool [B, T]."""
+
+    task: int
+    x: Tensor
+    right: Tensor
 
 
-def _right(wsn: WSN, task: object, parts: Sequence[Tensor], y: Tensor) -> Tensor:
-    with torch.no_grad(), wsn.use_task(task):  # type: ignore[arg-type]
-        return torch.cat([wsn(part).argmax(1) for part in parts]) == y
+def test_data(wsn: WSN, task: int, x: Tensor, y: Tensor) -> Data:
+    """Classify the test data as every task."""
+    columns = []
+    for one in wsn.tasks:
+        with torch.no_grad(), wsn.use_task(one):
+            columns.append(torch.cat([wsn(part).argmax(1) for part in x.split(1000)]) == y)
+    return Data(task, x, torch.stack(columns, 1))
+
+
+def measure(wsn: WSN, data: Data, method: str, batch: int, most: int, own_classes: bool) -> Found:
+    """Infer the task of test data in batches of one size, at most ``most`` of them. What is over is left out."""
+    count = min(len(data.x) // batch, most)
+    x, right, true = data.x[: count * batch], data.right[: count * batch], wsn.tasks.index(data.task)
+    if method == "entropy":
+        entropies = [wsn.infer_task(part).entropy for part in x.split(1000)]
+        found = torch.cat([e for e in entropies if e is not None]).view(count, batch, -1).mean(1).argmin(1)
+    else:
+        tasks = [wsn.infer_task(part, method=method).task for part in x.split(batch)]
+        found = torch.tensor([*map(wsn.tasks.index, tasks)], device=x.device)
+    rows = found.repeat_interleave(batch)
+    hits = right.gather(1, rows[:, None])[:, 0] & ((rows == true) | (not own_classes))
+    return Found(_percent(found == true), _percent(hits), _percent(right[:, true]))
 
 
 def _percent(hits: Tensor) -> float:
     return 100 * float(hits.float().mean())
 
 
-def cost(wsn: WSN, x: Tensor) -> float:
+def cost(wsn: WSN, x: Tensor, method: str) -> float:
     """The time of ``infer_task`` over that of a forward pass of one task: the median of some rounds in turn."""
 
     def oracle() -> None:
@@ -79,42 +97,60 @@ def cost(wsn: WSN, x: Tensor) -> float:
         call()
         return time.perf_counter() - begin
 
-    ratios = [seconds(lambda: wsn.infer_task(x)) / seconds(oracle) for _ in range(ROUNDS + 1)]
+    ratios = [seconds(lambda: wsn.infer_task(x, method=method)) / seconds(oracle) for _ in range(ROUNDS + 1)]
     return median(ratios[1:])
 
 
-def table(found: Sequence[Found], batches: Sequence[int]) -> str:
-    """The means over the tasks, in Markdown."""
+def trained_supsup(stream: TaskStream, batch_size: int = 128) -> WSN:
+    """SupSup's LeNet-300-100 without heads, trained for an epoch of every task."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Flatten()]
+    widths = (torch.Size(stream.input_shape).numel(), 300, 100, max(stream.classes.values()))
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    wsn = supsup(nn.Sequential(*layers[:-1]), 0.5)
+    for data in stream:
+        wsn.begin_task(data.task)
+        optimizer = wsn.guard(torch.optim.Adam(wsn.parameters(), lr=1e-3))
+        wsn.train()
+        for rows in torch.randperm(len(data.train_x)).split(batch_size):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(wsn(data.train_x[rows]), data.train_y[rows]).backward()
+            optimizer.step()
+        wsn.end_task()
+    return wsn
 
-    def mean(values: Sequence[float]) -> str:
-        return f"{sum(values) / len(values):.2f}"
 
-    lines = ["| rows of a batch | task found | accuracy as that task | accuracy of the oracle |", "|---|---|---|---|"]
-    for batch in batches:
-        tasks, accuracy = [f.tasks[batch] for f in found], [f.accuracy[batch] for f in found]
-        lines.append(f"| {batch} | {mean(tasks)} % | {mean(accuracy)} % | {mean([f.oracle for f in found])} % |")
-    return "\n".join(lines)
+def row(wsn: WSN, data: Sequence[Data], method: str, batch: int, most: int, own_classes: bool) -> str:
+    """A row of the table: the means over the tasks."""
+    found = [measure(wsn, one, method, batch, most, own_classes) for one in data]
+    means = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    shown = " | ".join(f"{mean:.2f} %" for mean in means)
+    return f"| {method} | {batch} | {shown} | {cost(wsn, data[0].x[:batch], method):.1f} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run of wsn-fast train")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="what to measure")
+    parser.add_argument("--most", type=int, default=10_000, help="the most batches of each size and task")
+    parser.add_argument("--supsup", action="store_true", help="train SupSup on the tasks of the run, and measure it")
     options = parser.parse_args(arguments)
     run = Run.resume(options.run, Console(quiet=True))
-    wsn = run.wsn.eval()
-    if len(wsn.tasks) < max(2, len(run.stream)):
+    if len(run.wsn.tasks) < max(2, len(run.stream)):
         parser.error(
-            f"{options.run}: {len(wsn.tasks)} of {len(run.stream)} tasks are finished; two, and all, are needed"
+            f"{options.run}: {len(run.wsn.tasks)} of {len(run.stream)} tasks are finished; two, and all, are needed"
         )
-    data = [[tensor.to(run.device) for tensor in run.stream.test_data(task)] for task in run.stream.task_ids]
-    least = min(len(x) for x, _ in data)
-    batches = [batch for batch in BATCHES if batch <= least]
-    own_classes = run.settings.stream == "split"
-    found = [measure(wsn, task, *data[i], batches, own_classes) for i, task in enumerate(run.stream.task_ids)]
-    print(table(found, batches))
-    times = ", ".join(f"{cost(wsn, data[0][0][:batch]):.1f} for {batch} rows" for batch in batches)
-    print(f"\n{len(wsn.tasks)} tasks. Its time by that of a forward pass of one known task: {times}.")
+    wsn = (trained_supsup(run.stream) if options.supsup else run.wsn).eval()
+    device = next(wsn.parameters()).device
+    tests = [(task, *run.stream.test_data(task)) for task in run.stream.task_ids]
+    data = [test_data(wsn, task, x.to(device), y.to(device)) for task, x, y in tests]
+    print("| method | rows of a batch | task found | accuracy as that task | accuracy of the oracle | time |")
+    print("|---|---|---|---|---|---|")
+    for method in options.methods:
+        for batch in (batch for batch in BATCHES if all(batch <= len(one.x) for one in data)):
+            print(row(wsn, data, method, batch, options.most, run.settings.stream == "split"), flush=True)
     return 0
 
 

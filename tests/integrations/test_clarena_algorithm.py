@@ -19,6 +19,7 @@ from wsn_fast import convert
 if find_spec("clarena") is None:
     pytest.skip('needs CLArena: pip install "wsn-fast[clarena]"', allow_module_level=True)
 
+import clarena.heads
 from clarena.backbones import WSNMaskMLP
 from clarena.callbacks import SaveModels
 from clarena.heads import HeadsCIL, HeadsTIL
@@ -118,6 +119,89 @@ def test_the_scheduler_is_stepped(loader: Tasks, make_trainer: MakeTrainer) -> N
     assert algorithm.optimizers().param_groups[0]["lr"] == pytest.approx(0.02 / 8)
 
 
+# --- one head for all tasks
+class HeadDIL(nn.Module):
+    """The head that CLArena has after its version 1.1.0: what is used of it."""
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__()
+        self.head: nn.Linear | None = None
+        self.input_dim = input_dim
+
+    def if_head_setup(self) -> bool:
+        return self.head is not None
+
+    def get_head(self, task_id: int | None = None) -> nn.Linear | None:
+        return self.head
+
+    def setup_task(self, num_classes: int) -> None:
+        self.head = nn.Linear(self.input_dim, num_classes)
+
+    def setup_task_id(self, task_id: int, num_classes: int) -> None:
+        """The base class of version 1.1.0 calls this, where that of later ones calls ``setup_task`` once."""
+        if not self.if_head_setup():
+            self.setup_task(num_classes)
+
+    def forward(self, feature: Tensor, task_id: int | None = None) -> Tensor:
+        return self.head(feature)
+
+
+@pytest.fixture
+def one_head(monkeypatch: pytest.MonkeyPatch) -> Callable[[], FastWSN]:
+    """Makes an algorithm with the head of CLArena itself, if it has one."""
+    kind = getattr(clarena.heads, "HeadDIL", HeadDIL)
+    monkeypatch.setattr(clarena.heads, "HeadDIL", kind, raising=False)
+
+    def make() -> FastWSN:
+        torch.manual_seed(5)
+        return FastWSN(FastSubnetMLP(20, [16], 12), kind(12), 0.37)
+
+    return make
+
+
+def test_one_head_for_all_tasks_is_fixed_after_the_first(
+    loader: Tasks, make_trainer: MakeTrainer, probe: Tensor, one_head: Callable[[], FastWSN]
+) -> None:
+    algorithm, then = one_head(), {}
+    for task in (4, 5):
+        train_task(algorithm, task, ADAMW, loader, make_trainer())
+        then[task] = logits(algorithm, task, probe), algorithm.heads.get_head().weight.clone()
+    assert torch.equal(logits(algorithm, 4, probe), then[4][0]) and not torch.equal(then[5][0], then[4][0])
+    assert torch.equal(then[4][1], then[5][1])
+
+
+def test_one_head_is_trained_in_the_first_task(
+    loader: Tasks, make_trainer: MakeTrainer, one_head: Callable[[], FastWSN]
+) -> None:
+    algorithm = one_head()
+    algorithm.setup_task_id(1, 3, ADAMW)
+    before = algorithm.heads.get_head().weight.clone()
+    train_task(algorithm, 1, ADAMW, loader, make_trainer())
+    assert not torch.equal(algorithm.heads.get_head().weight, before)
+
+
+def test_a_fit_with_one_head_is_resumed_in_mid_task(
+    loader: Tasks, make_trainer: MakeTrainer, one_head: Callable[[], FastWSN], tmp_path: Path
+) -> None:
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    undisturbed = one_head()
+    train_task(undisturbed, 1, ADAMW, loader, make_trainer())
+    train_task(undisturbed, 2, ADAMW, loader, make_trainer(4, callbacks=[keep], enable_checkpointing=True))
+    fresh = one_head()
+    train_task(fresh, 2, ADAMW, loader, make_trainer(4), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert fresh.backbone.wsn.tasks == [1, 2]
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+
+
+def test_one_head_has_one_width(loader: Tasks, make_trainer: MakeTrainer, one_head: Callable[[], FastWSN]) -> None:
+    algorithm = one_head()
+    train_task(algorithm, 1, ADAMW, loader, make_trainer())
+    with pytest.raises(ValueError, match="num_classes must be that of the one head of all tasks, 3, got 4"):
+        algorithm.setup_task_id(2, 4, ADAMW)
+    assert algorithm.backbone.wsn.current_task is None
+
+
 # --- CLArena's callbacks
 def test_the_published_metrics_measure_it(loader: Tasks, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     algorithm = mlp()
@@ -136,7 +220,10 @@ def test_the_model_that_clarena_saves_has_the_finished_task(
     loader: Tasks, make_trainer: MakeTrainer, probe: Tensor, tmp_path: Path
 ) -> None:
     algorithm = mlp()
-    train_task(algorithm, 1, ADAMW, loader, make_trainer(callbacks=[SaveModels(str(tmp_path))]))
+    callbacks = [SaveModels(str(tmp_path))]
+    train_task(algorithm, 1, ADAMW, loader, make_trainer(callbacks=callbacks))
+    if not (tmp_path / "cl_model.pth").exists():  # after its version 1.1.0 CLArena saves when the test ends
+        make_trainer(callbacks=callbacks).test(algorithm, datamodule=Stream(loader, [1]), verbose=False)
     saved = torch.load(tmp_path / "cl_model.pth", weights_only=False)
     assert saved.backbone.wsn.tasks == [1]
     assert torch.equal(logits(saved, 1, probe), logits(algorithm, 1, probe))
@@ -260,7 +347,7 @@ def test_only_logits_if_asked(probe: Tensor) -> None:
     ("arguments", "match"),
     [
         ({"backbone": WSNMaskMLP(20, [16], 12)}, "backbone must be a FastSubnetBackbone"),
-        ({"heads": HeadsCIL(12)}, "heads must be a HeadsTIL"),
+        ({"heads": HeadsCIL(12)}, "heads must be a HeadsTIL or a HeadDIL, got HeadsCIL"),
     ],
 )
 def test_a_wrong_type_is_named(arguments: dict[str, Any], match: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 if find_spec("clarena") is None:
     pytest.skip('needs CLArena: pip install "wsn-fast[clarena]"', allow_module_level=True)
@@ -55,6 +57,35 @@ def config(algorithm: str, folder: Path) -> Any:
             "misc": {"note": "required"},
         }
     )
+
+
+def write_mnist(folder: Path) -> None:
+    """Small idx files where torchvision looks for MNIST: the label is the number of bright rows."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 400), ("t10k", 100)):
+        labels = torch.arange(count) % 10
+        images = 250 * (torch.arange(28)[None, :, None] < 2 * labels[:, None, None]).expand(-1, -1, 28).to(torch.uint8)
+        for name, array in (("images-idx3", images), ("labels-idx1", labels.to(torch.uint8))):
+            sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+            content = bytes([0, 0, 8, array.ndim]) + sizes + array.contiguous().numpy().tobytes()
+            (raw / f"{prefix}-{name}-ubyte").write_bytes(content)
+
+
+def test_the_config_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "clarena.md"
+    (text,) = re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    settings = OmegaConf.create(text)
+    del settings.hydra  # hydra takes it out
+    settings.train_tasks = settings.eval_after_tasks = 2
+    settings.trainer.accelerator = "cpu"
+    write_mnist(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    experiment = CLMainExperiment(settings)
+    experiment.run()
+    first, second = csv.DictReader((tmp_path / "outputs/permuted_mnist/acc.csv").read_text().splitlines())
+    assert first["test_on_task_1"] == second["test_on_task_1"] and float(first["test_on_task_1"]) > 0.5
+    assert experiment.backbone.wsn.tasks == [1, 2]
 
 
 @pytest.mark.parametrize("algorithm", ["clarena.cl_algorithms.WSN", "wsn_fast.integrations.clarena.FastWSN"])

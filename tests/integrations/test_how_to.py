@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -45,13 +46,15 @@ def run(page: str, whole: bool = True) -> dict[str, Any]:
     return names
 
 
-def test_lightning() -> None:
+def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     wsn = run("lightning", whole=False)["module"].wsn
     assert isinstance(wsn, WSN)
     assert wsn.tasks == [1, 2, 3]
 
 
-def test_clarena() -> None:
+def test_clarena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names = run("clarena")
     assert names["backbone"].wsn.tasks == [1, 2]
     assert names["logits"].shape == (5, 3)
@@ -61,13 +64,18 @@ def test_clarena() -> None:
 SAYS = "\nprint(f'logits {logits.sum().item():.6f}')\n"
 
 
-def said_by(folder: Path, script: str, *launcher: str) -> list[str]:
-    """What a script says of its logits, in each process."""
-    (folder / "train.py").write_text(f"import torchvision_beside_cpu_torch\n{script}")
+def start_script(folder: Path, script: str, *launcher: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a folder."""
+    (folder / "train.py").write_text(script)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, "train.py"]
-    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def said_by(folder: Path, script: str, *launcher: str) -> list[str]:
+    """What a script says of its logits, in each process."""
+    ran = start_script(folder, f"import torchvision_beside_cpu_torch\n{script}", *launcher)
     assert ran.returncode == 0, ran.stderr
     assert "was not checked" not in ran.stderr
     # Two processes may print into one line, each its own text at once.
@@ -80,7 +88,6 @@ def test_lightning_with_ddp(one_pass: bool, tmp_path: Path) -> None:
     """The script of the page in two processes, and one with a one-pass optimizer that comes after the wrapper."""
     needs("lightning")
     script = scripts("lightning")[0].replace('accelerator="auto"', 'accelerator="cpu", devices=2, strategy="ddp"')
-    script = script.replace("torch.randn(5, 20)", "torch.ones(5, 20)")
     if one_pass:
         start = script.index("        params = [")
         end = script.index("\n\n\ndef data")
@@ -107,6 +114,76 @@ def test_accelerate(tmp_path: Path) -> None:
     needs("accelerate")
     (script,) = scripts("accelerate")
     script = script.replace("Accelerator()", "Accelerator(cpu=True)")
-    assert len(said_by(tmp_path, script)) == 1
-    first, second = said_by(tmp_path, script, *TORCHRUN)
-    assert first == second
+    for number, launcher in enumerate([(), TORCHRUN]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        said = said_by(folder, script, *launcher)
+        assert len(said) == number + 1 and len({*said}) == 1
+
+
+# --- killed and resumed ----------------------------------------------------------------------------------------------
+DIES = """
+import os, signal
+from torch.optim.optimizer import register_optimizer_step_post_hook
+steps = 0
+def count(*_):
+    global steps
+    steps += 1
+    if steps == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+register_optimizer_step_post_hook(count)
+"""
+SHOWS = """
+with torch.no_grad():
+    for task in {wsn}.tasks:
+        with {wsn}.use_task(task):
+            print("task", task, {features}.double().sum().item().hex())
+"""
+
+
+def killed_or_not(folder: Path, script: str, step: int | None) -> list[tuple[str, str]]:
+    """What a script says of each task at its end. If there is a ``step``, it is killed then, and started again."""
+    folder.mkdir()
+    start = "import torchvision_beside_cpu_torch\nimport torch\ntorch.manual_seed(0)\n"
+    if step is not None:
+        died = start_script(folder, start + DIES.format(step=step) + script)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+    ran = start_script(folder, start + script)
+    assert ran.returncode == 0, ran.stderr
+    return re.findall(r"^task (\d) (\S+)$", ran.stdout, re.MULTILINE)
+
+
+# By page: the package, the optimizer steps of an epoch and of a task, how to find the WSN and what to compute with it.
+KILLED = {
+    "lightning": ("lightning", 8, 32, "module.wsn", "module.wsn(torch.ones(5, 20))"),
+    "clarena": ("clarena", 8, 32, "backbone.wsn", "backbone.wsn(torch.ones(5, 1, 8, 8))"),
+    "accelerate": ("accelerate", 16, 32, "wsn", "wsn(torch.ones(5, 20))"),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, list[tuple[str, str]]]:
+    """By page, what its script says if it is not killed. The first test of a page fills it in."""
+    return {}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("moment", ["the first task", "the second task"])
+@pytest.mark.parametrize("page", KILLED)
+def test_a_killed_script_goes_on(
+    page: str, moment: str, tmp_path: Path, undisturbed: dict[str, list[tuple[str, str]]]
+) -> None:
+    """A script that is resumed ends as an undisturbed one; that of Lightning without shuffling, because it does not
+    restore random numbers."""
+    package, epoch, task, wsn, features = KILLED[page]
+    needs(package)
+    script = scripts(page)[0].replace('accelerator="auto"', 'accelerator="cpu"')
+    script = script.replace("Accelerator()", "Accelerator(cpu=True)")
+    if page != "accelerate":
+        script = script.replace(", shuffle=True", "")
+    script += SHOWS.format(wsn=wsn, features=features)
+    if page not in undisturbed:
+        undisturbed[page] = killed_or_not(tmp_path / "undisturbed", script, None)
+    assert len(undisturbed[page]) == 2 + (page != "clarena")
+    step = {"the first task": epoch + 3, "the second task": task + epoch + 3}[moment]
+    assert killed_or_not(tmp_path / "killed", script, step) == undisturbed[page]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from wsn_fast import WSN, FastSubnetLinear, TaskHeads
+from wsn_fast import WSN, FastSubnetLinear, ForgottenError, TaskHeads
 
 if find_spec("lightning") is None:
     pytest.skip('needs Lightning: pip install "wsn-fast[lightning]"', allow_module_level=True)
@@ -82,15 +82,40 @@ def test_finished_tasks_stay_to_the_bit(
     assert all(torch.equal(logits(module, task, probe), before) for task, before in then.items())
 
 
-def test_a_one_pass_optimizer_keeps_finished_tasks(
-    loader: Loader, make_trainer: MakeTrainer, probe: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = Module()
-    monkeypatch.setattr(module, "configure_optimizers", lambda: SubnetAdamW(module.wsn, 0.02, weight_decay=0.2))
+class Ours(Module):
+    """It is trained by our optimizer."""
+
+    one_pass = True
+
+    def configure_optimizers(self) -> Any:
+        return SubnetAdamW(self.wsn, 0.02, weight_decay=0.2, eps=1e-3, one_pass=self.one_pass)
+
+
+def test_a_one_pass_optimizer_keeps_finished_tasks(loader: Loader, make_trainer: MakeTrainer, probe: Tensor) -> None:
+    module = Ours()
     fit(module, 1, loader, make_trainer())
     before = logits(module, 1, probe)
     fit(module, 2, loader, make_trainer())
     assert torch.equal(logits(module, 1, probe), before)
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.3])
+def test_a_one_pass_optimizer_clips_by_the_norm_of_all_gradients(
+    loader: Loader, make_trainer: MakeTrainer, clip: float
+) -> None:
+    trained = []
+    for one_pass in (False, True):
+        module = Ours()  # it seeds what is drawn from here on
+        module.one_pass = one_pass
+        for task in (1, 2):
+            fit(module, task, loader, make_trainer(gradient_clip_val=clip))
+        trained.append(dict(module.named_parameters()))
+    torch.testing.assert_close(trained[1], trained[0])
+
+
+def test_a_one_pass_optimizer_does_not_clip_values(loader: Loader, make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match='gradient_clip_algorithm must be "norm" with a one-pass optimizer'):
+        fit(Ours(), 1, loader, make_trainer(gradient_clip_val=0.5, gradient_clip_algorithm="value"))
 
 
 def test_a_task_learns(loader: Loader, make_trainer: MakeTrainer) -> None:
@@ -146,6 +171,54 @@ def test_a_checkpoint_of_another_task_is_refused(loader: Loader, make_trainer: M
     fit(Module(), 1, loader, make_trainer(1, callbacks=[keep], enable_checkpointing=True))
     with pytest.raises(RuntimeError, match="task 2 is to be trained, but the checkpoint has 1 in progress"):
         fit(Module(), 2, loader, make_trainer(2), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_the_task_is_finished_in_the_last_checkpoint(
+    loader: Loader, make_trainer: MakeTrainer, probe: Tensor, tmp_path: Path
+) -> None:
+    module = Module()
+    for task in (1, 2):
+        keep = ModelCheckpoint(tmp_path / str(task), save_last=True)
+        fit(module, task, loader, make_trainer(callbacks=[keep], enable_checkpointing=True))
+    fresh = Module.load_from_checkpoint(tmp_path / "2" / "last.ckpt", map_location="cpu")
+    assert fresh.wsn.verify().tasks == [1, 2]
+    assert all(torch.equal(logits(fresh, task, probe), logits(module, task, probe)) for task in (1, 2))
+
+
+def test_a_fit_of_a_finished_task_trains_nothing(
+    loader: Loader, make_trainer: MakeTrainer, probe: Tensor, tmp_path: Path
+) -> None:
+    module = Module()
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    fit(module, 1, loader, make_trainer(callbacks=[keep], enable_checkpointing=True))
+    fresh = Module()
+    fit(fresh, 1, loader, make_trainer(), ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(logits(fresh, 1, probe), logits(module, 1, probe))
+    fit(fresh, 2, loader, make_trainer())
+    assert fresh.wsn.tasks == [1, 2]
+    with pytest.raises(
+        RuntimeError, match=r"task 1 is to be trained, but .* None in progress and these finished: \[1\]"
+    ):
+        fit(Module(), 1, loader, make_trainer(3), ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_end_of_a_fit_verifies_finished_tasks(loader: Loader, make_trainer: MakeTrainer, verify: bool) -> None:
+    class Writes(Module):
+        def on_train_end(self) -> None:
+            if self.wsn.tasks:  # neither the guard nor the end of a task looks at masks
+                self.wsn.model[1].weight_masks[0] ^= 1
+
+    module = Writes()
+    make_trainer(callbacks=[WSNCallback(1, verify=verify)]).fit(module, loader(1))
+    trainer = make_trainer(callbacks=[WSNCallback(2, verify=verify)])
+    if verify:
+        with pytest.raises(ForgottenError, match="task 1"):
+            trainer.fit(module, loader(2))
+    else:
+        trainer.fit(module, loader(2))
+    with pytest.raises(ForgottenError, match="task 1"):
+        module.wsn.verify()
 
 
 def test_a_fit_cut_short_leaves_the_task_in_progress(loader: Loader, make_trainer: MakeTrainer) -> None:
@@ -276,7 +349,7 @@ def test_a_module_with_two_models_must_say_which(loader: Loader, make_trainer: M
     assert (module.wsn.tasks, module.other.tasks) == ([1], [])
 
 
-@pytest.mark.parametrize("arguments", [{"task": True}, {"task": 1, "wsn": nn.Linear(2, 2)}])
+@pytest.mark.parametrize("arguments", [{"task": True}, {"task": 1, "wsn": nn.Linear(2, 2)}, {"task": 1, "verify": 1}])
 def test_a_wrong_type_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="must be"):
         WSNCallback(**arguments)

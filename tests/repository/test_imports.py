@@ -22,7 +22,7 @@ FLOORS = [
     {"nn"},
     {"explain", "convert"},
     {"continual"},
-    {"optim"},
+    {"optim", "presets"},
     {"distributed"},
     {"public"},
     {""},

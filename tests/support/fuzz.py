@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 
@@ -32,3 +33,14 @@ def fuzzed(many: int, *strategies: SearchStrategy[Any]) -> Callable[[Callable[..
         return pytest.mark.parametrize("examples", [many // 6, pytest.param(many, marks=pytest.mark.ci)])(test)
 
     return decorate
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """The bytes with up to four bits flipped, mostly near the ends (the structure), perhaps cut short."""
+    data = bytearray(whole)
+    near = st.integers(0, min(len(data), 300) - 1)
+    position = near | near.map(lambda offset: len(data) - 1 - offset) | st.integers(0, len(data) - 1)
+    for at, bit in draw(st.lists(st.tuples(position, st.integers(0, 7)), max_size=4)):
+        data[at] ^= 1 << bit
+    return bytes(data[: draw(st.just(len(data)) | st.integers(0, len(data)))])

@@ -20,8 +20,8 @@ from wsn_fast.train import checkpoint, records
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.data import cifar, idx, pickles
 from wsn_fast.train.data.archive import read_members
+from wsn_fast.train.data.decoding import decode
 from wsn_fast.train.data.files import DataError
-from wsn_fast.train.data.image_folder import _decode
 from wsn_fast.train.folder import read_config
 
 
@@ -59,7 +59,7 @@ def archive(data: bytes, folder: Path) -> None:
 
 def image(data: bytes, folder: Path) -> None:
     with _file(folder, "image.png", data) as path, contextlib.suppress(DataError):
-        _decode(path)
+        decode(path, "here")
 
 
 def signed_checkpoint(data: bytes, folder: Path) -> None:

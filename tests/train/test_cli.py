@@ -31,11 +31,13 @@ def test_quiet_training_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_every_option_reaches_the_config(tmp_path: Path) -> None:
     given = {
-        "stream": "split", "data": "digits", "tasks": 2, "epochs": 1, "batch_size": 99, "density": 0.4,
+        "stream": "split", "data": "digits", "tasks": 2, "class_order": "3,1,4,0", "classes_per_task": 2,
+        "epochs": 1, "batch_size": 99, "density": 0.4,
         "rule": "value", "reinit_scores": True, "score_init": "N01", "net": "lenet", "optimizer": "sgd",
         "lr": 0.02, "weight_decay": 0.003, "one_pass": True, "moments": "8bit", "lr_patience": 4, "lr_factor": 5.0,
         "lr_min": 1e-5, "cuda_graph": "off",
-        "val_fraction": 0.2, "threads": 1, "seed": 6, "device": "cpu", "checkpoint_seconds": 7.0, "preset": "paper",
+        "val_fraction": 0.2, "augment": "crops",
+        "threads": 1, "seed": 6, "device": "cpu", "checkpoint_seconds": 7.0, "preset": "paper",
         "data_dir": str(tmp_path), "out": str(tmp_path / "run"),
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "stream"]
@@ -68,10 +70,13 @@ def test_defaults_in_the_help_are_those_of_the_config(capsys: pytest.CaptureFixt
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert (
-        "largest number of epochs per task (default: 20; 40 for digits; 5 for permuted mnist; 200 for split cifar100"
-        in text
+        "largest number of epochs per task (default: 20; 40 for digits; 5 for permuted mnist; 200 for split cifar100; "
+        "50 for superclass cifar100; 100 for split omniglot" in text
     )
-    assert "number of tasks (default: 5; 10 for permuted mnist; 10 for split cifar100; 40 for split folder)" in text
+    assert (
+        "number of tasks (default: 5; 10 for permuted mnist; 10 for split cifar100; 20 for superclass cifar100; "
+        "100 for split omniglot; 40 for split folder)" in text
+    )
 
 
 ERRORS = [
@@ -83,6 +88,15 @@ ERRORS = [
         ["train", "split", "--tasks", "3", "--out", "{new}"],
         "3 does not divide the 10 classes of 'digits'; 1, 2, 5, 10 do",
     ),
+    (["train", "--data", "mnistt", "--out", "{new}"], "data: expected one of digits, mnist,"),
+    (["train", "--data", "digits,mnist", "--out", "{new}"], "omniglot, folder, got 'digits,mnist'"),
+    (["train", "datasets", "--data", "digits,", "--out", "{new}"], "with commas between them, got 'digits,'"),
+    (["train", "datasets", "--data", "digits,..", "--out", "{new}"], "got 'digits,..'"),
+    (["train", "superclass", "--out", "{new}"], "data: 'digits' has no superclasses"),
+    (["train", "split", "--class-order", "2,1,2", "--out", "{new}"], "class_order: expected each number once, got 2"),
+    (["train", "split", "--class-order", "2;1", "--out", "{new}"], "class_order: expected random, given, or numbers"),
+    (["train", "--class-order", "given", "--out", "{new}"], "class_order: expected random for a permuted stream"),
+    (["train", "rotated", "--classes-per-task", "2", "--out", "{new}"], "classes_per_task: expected 0 for a rotated"),
     (["train", "--resume", "{new}"], "{new} holds no run"),
     (["train", "--resume", "{used}", "--epochs", "9"], "epochs"),
     (["train", "--resume", "{used}", "--checkpoint", "000099.safetensors"], "'000099.safetensors'"),

@@ -32,16 +32,28 @@ def test_none_means_not_given() -> None:
 @pytest.mark.parametrize(
     ("stream", "data", "expected"),
     [
-        # tasks, epochs, batch, validation, net: the settings table of the specification
-        ("permuted", "mnist", (10, 5, 10, 0.1, "mlp")),
-        ("split", "cifar100", (10, 200, 64, 0.05, "alexnet")),
-        ("split", "folder", (40, 10, 10, 0.1, "convnet4")),
+        # tasks, epochs, batch, validation, smallest lr, net: the settings table of the specification
+        ("permuted", "mnist", (10, 5, 10, 0.1, 1e-6, "mlp")),
+        ("datasets", "cifar10,mnist,svhn,fashion_mnist,notmnist", (5, 100, 64, 0.05, 1e-5, "resnet18")),
+        ("split", "omniglot", (100, 100, 64, 0.05, 1e-6, "lenet_large")),
+        ("split", "cifar100", (10, 200, 64, 0.05, 1e-6, "alexnet")),
+        ("superclass", "cifar100", (20, 50, 64, 0.05, 1e-5, "lenet")),
+        ("split", "folder", (40, 10, 10, 0.1, 1e-6, "convnet4")),
     ],
 )
 def test_the_papers_settings_are_the_defaults(stream: str, data: str, expected: tuple[Any, ...]) -> None:
     s = resolve(stream=stream, data=data, data_dir="d")
-    assert (s.tasks, s.epochs, s.batch_size, s.val_fraction, s.net) == expected
-    assert (s.optimizer, s.lr, s.lr_patience, s.lr_factor, s.lr_min) == ("adam", 1e-3, 6, 2.0, 1e-6)
+    assert (s.tasks, s.epochs, s.batch_size, s.val_fraction, s.lr_min, s.net) == expected
+    assert (s.optimizer, s.lr, s.lr_patience, s.lr_factor) == ("adam", 1e-3, 6, 2.0)
+
+
+def test_the_papers_orders_of_classes() -> None:
+    omniglot, superclass = resolve(stream="split", data="omniglot"), resolve(stream="superclass", data="cifar100")
+    assert (omniglot.class_order, omniglot.classes_per_task) == ("given", 12)
+    assert (superclass.class_order, resolve(stream="split").class_order) == ("given", "random")
+    assert config.command_line(resolve(stream="superclass", data="cifar100", class_order="2,1")).endswith(
+        "superclass --data cifar100 --preset paper --class-order 2,1"
+    )
 
 
 def test_five_percent_are_held_out_where_the_paper_does_not_say_otherwise() -> None:
@@ -56,6 +68,13 @@ def test_out_is_named_after_the_run() -> None:
 BAD = [
     ("stream", "shuffled"),
     ("data", "imagenet"),
+    ("data", 5),
+    ("augment", "flips"),
+    ("class_order", "sorted"),
+    ("class_order", "1,"),
+    ("class_order", [1, 2]),
+    ("classes_per_task", -1),
+    ("classes_per_task", 2),  # of a permuted stream
     ("preset", "best"),
     ("rule", "median"),
     ("score_init", "zeros"),
@@ -96,6 +115,13 @@ def test_a_bad_setting_is_named_with_its_value(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got ") as error:
         resolve(**{name: value})
     assert str(error.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("data", ["digits,..", "digits,", ",", "digits,a/b", 5, None])
+def test_a_bad_name_among_several_datasets(data: Any) -> None:
+    settings = dataclasses.asdict(resolve(stream="datasets", data="digits,mnist"))
+    with pytest.raises(ValueError, match=r"^data: expected one of .*, or folders of images, with commas between them"):
+        config.from_dict({**settings, "data": data})
 
 
 def test_torchs_optimizers_store_float32_means_only() -> None:

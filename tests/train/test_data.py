@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_errors import error_of
 
-from wsn_fast.train.data import DATASETS, DataError, Dataset, load
+from wsn_fast.train.data import DATASETS, DataError, Dataset, load, load_several
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
@@ -78,3 +78,40 @@ def test_dataset_refuses_parts_that_do_not_fit(part: int, change: object, messag
     parts[part] = change(parts[part])
     with pytest.raises(DataError, match=message):
         Dataset("own", *parts, 3)
+
+
+def test_superclasses_must_fit_the_classes() -> None:
+    with pytest.raises(DataError, match=r"own: expected int64 superclasses \[3\], got torch.int64 \[2\]"):
+        Dataset("own", *small_parts(), 3, torch.tensor([0, 1]))
+
+
+# --- several ---
+
+
+def write_mnist(folder: Path, images: int) -> None:
+    folder.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (images, 2, 2))
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + bytes(4 * images))
+        header = b"\0\0\x08\x01" + images.to_bytes(4, "big")
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + bytes(images))
+
+
+def test_several_datasets_lie_in_folders_of_their_names(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "fashion_mnist", 3)
+    write_mnist(tmp_path / "MNIST" / "raw", 5)
+    found = load_several("fashion_mnist,digits,mnist", tmp_path)
+    assert [(d.name, len(d.test_x)) for d in found] == [("fashion_mnist", 3), ("digits", 355), ("mnist", 5)]
+
+
+def test_another_name_is_a_folder_of_images(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for part in ("train", "test"):
+        (tmp_path / "svhn" / part / "zero").mkdir(parents=True)
+        image.new("RGB", (4, 4)).save(tmp_path / "svhn" / part / "zero" / "1.png")
+    digits, svhn = load_several("digits,svhn", tmp_path)
+    assert svhn.name == "svhn" and svhn.train_x.shape == (1, 3, 4, 4) and digits.name == "digits"
+    with pytest.raises(DataError, match=f"{tmp_path / 'notmnist'}: not a folder"):
+        load_several("digits,notmnist", tmp_path)
+    with pytest.raises(ValueError, match="data_dir: dataset 'folder' is read from a folder, and none was given"):
+        load_several("svhn")

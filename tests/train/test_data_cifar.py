@@ -86,6 +86,57 @@ def test_the_python_2_pickle_is_one_that_numpy_reads() -> None:
     assert np.array_equal(batch[b"data"], pixels) and batch[b"labels"] == [3, 4]
 
 
+def write_superclasses(root: Path, coarse: dict[str, list[int]]) -> None:
+    """CIFAR-100 with three images of the classes 5, 2 and 5."""
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+    for member, labels in coarse.items():
+        batch = cifar_batch("cifar100", 3) | {b"fine_labels": [5, 2, 5], b"coarse_labels": labels}
+        (folder / member).write_bytes(pickle.dumps(batch, 2))
+
+
+def test_superclasses_come_from_the_coarse_labels(tmp_path: Path) -> None:
+    write_superclasses(tmp_path, {"train": [1, 19, 1], "test": [1, 19, 1]})
+    superclasses = load("cifar100", tmp_path).superclasses
+    assert superclasses is not None and superclasses.shape == (100,)
+    assert superclasses[5] == 1 and superclasses[2] == 19 and superclasses.sum() == 20 - 98
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_without_coarse_labels_there_are_no_superclasses(tmp_path: Path, name: str) -> None:
+    write_cifar(tmp_path, name)
+    assert load(name, tmp_path).superclasses is None
+
+
+@pytest.mark.parametrize(
+    ("coarse", "message"),
+    [
+        ([1, 19, 2], "train: images of class 5 have different superclasses"),
+        ([1, 19], "train: 3 labels, but 2 superclasses"),
+        ([1, 19, "1"], "train: 'coarse_labels' is missing or not a list of integers"),
+        ([1, 19, 1 << 70], "train: a label in 'coarse_labels' does not fit 64 bits"),
+    ],
+)
+def test_wrong_coarse_labels_are_named(tmp_path: Path, coarse: list[int], message: str) -> None:
+    write_superclasses(tmp_path, {"train": coarse, "test": [1, 19, 1]})
+    assert message in error_of("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_empty_bytes_as_python_3_writes_them(tmp_path: Path, protocol: int) -> None:
+    batches = write_cifar(tmp_path, "cifar100", protocol)
+    for member, batch in batches.items():
+        (tmp_path / "cifar-100-python" / member).write_bytes(pickle.dumps(batch | {b"filenames": [b"", b""]}, protocol))
+    assert_cifar(load("cifar100", tmp_path), batches, "cifar100")
+
+
+def test_only_empty_bytes_are_made(tmp_path: Path) -> None:
+    write_cifar(tmp_path, "cifar100")
+    path = tmp_path / "cifar-100-python" / "test"
+    path.write_bytes(b"\x80\x02c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85R.")  # bytes(2**31 - 1)
+    assert f"{path}: cannot be unpickled (only empty bytes are made)" in error_of("cifar100", tmp_path)
+
+
 def make_archive(root: Path, name: str) -> Path:
     archive = root / f"{name.replace('cifar', 'cifar-')}-python.tar.gz"
     folder = CIFAR_FILES[name][0]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzz import fuzzed
+from fuzz import damaged, fuzzed
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,17 +54,6 @@ def batch(protocol: int) -> bytes:
 
 BATCHES = [batch(protocol) for protocol in range(6)]
 GLOBALS = b"cnumpy\ndtype\n cnumpy\nndarray\n cnumpy.core.multiarray\n_reconstruct\n c_codecs\nencode\n"
-
-
-@st.composite
-def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """The bytes with up to four bits flipped, mostly near the ends (the structure), perhaps cut short."""
-    data = bytearray(whole)
-    near = st.integers(0, min(len(data), 300) - 1)
-    position = near | near.map(lambda offset: len(data) - 1 - offset) | st.integers(0, len(data) - 1)
-    for at, bit in draw(st.lists(st.tuples(position, st.integers(0, 7)), max_size=4)):
-        data[at] ^= 1 << bit
-    return bytes(data[: draw(st.just(len(data)) | st.integers(0, len(data)))])
 
 
 def assert_right_or_data_error(name: str, root: Path, image: tuple[int, ...], classes: int) -> None:

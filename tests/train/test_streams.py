@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from wsn_fast.train.choices import KINDS
+from wsn_fast.train.choices import KINDS, ORDERED
 from wsn_fast.train.data import Dataset
 from wsn_fast.train.streams import TaskData, TaskStream
 
 CLASSES = 6
+SUPERCLASSES = torch.tensor([1, 7, 4, 7, 1, 4])
 
 
 def dataset(train: int = 60, test: int = 18, height: int = 5, width: int = 4) -> Dataset:
@@ -20,19 +22,24 @@ def dataset(train: int = 60, test: int = 18, height: int = 5, width: int = 4) ->
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (train + test, 2, height, width), generator=generator).to(torch.uint8)
     labels = torch.arange(train + test) % CLASSES
-    return Dataset("noise", images[:train], labels[:train], images[train:], labels[train:], CLASSES)
+    return Dataset("noise", images[:train], labels[:train], images[train:], labels[train:], CLASSES, SUPERCLASSES)
 
 
 def coded(pixels: Tensor, train: int = 60) -> Dataset:
     """One-channel data with the given images, [N, H, W] of 0..255; sample i has class i % 6."""
     images = pixels.to(torch.uint8).unsqueeze(1)
     labels = torch.arange(len(images)) % CLASSES
-    return Dataset("coded", images[:train], labels[:train], images[train:], labels[train:], CLASSES)
+    return Dataset("coded", images[:train], labels[:train], images[train:], labels[train:], CLASSES, SUPERCLASSES)
+
+
+def stream_of(kind: str, data: Dataset, seed: int, val_fraction: float = 0.1) -> TaskStream:
+    """Three tasks of a kind."""
+    return TaskStream(kind, [data] * 3 if kind == "datasets" else data, 3, seed, val_fraction=val_fraction)
 
 
 def raw(stream: object, x: Tensor) -> Tensor:
     """Undo the normalisation."""
-    return (x * stream.std + stream.mean).round().long()
+    return (x * stream.std[0] + stream.mean[0]).round().long()
 
 
 def parts(task: TaskData) -> tuple[Tensor, ...]:
@@ -49,8 +56,8 @@ def numbered() -> Dataset:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_dtypes_and_the_sequence(kind: str) -> None:
-    stream = TaskStream(kind, dataset(), 3, 0, val_fraction=0.1)
-    share = 1 if kind != "split" else 3
+    stream = stream_of(kind, dataset(), 0)
+    share = 3 if kind in ORDERED else 1
     assert len(stream) == 3 and stream.task_ids == [0, 1, 2] and stream.kind == kind
     assert stream.classes == dict.fromkeys(range(3), CLASSES // share)
     for number, task in enumerate(stream):
@@ -70,17 +77,17 @@ def test_indices_as_in_a_list() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_task_is_rebuilt_to_the_bit(kind: str) -> None:
-    first = TaskStream(kind, dataset(), 3, 7)
+    first = stream_of(kind, dataset(), 7)
     _ = first[0], first[1]
     torch.manual_seed(5)
-    second = TaskStream(kind, dataset(), 3, 7)
+    second = stream_of(kind, dataset(), 7)
     assert all(map(torch.equal, parts(first[2]), parts(second[2])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_global_generator_is_left_alone(kind: str) -> None:
     before = torch.get_rng_state()
-    _ = TaskStream(kind, dataset(), 3, 7)[1]
+    _ = stream_of(kind, dataset(), 7)[1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -88,19 +95,19 @@ def test_the_global_generator_is_left_alone(kind: str) -> None:
 def test_the_dataset_is_left_alone(kind: str) -> None:
     data = dataset()
     before = data.train_x.clone()
-    TaskStream(kind, data, 3, 7)[1].train_x.zero_()
+    stream_of(kind, data, 7)[1].train_x.zero_()
     assert torch.equal(data.train_x, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_matters(kind: str) -> None:
-    first, second = (TaskStream(kind, dataset(), 3, seed)[1] for seed in (0, 1))
+    first, second = (stream_of(kind, dataset(), seed)[1] for seed in (0, 1))
     assert not torch.equal(first.train_x, second.train_x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_test_data_is_the_tasks_test_part(kind: str) -> None:
-    stream = TaskStream(kind, dataset(), 3, 0)
+    stream = stream_of(kind, dataset(), 0)
     x, y = stream.test_data(1)
     assert torch.equal(x, stream[1].test_x) and torch.equal(y, stream[1].test_y)
 
@@ -132,13 +139,14 @@ def test_a_constant_channel_stays_finite() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_train_and_validation_are_disjoint_and_complete(kind: str) -> None:
-    stream = TaskStream(kind, numbered(), 3, 0, val_fraction=0.2)
+    stream = stream_of(kind, numbered(), 0, val_fraction=0.2)
     # The centre pixel: permuting equal pixels changes nothing, and rotation keeps the centre.
     train, val = (raw(stream, x)[:, 0, 1, 1].tolist() for x in (stream[1].train_x, stream[1].val_x))
     labels = stream[1].train_y.tolist() + stream[1].val_y.tolist()
-    wanted = sorted(range(60)) if kind != "split" else [n for n in range(60) if n % CLASSES in classes_of(stream, 1)]
+    wanted = [n for n in range(60) if n % CLASSES in classes_of(stream, 1)]
+    assert len(wanted) == (20 if kind in ORDERED else 60)
     assert sorted(train + val) == wanted and len(val) == len(wanted) // 5
-    assert all(number % CLASSES == label for number, label in zip(train + val, labels, strict=True)) or kind == "split"
+    assert all(number % CLASSES == label for number, label in zip(train + val, labels, strict=True)) or kind in ORDERED
 
 
 def classes_of(stream: object, task: int) -> set[int]:
@@ -208,6 +216,23 @@ def test_labels_are_renumbered_alike_in_all_parts() -> None:
         assert sorted(seen.values(), key=min) == [{0}, {1}, {2}]
 
 
+def test_classes_come_in_a_given_order() -> None:
+    def dealt(order: str | list[int], **more: int) -> list[set[int]]:
+        stream = TaskStream("split", numbered(), 2, 0, class_order=order, **more)
+        return [classes_of(stream, task) for task in range(2)]
+
+    assert dealt("given") == [{0, 1, 2}, {3, 4, 5}]
+    assert dealt([5, 0, 3, 1, 4, 2]) == [{5, 0, 3}, {1, 4, 2}]
+    assert dealt([5, 0, 3, 1]) == [{5, 0}, {3, 1}]
+    assert dealt("given", classes_per_task=2) == [{0, 1}, {2, 3}]
+
+
+def test_labels_follow_the_given_order() -> None:
+    task = TaskStream("split", numbered(), 2, 0, class_order=[5, 0, 3, 1, 4, 2])[0]
+    stream = TaskStream("split", numbered(), 2, 0, class_order=[5, 0, 3, 1, 4, 2])
+    assert [[5, 0, 3][label] for label in task.test_y] == (raw(stream, task.test_x)[:, 0, 1, 1] % CLASSES).tolist()
+
+
 def test_classes_are_shuffled_by_the_seed() -> None:
     dealt = {str([classes_of(TaskStream("split", numbered(), 3, s), task) for task in range(3)]) for s in range(5)}
     assert len(dealt) > 1
@@ -254,18 +279,114 @@ def test_outside_the_image_is_black() -> None:
     assert raw(stream, stream[1].test_x)[0, 0, 0, 0] == 0
 
 
+# --- superclass ---
+
+
+def test_a_task_has_the_classes_of_a_superclass() -> None:
+    def dealt(tasks: int, order: str | list[int]) -> list[set[int]]:
+        stream = TaskStream("superclass", numbered(), tasks, 0, class_order=order)
+        return [classes_of(stream, task) for task in range(tasks)]
+
+    assert dealt(3, "given") == [{0, 4}, {2, 5}, {1, 3}]  # the superclasses 1, 4 and 7
+    assert dealt(2, [2, 0]) == [{1, 3}, {0, 4}]
+    assert dealt(1, "given") == [{0, 4}]
+    assert {str(dealt_by(seed)) for seed in range(5)} != {str(dealt(3, "given"))}
+
+
+def dealt_by(seed: int) -> list[set[int]]:
+    stream = TaskStream("superclass", numbered(), 3, seed)
+    return [classes_of(stream, task) for task in range(3)]
+
+
+def test_labels_of_a_superclass_are_in_the_order_of_the_classes() -> None:
+    stream = TaskStream("superclass", numbered(), 3, 0, class_order="given")
+    x, y = stream.test_data(2)
+    assert [[1, 3][label] for label in y] == (raw(stream, x)[:, 0, 1, 1] % CLASSES).tolist()
+
+
+def test_a_class_without_superclass_belongs_to_no_task() -> None:
+    data = replace(numbered(), superclasses=torch.tensor([0, -1, 0, 1, 1, -1]))
+    stream = TaskStream("superclass", data, 2, 0, class_order="given")
+    assert [classes_of(stream, task) for task in range(2)] == [{0, 2}, {3, 4}]
+
+
+def test_other_superclasses_are_other_data() -> None:
+    first, second = (
+        replace(numbered(), superclasses=torch.tensor(s)) for s in ([0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1])
+    )
+    prints = {TaskStream("superclass", data, 2, 0).fingerprint for data in (first, second)}
+    assert len(prints) == 2
+    assert TaskStream("split", first, 2, 0).fingerprint == TaskStream("split", second, 2, 0).fingerprint
+
+
+# --- datasets ---
+
+
+def grey(value: int, side: int, classes: int = 2) -> Dataset:
+    """Images of one channel and one value each, ``value`` and the number of the class more."""
+    labels = torch.arange(20) % classes
+    images = (labels + value).to(torch.uint8)[:, None, None, None].expand(-1, 1, side, side)
+    return Dataset(f"grey {value}", images, labels, images[:classes], labels[:classes], classes)
+
+
+def test_each_task_is_a_dataset_in_the_order_given() -> None:
+    stream = TaskStream("datasets", [grey(10, 4), dataset(), grey(50, 4, classes=3)], 3, 0)
+    assert stream.classes == {0: 2, 1: CLASSES, 2: 3} and stream.input_shape == (2, 5, 4)
+    x, y = stream.test_data(2)
+    pixels = (x * stream.std[2] + stream.mean[2]).round()
+    assert y.tolist() == [0, 1, 2] and pixels[:, :, 2, 2].tolist() == [[50, 50], [51, 51], [52, 52]]
+
+
+def test_smaller_images_get_a_border_of_zeros() -> None:
+    stream = TaskStream("datasets", [grey(10, 3), grey(20, 6)], 2, 0)
+    pixels = (stream.test_data(0)[0] * stream.std[0] + stream.mean[0]).round()
+    expected = torch.zeros(6, 6)
+    expected[1:4, 1:4] = 10
+    assert torch.equal(pixels[0, 0], expected)
+
+
+def test_each_dataset_has_its_own_statistics_and_validation() -> None:
+    stream = TaskStream("datasets", [grey(10, 4), grey(90, 4)], 2, 0)
+    for task in stream:
+        x = torch.cat([task.train_x, task.val_x])
+        torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(1), atol=1e-5, rtol=0)
+    orders = [TaskStream("datasets", [numbered()] * 2, 2, 0)[task].val_x[:, 0, 0, 0].tolist() for task in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_a_dataset_of_three_channels_and_one_of_two() -> None:
+    three = dataset().train_x[:, :1].expand(-1, 3, -1, -1)
+    labels = torch.arange(60) % CLASSES
+    with pytest.raises(ValueError, match="'noise' has images of 2 channels, and another dataset of the stream has 3"):
+        TaskStream("datasets", [dataset(), Dataset("three", three, labels, three, labels, CLASSES)], 2, 0)
+
+
 # --- bad arguments ---
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "shuffled"}, "kind: expected one of permuted, split, rotated, got 'shuffled'"),
+        ({"kind": "shuffled"}, "kind: expected one of permuted, split, rotated, superclass, datasets, got 'shuffled'"),
         ({"tasks": 0}, "tasks: expected an integer of at least 1, got 0"),
         ({"tasks": True}, "tasks: expected an integer of at least 1, got True"),
         ({"tasks": 2.0}, "tasks: expected an integer of at least 1, got 2.0"),
         ({"kind": "split", "tasks": 4}, "tasks: 4 does not divide the 6 classes of 'noise'"),
         ({"kind": "split", "tasks": 12}, "tasks: 12 does not divide the 6 classes of 'noise'"),
+        ({"kind": "split", "classes_per_task": 4}, "tasks: 2 tasks of 4 classes need 8, and 'noise' has 6: 1 tasks"),
+        ({"kind": "split", "classes_per_task": 0}, "classes_per_task: expected an integer of at least 1, got 0"),
+        ({"kind": "split", "class_order": "sorted"}, "class_order: expected random, given or numbers, got 'sorted'"),
+        ({"kind": "split", "class_order": []}, r"class_order: expected random, given or numbers, got \[\]"),
+        ({"kind": "split", "class_order": [0, 6]}, "class_order: .* numbers of classes of 'noise', 0 to 5, got 6"),
+        ({"kind": "split", "class_order": [0, -1]}, "class_order: expected numbers .* got -1"),
+        ({"kind": "split", "class_order": [3, 0, 3, 1]}, "class_order: expected each number once, got 3 more often"),
+        ({"kind": "split", "class_order": [0, 1, 2]}, "tasks: 2 does not divide the 3 classes of 'noise'; 1, 3 do"),
+        ({"kind": "superclass", "tasks": 4}, "tasks: expected at most the 3 superclasses of 'noise', got 4"),
+        ({"kind": "superclass", "class_order": [3, 1]}, "class_order: .* of superclasses of 'noise', 0 to 2, got 3"),
+        ({"kind": "superclass", "classes_per_task": 2}, "classes_per_task: a superclass stream .* got 2"),
+        ({"kind": "superclass", "data": grey(1, 4)}, "data: 'grey 1' has no superclasses"),
+        ({"kind": "datasets", "data": [grey(1, 4)]}, "tasks: expected the number of datasets, 1, got 2"),
+        ({"data": [grey(1, 4)] * 2}, "data: a permuted stream has one dataset, got 2"),
         ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
         ({"val_fraction": 1.0}, r"val_fraction: expected a number in \[0, 1\), got 1.0"),
         ({"val_fraction": -0.1}, r"val_fraction: expected a number in \[0, 1\), got -0.1"),
@@ -284,7 +405,7 @@ def test_outside_the_image_is_black() -> None:
 def test_bad_arguments_are_named_with_their_values(change: dict[str, object], message: str) -> None:
     arguments = {"kind": "permuted", "tasks": 2, "seed": 0} | change
     with pytest.raises(ValueError, match=message):
-        TaskStream(dataset=dataset(), **arguments)
+        TaskStream(**{"data": dataset()} | arguments)
 
 
 def test_a_task_without_training_samples_is_an_error() -> None:

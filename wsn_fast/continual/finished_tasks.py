@@ -15,12 +15,21 @@ from ..backends.collectives import is_initialized
 from ..nn import model_owner
 from ..nn.refusals import StaysInTheLibrary
 from ..nn.task_ids import TaskId, check_task
-from . import fingerprints, parallel, removal, renames, shown_values, state_hooks, statistics
+from . import (
+    fingerprints,
+    parallel,
+    removal,
+    renames,
+    shown_values,
+    state_hooks,
+    statistics,
+    superposition,
+    task_inference,
+)
 from .contents import Contents
 from .guard import Guards
 from .probe import Probe, check_reads
 from .statistics import Capacity, TaskStats
-from .task_inference import InferredTask, infer
 from .view import View
 
 
@@ -69,28 +78,58 @@ class FinishedTasks(StaysInTheLibrary, Contents):
 
     # --- which one is it? ------------------------------------------------------------------------------------------
     def infer_task(
-        self, x: Tensor, *, tasks: Sequence[TaskId] | None = None, one_pass: bool | None = None
-    ) -> InferredTask:
-        """Find which finished task inputs belong to, where nobody says: the one whose outputs have the least entropy.
+        self,
+        x: Tensor,
+        *,
+        method: str = "entropy",
+        tasks: Sequence[TaskId] | None = None,
+        one_pass: bool | None = None,
+    ) -> task_inference.InferredTask:
+        """Find which finished task inputs belong to, where nobody says, by the entropy of the outputs (SupSup, Wortsman
+        et al., NeurIPS 2020, section 3.3).
 
-        Every row is computed as every task, in one mixed batch (:meth:`~wsn_fast.WSN.forward_tasks`), so this costs as
-        much as T forward passes. Call it in evaluation mode. It finds tasks whose inputs differ, such as permuted
-        images. A model is often sure of inputs that it has never seen, so measure it on your tasks.
+        "entropy" computes every row as every task, in one mixed batch (:meth:`~wsn_fast.WSN.forward_tasks`), and takes
+        the task with the least entropy. It costs as much as T forward passes.
+
+        "one-shot" computes all rows with the mean of the masked weights of all tasks, and takes the task whose
+        coefficient lowers the entropy most, by the gradient. It costs a forward and a backward pass. "binary" keeps
+        the better half of the tasks in each pass, and needs ``ceil(log2(T))`` of them. Both were made for masks over
+        weights that are never trained (:func:`wsn_fast.presets.supsup`).
+
+        Call it in evaluation mode. It finds tasks whose inputs differ, such as permuted images. A model is often sure
+        of inputs that it has never seen, so measure it on your tasks.
 
         Args:
             x: ``[B, ...]``. The rows of a batch that belong to one task find it better together than each by itself.
+            method: "entropy", "one-shot" or "binary".
             tasks: the finished tasks to choose from; None means all of them.
-            one_pass: see :meth:`~wsn_fast.WSN.forward_tasks`.
+            one_pass: for "entropy", see :meth:`~wsn_fast.WSN.forward_tasks`.
 
         Returns:
-            The task of the whole batch, the task of each row, and all entropies.
+            The task of the whole batch, the task of each row, and what they were found by.
 
         Raises:
-            ValueError: no task has ended, one of ``tasks`` is unknown, or the outputs are no logits of two classes or
-                more.
+            RuntimeError: the model is sharded, and ``method`` is not "entropy".
+            ValueError: ``method`` is unknown; no task has ended, or one of ``tasks`` is unknown; the outputs are no
+                logits of two classes or more; or tasks cannot be superposed, which the message explains.
         """
-        forward = partial(cast(Any, self).forward_tasks, one_pass=one_pass)
-        return infer(x, [*map(check_task, self._register.tasks if tasks is None else tasks)], forward)
+        method = task_inference.check_method(method, one_pass)
+        chosen = [*map(check_task, self._register.tasks if tasks is None else tasks)]
+        task_inference.check_tasks(chosen, self._register.tasks)
+        if method == "entropy":
+            return task_inference.by_entropy(x, chosen, partial(cast(Any, self).forward_tasks, one_pass=one_pass))
+        self._check_whole(f"infer_task(method={method!r})", 'use method="entropy"')
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = x.clone() if x.is_inference() else x
+            gradient_of = partial(self._gradient_of_mixture, rows)
+            return task_inference.by_gradient(rows, chosen, method == "binary", gradient_of)
+
+    def _gradient_of_mixture(self, x: Tensor, objective: task_inference.Objective, tasks: Sequence[TaskId]) -> Tensor:
+        superposition.check_mixable(self._parts)
+        alpha = torch.full((len(tasks),), 1 / len(tasks), device=x.device, requires_grad=True)
+        with cast(Any, self).use_task(tasks[0]), superposition.superposed(self._parts, tasks, alpha):
+            # Within the block, because activation checkpointing repeats parts of the forward pass.
+            return torch.autograd.grad(objective(self._parts.scope(self._parts.model, x)), alpha)[0]
 
     # --- what the tasks share --------------------------------------------------------------------------------------
     def capacity(self) -> Capacity:
@@ -112,8 +151,9 @@ class FinishedTasks(StaysInTheLibrary, Contents):
     @torch.inference_mode(False)  # what is left is trained
     def remove_task(self, task: TaskId, *, redraw_free: bool = False) -> None:
         """Remove a finished task (exact unlearning). Its mask, head and per-task values go, and the weights that it
-        alone used are drawn anew, with their scores, and are free again. Every other task computes what it did, to the
-        bit. The task may be begun again.
+        alone used are drawn anew, with their scores, and are free again. Weights with ``requires_grad=False`` stay as
+        they are, because no task has trained them. Every other task computes what it did, to the bit. The task may be
+        begun again.
 
         Build the optimizer anew after this call: its running means come from the weights of then.
 

@@ -146,6 +146,12 @@ class ModelParts:
                         f"{own}"
                     )
 
+    def check_ranked(self) -> None:
+        """Raise ``ValueError`` if a density has no effect in a layer, because its rule has a constant threshold."""
+        for name, layer in self.layers.items():
+            if ops.constant_threshold(layer.rule) is not None:
+                raise ValueError(f"density must be None: {name} has the rule {layer.rule!r}, which needs none")
+
     @torch.no_grad()
     def check_initialised(self) -> None:
         """Raise ``RuntimeError``, naming the tensor, if a tensor is on the meta device, sharded, or was made in

@@ -103,6 +103,8 @@ def _redraw(layer: SubnetLayer, gate: Gated, union: Tensor | None, used: Tensor 
     if used is not None:
         free &= ops.unpack_mask(used, shape)
         scores = free
+    if not gate.param.requires_grad:
+        free = torch.zeros_like(free)  # no task has trained it
     bound = 1 / math.sqrt(layer.fan_in(gate.name))  # as torch initialises weights and biases
     for tensor, where in ((param, free), (score, scores)):
         undo.callback(tensor.__setitem__, where, tensor[where])

@@ -14,7 +14,7 @@ from ..convert.patterns import Patterns, as_patterns
 from ..nn import model_owner
 from ..nn.densities import Densities
 from ..nn.model_gates import ModelGates, in_parallel
-from ..nn.scores import check_score_init
+from ..nn.scores import ScoreInit, check_score_init
 from ..nn.task_ids import TaskId, check_task
 from . import advice, fingerprints, mixed_batch, ownership, state_hooks, statistics
 from .finished_tasks import FinishedTasks
@@ -44,7 +44,8 @@ class WSN(FinishedTasks):
         rest: "per_task", "frozen" or "shared", for all parameters that are left; None makes them an error.
         reinit_scores: draw new scores for every task, as CLArena does; the default keeps them, as the paper's code
             does.
-        score_init: how these scores are drawn: "default", "N01" or "U01" (see :meth:`SubnetLayer.reset_scores`).
+        score_init: how these scores are drawn: "default", "N01", "U01", or the value of all of them (see
+            :meth:`SubnetLayer.reset_scores`).
         keep_masked: keep the masked weights of the finished task in use, which take as much memory as the gated
             weights. Each batch after the first then costs what it costs a dense model. A number n keeps those of the
             last n finished tasks that were in use, for :meth:`forward_tasks` and for programs that often change the
@@ -69,7 +70,7 @@ class WSN(FinishedTasks):
         shared: Patterns = (),
         rest: str | None = None,
         reinit_scores: bool = False,
-        score_init: str = "default",
+        score_init: ScoreInit = "default",
         keep_masked: bool | int = True,
         gates_ahead: bool = False,
     ) -> None:
@@ -115,8 +116,8 @@ class WSN(FinishedTasks):
                 ``TaskHeads`` has no common width.
 
         Raises:
-            ValueError: the task has ended already; a density is outside (0, 1] or its pattern matches no layer; a width
-                is missing or differs from that of the existing head.
+            ValueError: the task has ended already; a density is outside (0, 1] or its pattern matches no layer, or a
+                layer has a rule without one; a width is missing or differs from that of the existing head.
             RuntimeError: another task is in progress; a tensor is on the meta device; or a gated tensor has NaN,
                 because it was never initialised.
             OwnershipError: a parameter or buffer that tasks share has no owner.
@@ -159,6 +160,8 @@ class WSN(FinishedTasks):
         self._parts.check_rows(len(self.tasks))
         densities = self._parts.task_densities(density)
         self._parts.check_tied(densities)
+        if density is not None:
+            self._parts.check_ranked()
         for heads in self._parts.heads.values():
             heads.width(task, out_features)
         return densities

@@ -18,7 +18,7 @@ from ..nn.gated import SubnetLayer
 from ..nn.heads import TaskHeads
 from ..nn.reads import share_scope
 from ..nn.registry import subnet_class
-from ..nn.scores import check_score_init
+from ..nn.scores import ScoreInit, check_score_init
 from . import report, slices
 from .checks import BATCH_NORM_CLASSES, Gate, check_batch_norm, check_modules, check_ties
 from .new_heads import Heads, HeadSpec, make_heads, within_heads
@@ -38,7 +38,7 @@ def convert(
     exclude_modules: Patterns | None = None,
     heads: str | Mapping[str, HeadSpec] | None = None,
     batch_norm: str = "per_task",
-    score_init: str = "default",
+    score_init: ScoreInit = "default",
 ) -> nn.Module:
     """Turn a model into a subnet model, in place, and keep its weights: gate its matrices and biases.
 
@@ -69,7 +69,8 @@ def convert(
         target_modules: name patterns of what is gated; None means everything above. A pattern that names a Parameter
             itself gates it also if it is a vector.
         exclude_modules: name patterns of what is left as it is.
-        rule: "magnitude" (the paper's code) or "value" (CLArena); see :func:`wsn_fast.topc_threshold`.
+        rule: "magnitude" (the paper's code) or "value" (CLArena); see :func:`wsn_fast.topc_threshold`. A rule such as
+            "value >= 0.005" keeps every score of at least this number, whatever the density.
         heads: classifiers to replace by :class:`TaskHeads`. ``"fc"`` is the name of a module and gives each task a
             head like it: a new ``nn.Linear``, or a copy of any other module (see :meth:`TaskHeads.of`). ``{"fc": 5}``
             gives each task a head of width 5. ``{"fc": [0, "a"]}`` also makes the heads of these two tasks at once.
@@ -77,7 +78,7 @@ def convert(
             dropped. Nothing inside a head is converted.
         batch_norm: "per_task" keeps statistics and affine parameters for each task; "stateless" removes both from
             every ``nn.BatchNorm`` outside of heads, which then uses the statistics of the batch only, as in the paper.
-        score_init: "default", "N01" or "U01"; see :meth:`SubnetLayer.reset_scores`.
+        score_init: "default", "N01", "U01" or a number; see :meth:`SubnetLayer.reset_scores`.
 
     Returns:
         ``model`` itself.
@@ -130,7 +131,7 @@ def _put_heads(names: Names, new_heads: Heads) -> None:
                 parent._modules[child_name] = new_heads[child]
 
 
-def _change_classes(names: Names, chosen: Chosen, gates: Mapping[nn.Module, Gate], score_init: str) -> None:
+def _change_classes(names: Names, chosen: Chosen, gates: Mapping[nn.Module, Gate], score_init: ScoreInit) -> None:
     scores = {id(g.param): g.score for m in names if isinstance(m, SubnetLayer) for g in m.gated()}
     classes = {module: subnet_class(module, attributes) for module, attributes in chosen.items()}
     for module, kind in classes.items():  # when all classes exist: a class of the user may not allow to derive from it

@@ -156,6 +156,8 @@ def _check_model(wsn: WSN, mesh: DeviceMesh) -> None:
             raise ValueError(f"{path} is a recurrent layer, which keeps a list of its tensors: exclude it from convert")
         if layer.gate_state.gates_ahead:
             raise ValueError("gates_ahead must be False: the gates of shards are made when FSDP2 gathers them")
+        if ops.constant_threshold(layer.rule) is not None:
+            raise ValueError(f"{path} has the rule {layer.rule!r}, and shards need one that ranks the scores")
         for gate in layer.gated():
             reason = _obstacle_of(layer, gate.name, gate.param, gate.score, uses, mesh)
             if reason:

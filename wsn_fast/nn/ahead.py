@@ -70,8 +70,8 @@ class Ahead:
 
 def _wanted(layer: SubnetLayer) -> list[Gated]:
     state = layer.gate_state
-    if not state.gates_ahead or layer.one_pass:
-        return []
+    if not state.gates_ahead or layer.one_pass or ops.constant_threshold(layer.rule) is not None:
+        return []  # backends rank the scores of the gates that they make together
     named = [gate for gate in layer.gated() if gate.name in state.compute_dtypes]
     return [gate for gate in named if gate.param.is_contiguous() and gate.score.is_contiguous()]
 

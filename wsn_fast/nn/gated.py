@@ -25,7 +25,7 @@ from .gate import Gated, check_gateable
 from .gate_state import GateState
 from .gathered import gathered
 from .reads import hooks_of_saved_tensors, reading
-from .scores import check_score_init, draw
+from .scores import ScoreInit, check_score_init, draw
 from .shards import shard_of
 from .task_ids import TaskId, encode_json
 from .transforms import are_active, masked_within
@@ -50,7 +50,7 @@ class SubnetLayer(refusals.KeepsItsWeights):
         row_tasks: int32 [B], the row of the masks that each row of a batch uses, while several tasks share a pass; None
             otherwise (see :mod:`wsn_fast.continual.mixed_batch`).
         task_density: the density of the task in training if it has one of its own; None means :attr:`density`.
-        rule: "magnitude" or "value".
+        rule: "magnitude", "value", or a constant threshold such as "value >= 0.005".
         gate_state: what the layer keeps from one forward pass to the next.
     """
 
@@ -80,7 +80,7 @@ class SubnetLayer(refusals.KeepsItsWeights):
         for name in cls.GATED:
             setattr(cls, name, reading(name))
 
-    def _init_subnet(self, density: float | Mapping[str, float], rule: str, score_init: str = "default") -> None:
+    def _init_subnet(self, density: float | Mapping[str, float], rule: str, score_init: ScoreInit = "default") -> None:
         """Add scores and empty masks to a layer whose weight and bias exist."""
         self.rule = ops.check_rule(rule)
         self.task_density = None
@@ -111,7 +111,9 @@ class SubnetLayer(refusals.KeepsItsWeights):
         return kind is cls.DENSE
 
     @classmethod
-    def from_dense(cls: type[L], module: nn.Module, density: Densities, rule: str, score_init: str = "default") -> L:
+    def from_dense(
+        cls: type[L], module: nn.Module, density: Densities, rule: str, score_init: ScoreInit = "default"
+    ) -> L:
         """Turn ``module``, of a class for which :meth:`is_made_from` is true, into a layer of this class, in place."""
         module.__class__ = cls
         assert isinstance(module, cls)
@@ -201,13 +203,13 @@ class SubnetLayer(refusals.KeepsItsWeights):
                 yield Gated(name, param, scores, buffers[f"{name}_masks"], buffers[f"{name}_union"])  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def reset_scores(self, mode: str = "default") -> None:
+    def reset_scores(self, mode: ScoreInit = "default") -> None:
         """Draw new scores.
 
         Args:
             mode: "default" draws the scores of weights from Kaiming uniform (a = sqrt 5), and those of biases uniformly
                 within 1 / sqrt(fan_in), as the paper's code does; "N01" is standard normal; "U01" is uniform on
-                [0, 1).
+                [0, 1); a number is the value of all scores.
 
         Raises:
             ValueError: ``mode`` is another one.

@@ -11,10 +11,12 @@ from .arguments import (
     check_density,
     check_rule,
     check_scores,
+    constant_threshold,
+    key_of,
 )
 from .gate import gate, gate_at, gate_backward, gate_packed, gates, gates_backward
 from .packed_masks import count_packed, pack_mask, packed_size, union_packed, unpack_mask
-from .selection import keep_mask, threshold, threshold_rank, topc_mask, topc_threshold
+from .selection import keep_mask, key_at, threshold, threshold_rank, topc_mask, topc_threshold
 from .updates import adamw_step, gradient_squares, restore_frozen_, restore_frozen_many, sgd_step
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "check_density",
     "check_rule",
     "check_scores",
+    "constant_threshold",
     "count_packed",
     "gate",
     "gate_at",
@@ -39,6 +42,8 @@ __all__ = [
     "gates_backward",
     "gradient_squares",
     "keep_mask",
+    "key_at",
+    "key_of",
     "pack_mask",
     "packed_size",
     "restore_frozen_",

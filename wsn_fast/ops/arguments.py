@@ -3,6 +3,8 @@ came."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -12,6 +14,9 @@ from torch import Tensor
 
 from ..backends import parse_override
 from ..choices import RULES as RULES
+
+_CONSTANT = "value >= "
+"""How a rule with a constant threshold begins."""
 
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -46,10 +51,28 @@ def check_bool_or_count(name: str, value: object) -> bool | int:
 
 
 def check_rule(rule: object) -> str:
-    """``rule`` if it is one of ``RULES``, else ``ValueError``."""
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
-    return str(rule)
+    """``rule`` if it is one of ``RULES`` or has a constant threshold, as ``"value >= 0.005"`` has; else
+    ``ValueError``."""
+    if rule in RULES:
+        return str(rule)
+    if isinstance(rule, str) and rule.startswith(_CONSTANT):
+        with contextlib.suppress(ValueError):
+            number = float(rule.removeprefix(_CONSTANT))
+            if math.isfinite(number):
+                return f"{_CONSTANT}{number}"
+    raise ValueError(f"rule must be one of {RULES}, or '{_CONSTANT}' and a number, got {rule!r}")
+
+
+def constant_threshold(rule: str) -> float | None:
+    """The threshold of a rule that keeps all scores of at least a number, as ``"value >= 0.005"`` does. None for a rule
+    that ranks the scores."""
+    return float(rule.removeprefix(_CONSTANT)) if rule.startswith(_CONSTANT) else None
+
+
+def key_of(rule: str) -> str:
+    """What backends know of a rule: the key of the scores that is compared with the threshold, "magnitude" or
+    "value"."""
+    return rule if rule in RULES else "value"
 
 
 def check_backend(backend: object) -> str | None:

@@ -21,6 +21,7 @@ from ..backends.conv_geometry import Geometry
 from ..backends.mask import GradientOrder, Mask
 from ..backends.updates import CallKey, Plan
 from . import products
+from .arguments import key_of
 from .fusion import fused_rows
 from .gate import gate, gate_backward, gates_backward
 from .raw_gradients import RawGradient, hand_over, is_watched
@@ -77,7 +78,7 @@ class SubnetGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         weight, scores, tau, union = ctx.saved_tensors
-        mask = Mask(scores, tau, ctx.form.rule, union=union)
+        mask = Mask(scores, tau, key_of(ctx.form.rule), union=union)
         need_weight, need_scores = ctx.needs_input_grad[:2]
         dw, ds = _gate_gradients(grads[0], weight, mask, (need_weight, need_scores), ctx.form.backend)
         return dw, ds, None, None, None
@@ -261,7 +262,7 @@ class SubnetProduct(torch.autograd.Function):
         tau = None if scores is None else threshold(scores.detach(), form.density, form.rule, form.backend)
         ctx.save_for_backward(x, weight, scores, tau, packed, union)
         ctx.form = form
-        mask = Mask(scores, tau, form.rule, packed, union)
+        mask = Mask(scores, tau, key_of(form.rule), packed, union)
         if form.geometry is None:
             return products.masked_linear(x, weight, mask, bias, form.transposed, form.backend)
         return products.masked_conv(x, weight, mask, bias, form.geometry, form.groups, None, form.backend)
@@ -271,7 +272,7 @@ class SubnetProduct(torch.autograd.Function):
         x, weight, scores, tau, packed, union = ctx.saved_tensors
         need_x, need_weight, need_scores, need_bias = ctx.needs_input_grad[:4]
         form: ProductForm = ctx.form
-        mask, grad = Mask(scores, tau, form.rule, packed, union), grads[0]
+        mask, grad = Mask(scores, tau, key_of(form.rule), packed, union), grads[0]
         dx = dw = ds = db = None
         if need_x:
             dx = _input_gradient(grad, x, weight, mask, form)

@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from ..backends import run
 from ..backends.mask import GateOrder, GradientOrder, Mask
 from ..backends.updates import Plan
+from .arguments import key_of
 from .operator import operator
 from .selection import threshold
 
@@ -23,7 +24,7 @@ def gate(
 ) -> tuple[Tensor, Tensor]:
     """Return the masked weight, ``m ? W : +0.0`` in ``dtype``, and the threshold tau of the current scores."""
     tau = threshold(scores, density, rule, backend)
-    return run("gate", weight.device, weight.dtype, backend).gate(weight, scores, tau, rule, dtype), tau
+    return run("gate", weight.device, weight.dtype, backend).gate(weight, scores, tau, key_of(rule), dtype), tau
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def gate_at(
     weight: Tensor, scores: Tensor, tau: Tensor, rule: str, dtype: torch.dtype, backend: str | None = None
 ) -> Tensor:
     """The masked weight of :func:`gate` for a threshold that is known: that of a tensor of which these are a part."""
-    masked: Tensor = run("gate", weight.device, weight.dtype, backend).gate(weight, scores, tau, rule, dtype)
+    masked: Tensor = run("gate", weight.device, weight.dtype, backend).gate(weight, scores, tau, key_of(rule), dtype)
     return masked
 
 

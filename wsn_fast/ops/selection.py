@@ -13,7 +13,16 @@ from torch import Tensor
 
 from ..backends import collectives, run
 from . import sharded_selection
-from .arguments import check_backend, check_density, check_dtype, check_rule, check_scores, check_sequence
+from .arguments import (
+    check_backend,
+    check_density,
+    check_dtype,
+    check_rule,
+    check_scores,
+    check_sequence,
+    constant_threshold,
+    key_of,
+)
 from .operator import operator
 
 if TYPE_CHECKING:
@@ -80,14 +89,16 @@ def topc_threshold(
         density: the fraction to keep, in (0, 1]; for a sequence of tensors also one for each. It is a fraction of the
             whole tensor.
         rule: ``"magnitude"`` ranks ``|S|`` as the paper's code does, ``"value"`` ranks ``S`` as CLArena does.
+            ``"value >= 0.005"`` ranks nothing: the threshold is this number, whatever the density, as in Piggyback
+            (Mallya et al., ECCV 2018). It is not possible with a group of several processes.
         backend: ``"torch"``, ``"triton"`` or ``"native"``; None lets the library choose. With a group of several
             processes it has to be None or ``"torch"``.
         group: a process group of ``torch.distributed``. All of its processes make this call, with as many tensors, the
             same dtype, the same densities and the same rule.
 
     Returns:
-        tau, 0-d, in the dtype and on the device of ``scores``; an element of the ranked keys. The host does not wait
-        for it. For a sequence, a list with the tau of each. Where all shards are empty, tau is NaN.
+        tau, 0-d, in the dtype and on the device of ``scores``; an element of the ranked keys, if the rule ranks. The
+        host does not wait for it. For a sequence, a list with the tau of each. Where all shards are empty, tau is NaN.
 
     Raises:
         TypeError: ``scores`` is neither a floating tensor of a supported dtype nor a sequence of them; its tensors
@@ -104,7 +115,7 @@ def topc_threshold(
         checked = [check_scores(one).detach() for one in tensors]
         taus = [threshold(one, c, rule, backend) for one, c in zip(checked, densities, strict=True)]
     else:
-        _check_shards(tensors, backend)
+        _check_shards(tensors, rule, backend)
         taus = [*sharded_selection.thresholds(tensors, densities, rule, group).unbind()] if tensors else []
     return taus[0] if isinstance(scores, Tensor) else taus
 
@@ -118,7 +129,9 @@ def _densities(density: float | Sequence[float], tensors: int | None) -> list[fl
     return [check_density(one, f"density[{i}]") for i, one in enumerate(density)]
 
 
-def _check_shards(shards: Sequence[Tensor], backend: str | None) -> None:
+def _check_shards(shards: Sequence[Tensor], rule: str, backend: str | None) -> None:
+    if constant_threshold(rule) is not None:
+        raise ValueError(f"rule must be 'magnitude' or 'value' with a group, got {rule!r}")
     for shard in shards:
         check_dtype(shard)
         if shard.numel() >= _LONGEST_SHARD:
@@ -139,7 +152,7 @@ def keep_mask(scores: Tensor, tau: Tensor, rule: str, backend: str | None = None
     """The mask of ``scores`` for a threshold that is known: bool, in their shape. Arguments are not checked."""
     if scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    mask: Tensor = run("keep_mask", scores.device, scores.dtype, backend).keep_mask(scores, tau, rule)
+    mask: Tensor = run("keep_mask", scores.device, scores.dtype, backend).keep_mask(scores, tau, key_of(rule))
     return mask
 
 
@@ -159,12 +172,20 @@ def topc_mask(scores: Tensor, density: float, *, rule: str = "magnitude", backen
 @operator(fake=lambda a: a.scores.new_empty(()))
 def threshold(scores: Tensor, density: float, rule: str, backend: str | None = None) -> Tensor:
     """Do what :func:`topc_threshold` does, but do not check the arguments. ``scores`` need no gradient."""
-    rank = threshold_rank(scores.numel(), density, rule)
-    return run("threshold", scores.device, scores.dtype, backend).threshold(scores, rank, rule)
+    constant = constant_threshold(rule)
+    if constant is not None:
+        return torch.full((), constant, dtype=scores.dtype, device=scores.device)
+    return key_at(scores, threshold_rank(scores.numel(), density, rule), rule, backend)
+
+
+def key_at(scores: Tensor, rank: int, rule: str, backend: str | None = None) -> Tensor:
+    """The key with the index ``rank`` among the ascending keys of ``scores``, 0-d. Arguments are not checked."""
+    key: Tensor = run("threshold", scores.device, scores.dtype, backend).threshold(scores, rank, rule)
+    return key
 
 
 @operator(fake=lambda a: torch.empty_like(a.scores, dtype=torch.bool))
 def mask(scores: Tensor, density: float, rule: str, backend: str | None = None) -> Tensor:
     """Do what :func:`topc_mask` does, but do not check the arguments. ``scores`` need no gradient."""
     tau = threshold(scores, density, rule, backend)
-    return run("keep_mask", scores.device, scores.dtype, backend).keep_mask(scores, tau, rule)
+    return run("keep_mask", scores.device, scores.dtype, backend).keep_mask(scores, tau, key_of(rule))

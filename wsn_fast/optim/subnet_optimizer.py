@@ -65,8 +65,9 @@ class SubnetOptimizer(torch.optim.Optimizer):
     def claim(self, layers: Mapping[str, SubnetLayer]) -> Sequence[SubnetLayer]:
         """Return those of the named ``layers`` that this optimizer updates itself from now on.
 
-        It takes a layer if it holds and trains all of the layer's tensors and scores, if they have one dtype, and if
-        no other layer shares them. It updates the other layers as torch's optimizer would."""
+        It takes a layer if it holds and trains all of the layer's tensors and scores, if they have one dtype, if no
+        other layer shares them, and if the rule of the layer ranks the scores. It updates the other layers as torch's
+        optimizer would."""
         own = {id(param) for group in self.param_groups for param in group["params"]}
         uses = Counter(id(t) for one in layers.values() for gate in one.gated() for t in (gate.param, gate.score))
 
@@ -75,7 +76,8 @@ class SubnetOptimizer(torch.optim.Optimizer):
             mine = all(id(t) in own and uses[id(t)] == 1 and t.requires_grad for t in tensors)
             return mine and gate.param.dtype is gate.score.dtype
 
-        taken = [(name, layer) for name, layer in layers.items() if all(map(can_take, layer.gated()))]
+        ranked = {name: x for name, x in layers.items() if ops.constant_threshold(x.rule) is None}
+        taken = [(name, layer) for name, layer in ranked.items() if all(map(can_take, layer.gated()))]
         asked = {id(layer) for layer in layers.values()}
         self._layers = [*(known for known in self._layers if id(known[1]) not in asked), *taken]
         return [layer for _, layer in taken]

@@ -41,7 +41,9 @@ def gate_key(scores: Tensor, rule: str = "magnitude") -> Tensor:
 
 def topc_threshold(scores: Tensor, density: float, *, rule: str = "magnitude") -> Tensor:
     """tau, an element of the tensor: the ``j``-th of its keys in ascending order, NaN last. 0-d, the dtype of
-    ``scores``."""
+    ``scores``. A rule such as ``"value >= 0.005"`` names tau itself (Piggyback, Mallya et al., ECCV 2018)."""
+    if rule.startswith("value >= "):
+        return torch.tensor(float(rule[9:]), dtype=scores.dtype, device=scores.device)
     keys = gate_key(scores.detach(), rule).flatten().sort().values
     return keys[threshold_rank(keys.numel(), density, rule)]
 

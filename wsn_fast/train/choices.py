@@ -1,14 +1,19 @@
 """The words among which the settings of a run choose. This file imports nothing, so that the command line knows them
 without PyTorch."""
 
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder")
-KINDS = ("permuted", "split", "rotated")
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "omniglot", "folder")
+KINDS = ("permuted", "split", "rotated", "superclass", "datasets")
 """How the tasks of a stream are made."""
+ORDERED = ("split", "superclass")
+"""The kinds whose tasks take classes in an order."""
+FIVE_DATASETS = "cifar10,mnist,svhn,fashion_mnist,notmnist"
+"""The paper's 5-Datasets, in its order; ``svhn`` and ``notmnist`` are folders of images."""
 
 NETS = ("mlp", "lenet", "lenet_large", "alexnet", "resnet18", "resnet18_stateless", "convnet4")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DEVICES = ("auto", "cpu", "cuda")
 CUDA_GRAPH = ("auto", "off")
+AUGMENT = ("none", "crops")
 
 
 def default_net(dataset_name: str, stream_kind: str) -> str:
@@ -25,4 +30,7 @@ def default_net(dataset_name: str, stream_kind: str) -> str:
     """
     if stream_kind == "permuted" or dataset_name == "digits":
         return "mlp"
-    return {"cifar10": "alexnet", "cifar100": "alexnet", "folder": "convnet4"}.get(dataset_name, "lenet")
+    if stream_kind in ("superclass", "datasets"):
+        return {"superclass": "lenet", "datasets": "resnet18"}[stream_kind]
+    nets = {"cifar10": "alexnet", "cifar100": "alexnet", "omniglot": "lenet_large", "folder": "convnet4"}
+    return nets.get(dataset_name, "lenet")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from wsn_fast import __version__, launch
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
 from wsn_fast.train import config
-from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS
+from wsn_fast.train.choices import AUGMENT, CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS
 
 _TRAIN = """\
 Train one network on a stream of tasks without forgetting any of them. Everything is written into one folder:
@@ -27,6 +27,7 @@ examples:
   wsn-fast train permuted                                  the vendored digits, 5 tasks, under two minutes
   wsn-fast train permuted --data mnist --data-dir mnist/   the paper's Permuted MNIST, 10 tasks
   wsn-fast train split --data cifar100 --data-dir cifar/ --density 0.1
+  wsn-fast train superclass --data cifar100 --data-dir cifar/       the paper's CIFAR-100 Superclass, 20 tasks
   torchrun --nproc-per-node 2 -m wsn_fast.train train permuted   two processes
   wsn-fast train --resume runs/permuted-digits-paper-seed0
   wsn-fast eval runs/permuted-digits-paper-seed0
@@ -111,11 +112,18 @@ def _default(name: str) -> str:
 
 def _add_tasks(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    kinds = "how tasks are made: permuted pixels, split classes or rotated images (default: permuted)"
+    kinds = f"how tasks are made: {', '.join(KINDS)} (default: permuted)"
     add("stream", nargs="?", choices=KINDS, metavar="STREAM", help=kinds)
-    add("--data", choices=DATASETS, help="dataset (default: digits, which needs no files)")
-    add("--data-dir", metavar="DIR", help="folder with the dataset's files")
+    names = (
+        f"dataset, of {', '.join(DATASETS)} (default: digits, which needs no files); for the stream datasets several"
+    )
+    add("--data", metavar="NAME[,NAME...]", help=f"{names}, or folders of images, one for each task")
+    add("--data-dir", metavar="DIR", help="folder with the files of the data; for each of several a folder in it")
     add("--tasks", type=int, metavar="T", help=f"number of tasks {_default('tasks')}")
+    order = "order in which tasks of split take classes, and those of superclass superclasses: random, given or numbers"
+    add("--class-order", metavar="N,N,...", help=f"{order} (default: random; given for superclass and omniglot)")
+    each = "number of classes of each task of split; 0 deals all of them evenly"
+    add("--classes-per-task", type=int, metavar="N", help=f"{each} {_default('classes_per_task')}")
     held_out = f"fraction of the training samples for validation {_default('val_fraction')}"
     add("--val-fraction", type=float, metavar="F", help=held_out)
     add("--net", choices=NETS, help="network (default: the paper's for the data; mlp for digits)")
@@ -141,6 +149,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--epochs", type=int, metavar="N", help=f"largest number of epochs per task {_default('epochs')}")
     add("--batch-size", type=int, metavar="N", help=f"samples per step {_default('batch_size')}")
+    add("--augment", choices=AUGMENT, help="crops: crop and mirror training images at random (default: none)")
     add("--optimizer", choices=OPTIMIZERS, help="sgd has momentum 0.9 (default: adam)")
     add("--lr", type=float, metavar="X", help=f"learning rate at the start of a task {_default('lr')}")
     add("--weight-decay", type=float, metavar="X", help=f"weight decay {_default('weight_decay')}")

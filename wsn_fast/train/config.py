@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
-from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS, default_net
+from wsn_fast.train.choices import (
+    AUGMENT,
+    CUDA_GRAPH,
+    DATASETS,
+    DEVICES,
+    FIVE_DATASETS,
+    KINDS,
+    NETS,
+    OPTIMIZERS,
+    ORDERED,
+    default_net,
+)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -18,7 +30,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
-# The paper's settings by (stream, data). All of them have the lr_min of FALLBACK.
+# The paper's settings by (stream, data).
 PAPER: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
     {
         ("permuted", "mnist"): MappingProxyType(
@@ -26,6 +38,23 @@ PAPER: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
         ),
         ("split", "cifar100"): MappingProxyType(
             {"tasks": 10, "epochs": 200, "batch_size": 64, "val_fraction": 0.05, "net": "alexnet"}
+        ),
+        ("superclass", "cifar100"): MappingProxyType(
+            {"tasks": 20, "epochs": 50, "batch_size": 64, "val_fraction": 0.05, "net": "lenet", "lr_min": 1e-5}
+        ),
+        ("split", "omniglot"): MappingProxyType(  # Omniglot Rotation
+            {
+                "tasks": 100,
+                "epochs": 100,
+                "batch_size": 64,
+                "val_fraction": 0.05,
+                "net": "lenet_large",
+                "class_order": "given",
+                "classes_per_task": 12,
+            }
+        ),
+        ("datasets", FIVE_DATASETS): MappingProxyType(
+            {"epochs": 100, "batch_size": 64, "val_fraction": 0.05, "net": "resnet18", "lr_min": 1e-5}
         ),
         ("split", "folder"): MappingProxyType(  # TinyImageNet
             {"tasks": 40, "epochs": 10, "batch_size": 10, "val_fraction": 0.1, "net": "convnet4"}
@@ -36,6 +65,8 @@ DIGITS: Mapping[str, Any] = MappingProxyType({"tasks": 5, "epochs": 40, "batch_s
 FALLBACK: Mapping[str, Any] = MappingProxyType(
     {
         "tasks": 5,
+        "class_order": "random",
+        "classes_per_task": 0,
         "epochs": 20,
         "batch_size": 64,
         "density": 0.3,
@@ -50,6 +81,7 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "lr_factor": 2.0,
         "lr_min": 1e-6,
         "val_fraction": 0.05,
+        "augment": "none",
         "seed": 0,
         "device": "auto",
         "data_dir": None,
@@ -60,7 +92,6 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "stream": KINDS,
-        "data": DATASETS,
         "rule": RULES,
         "score_init": SCORE_INITS,
         "net": NETS,
@@ -68,6 +99,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "moments": STORAGES,
         "device": DEVICES,
         "cuda_graph": CUDA_GRAPH,
+        "augment": AUGMENT,
         "preset": tuple(PRESETS),
     }
 )
@@ -79,6 +111,7 @@ _NOT_NEGATIVE = ("a number from 0 to 1e38", lambda x: 0 <= x <= 1e38)
 _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
     {
         "tasks": (f"an integer from 1 to {MOST_TASKS}", lambda x: 1 <= x <= MOST_TASKS),
+        "classes_per_task": ("an integer from 0 to 10**18", lambda x: 0 <= x <= _MOST),
         "epochs": _COUNT,
         "batch_size": _COUNT,
         "lr_patience": _COUNT,
@@ -96,6 +129,9 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
 
 _SHOWN = 500  # characters of a message
 
+_NAME = re.compile(r"\w[\w.+-]{0,99}")
+_NUMBERS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
+
 # The settings that only say where files are on one machine. They do not change what a run computes.
 PLACES = ("data_dir", "out")
 
@@ -105,10 +141,14 @@ class TrainConfig:
     """All settings of a run. :func:`resolve` makes one and knows the defaults.
 
     Attributes:
-        stream: ``permuted``, ``split`` or ``rotated``.
-        data: name of the dataset.
+        stream: ``permuted``, ``split``, ``rotated``, ``superclass`` or ``datasets``.
+        data: name of the dataset. For the stream ``datasets`` there are several, with commas between them; one that is
+            not in ``DATASETS`` is a folder of images in ``data_dir``.
         data_dir: folder of its files; None for ``digits``.
         tasks: number of tasks.
+        class_order: the order in which the tasks of a ``split`` or ``superclass`` stream take classes or superclasses:
+            ``random``, ``given``, or numbers with commas between them.
+        classes_per_task: the number of classes of each task of a ``split`` stream; 0 deals all classes evenly.
         epochs: the largest number of epochs per task.
         batch_size: samples per step.
         density: the fraction of weights each task keeps, in (0, 1].
@@ -129,6 +169,8 @@ class TrainConfig:
         lr_factor: the number that lr is divided by.
         lr_min: the training of a task stops when lr falls below this.
         val_fraction: fraction of the training samples held out for validation.
+        augment: ``crops`` crops and mirrors training images at random
+            (:class:`wsn_fast.train.augmentation.Augmentation`), ``none`` leaves them as they are.
         seed: decides the initialisation, the stream, the validation split and the order of the samples.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: the number of CPU threads of torch. Another number rounds sums differently.
@@ -144,6 +186,8 @@ class TrainConfig:
     data: str
     data_dir: str | None
     tasks: int
+    class_order: str
+    classes_per_task: int
     epochs: int
     batch_size: int
     density: float
@@ -161,6 +205,7 @@ class TrainConfig:
     lr_factor: float
     lr_min: float
     val_fraction: float
+    augment: str
     seed: int
     device: str
     threads: int
@@ -169,6 +214,7 @@ class TrainConfig:
     out: str
 
     def __post_init__(self) -> None:
+        self._check_data()
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise self._error(name, f"one of {', '.join(known)}")
@@ -189,6 +235,22 @@ class TrainConfig:
             raise self._error("out", "the name of a folder")
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise self._error("data_dir", "the name of a folder or None")
+
+    def _check_data(self) -> None:
+        known = f"one of {', '.join(DATASETS)}"
+        if self.stream == "datasets":
+            known += ", or folders of images, with commas between them"
+            if not isinstance(self.data, str) or not all(_NAME.fullmatch(name) for name in self.data.split(",")):
+                raise self._error("data", known)
+        elif self.data not in DATASETS:
+            raise self._error("data", known)
+        order = self.class_order
+        if not isinstance(order, str) or not (order in ("random", "given") or _NUMBERS.fullmatch(order)):
+            raise self._error("class_order", "random, given, or numbers with commas between them")
+        if order != "random" and self.stream not in ORDERED:
+            raise self._error("class_order", f"random for a {self.stream} stream, which has no such order")
+        if self.classes_per_task != 0 and self.stream != "split":
+            raise self._error("classes_per_task", f"0 for a {self.stream} stream")
 
     def _error(self, name: str, expected: str) -> ValueError:
         return ValueError(f"{name}: expected {expected}, got {_short(getattr(self, name))}")
@@ -221,11 +283,18 @@ def resolve(
     explicit = {name: value for name, value in given.items() if value is not None}
     settings: dict[str, Any] = {"stream": stream, "data": data, "preset": preset}
     settings["net"] = default_net(data, stream)
-    settings |= {**FALLBACK, **table, **PRESETS[preset], **explicit}
+    settings |= {**FALLBACK, **_of_stream(stream, data), **table, **PRESETS[preset], **explicit}
     if "threads" not in settings:
         settings["threads"] = _default_threads(settings["net"])
-    settings.setdefault("out", f"runs/{stream}-{data}-{preset}-seed{settings['seed']}")
+    settings.setdefault("out", f"runs/{stream}-{str(data).replace(',', '+')}-{preset}-seed{settings['seed']}")
     return from_dict(settings)
+
+
+def _of_stream(stream: str, data: str) -> dict[str, Any]:
+    """The defaults that come with the kind of the stream."""
+    if stream == "datasets":
+        return {"tasks": str(data).count(",") + 1}
+    return {"class_order": "given"} if stream == "superclass" else {}
 
 
 def _default_threads(net: str) -> int:
@@ -241,7 +310,8 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     if not isinstance(settings, Mapping):
         raise ValueError(f"settings: expected a mapping, got {type(settings).__name__}")
     # The first runs did not have these settings.
-    settings = {"one_pass": False, "cuda_graph": "off", "moments": "float32", **settings}
+    first = {"one_pass": False, "cuda_graph": "off", "moments": "float32", "class_order": "random"}
+    settings = {**first, "classes_per_task": 0, "augment": "none", **settings}
     names = {field.name for field in fields(TrainConfig)}
     for problem, wrong in (("missing", names - settings.keys()), ("unknown", settings.keys() - names)):
         if wrong:

@@ -42,9 +42,15 @@ def make_experiment(settings: TrainConfig, gpu: int | None = None) -> Experiment
         ValueError: the settings do not fit together, or the data cannot be read (``DataError``).
     """
     device = _device(settings.device, gpu)
-    dataset = data.load(settings.data, settings.data_dir)
+    order = settings.class_order
     stream = streams.TaskStream(
-        settings.stream, dataset, settings.tasks, settings.seed, val_fraction=settings.val_fraction
+        settings.stream,
+        data.load_several(settings.data, settings.data_dir),
+        settings.tasks,
+        settings.seed,
+        val_fraction=settings.val_fraction,
+        class_order=order if order in ("random", "given") else [int(number) for number in order.split(",")],
+        classes_per_task=settings.classes_per_task or None,
     )
     _check_size(settings, stream)
     torch.set_num_threads(settings.threads)
@@ -57,7 +63,7 @@ def make_experiment(settings: TrainConfig, gpu: int | None = None) -> Experiment
         score_init=settings.score_init,
     )
     wsn = WSN(net, reinit_scores=settings.reinit_scores, score_init=settings.score_init, gates_ahead=True)
-    return Experiment(stream, wsn.to(device), device, dataset.fingerprint)
+    return Experiment(stream, wsn.to(device), device, stream.fingerprint)
 
 
 def _device(wished: str, gpu: int | None) -> torch.device:

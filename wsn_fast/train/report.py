@@ -19,6 +19,7 @@ from wsn_fast.continual.statistics import TaskMasks, TaskStats, capacity, overla
 from wsn_fast.explain import explain
 from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 from wsn_fast.train import figures, metrics
+from wsn_fast.train.choices import FIVE_DATASETS
 from wsn_fast.train.config import resolve
 from wsn_fast.train.safe_files import write_atomic
 
@@ -41,6 +42,33 @@ PAPER_RESULTS: Mapping[tuple[str, str, int], Mapping[float, tuple[float, float]]
                 0.1: (74.55, 39.87),
                 0.3: (75.98, 80.26),
                 0.5: (76.38, 99.13),
+            }
+        ),
+        ("superclass", "cifar100", 20): MappingProxyType(
+            {
+                0.03: (54.99, 22.3),
+                0.05: (57.99, 27.37),
+                0.1: (60.45, 38.55),
+                0.3: (61.47, 63.47),
+                0.5: (61.79, 80.93),
+            }
+        ),
+        ("split", "omniglot", 100): MappingProxyType(  # Omniglot Rotation
+            {
+                0.03: (80.68, 75.87),
+                0.05: (87.28, 79.85),
+                0.1: (83.1, 83.08),
+                0.3: (81.89, 102.2),
+                0.5: (79.8, 121.2),
+            }
+        ),
+        ("datasets", FIVE_DATASETS, 5): MappingProxyType(
+            {
+                0.03: (90.57, 12.11),
+                0.05: (91.61, 17.26),
+                0.1: (92.67, 28.01),
+                0.3: (93.22, 62.3),
+                0.5: (93.41, 86.1),
             }
         ),
         ("split", "folder", 40): MappingProxyType(  # TinyImageNet

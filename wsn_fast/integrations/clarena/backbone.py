@@ -68,6 +68,7 @@ class FastSubnetBackbone(WSNMaskBackbone):
         activations: maps a subnet layer (``"fc/0"``) to the module (``"relu0"``) whose output is its activation. The
             activation of a layer that is not named here is its own output.
         per_task, frozen, shared: see :class:`wsn_fast.WSN`.
+        disable_unlearning: CLArena passes this to every backbone after its version 1.1.0. It changes nothing here.
 
     Attributes:
         wsn: the :class:`wsn_fast.WSN` around ``model``. Call ``wsn.end_task()`` after the last task of the published
@@ -87,6 +88,7 @@ class FastSubnetBackbone(WSNMaskBackbone):
         per_task: Patterns = (),
         frozen: Patterns = (),
         shared: Patterns = (),
+        disable_unlearning: bool = False,
     ) -> None:
         super().__init__(output_dim=output_dim)
         self.wsn = WSN(model, per_task=per_task, frozen=frozen, shared=shared)
@@ -217,6 +219,7 @@ class FastSubnetMLP(FastSubnetBackbone):
         bias: whether layers have a bias (gated, as the weight is).
         dropout: the probability of dropout after every activation; None for no dropout.
         rule: "value" (CLArena) or "magnitude" (the paper's code).
+        disable_unlearning: see :class:`FastSubnetBackbone`.
     """
 
     def __init__(
@@ -229,6 +232,7 @@ class FastSubnetMLP(FastSubnetBackbone):
         dropout: float | None = None,
         *,
         rule: str = "value",
+        disable_unlearning: bool = False,
     ) -> None:
         widths = [input_dim, *hidden_dims, output_dim]
         layers = [FastSubnetLinear(n, m, bias, rule=rule) for n, m in itertools.pairwise(widths)]

@@ -6,6 +6,7 @@ The readers do not trust the files: for every fault they raise a `DataError` tha
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from wsn_fast.train.data.dataset import Dataset
 from wsn_fast.train.data.files import DataError
 from wsn_fast.train.data.idx import load_idx
 from wsn_fast.train.data.image_folder import load_image_folder
+from wsn_fast.train.data.omniglot import load_omniglot
 
-__all__ = ["DATASETS", "DataError", "Dataset", "load"]
+__all__ = ["DATASETS", "DataError", "Dataset", "load", "load_several"]
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -26,9 +28,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
     Args:
         name: `digits` (vendored), `mnist` and `fashion_mnist` (idx files, plain or gzip), `cifar10` and
-            `cifar100` (the official python pickles, as a folder or as the official .tar.gz), or `folder`
-            (`train/<class>/*.png|jpg|jpeg`, and `val` or `test` alike; also TinyImageNet's layout). Folder
-            images become RGB and must share one size.
+            `cifar100` (the official python pickles, as a folder or as the official .tar.gz), `omniglot` (the official
+            zip archives, any of them), or `folder` (`train/<class>/*.png|jpg|jpeg`, and `val` or `test` alike; also
+            TinyImageNet's layout). Folder images become RGB and must share one size.
         data_dir: Folder that holds the files. Not used for `digits`.
 
     Returns:
@@ -37,7 +39,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     Raises:
         ValueError: If `name` is unknown or `data_dir` is missing.
         DataError: If a file is missing, damaged or inconsistent.
-        ImportError: If `folder` needs Pillow and it is not installed.
+        ImportError: If images need Pillow and it is not installed.
     """
     if name not in DATASETS:
         raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
@@ -50,7 +52,31 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         raise DataError(f"{root}: not a folder (data_dir of dataset {name!r})")
     if name == "folder":
         return load_image_folder(root)
+    if name == "omniglot":
+        return load_omniglot(root)
     return load_cifar(name, root) if name.startswith("cifar") else load_idx(name, root)
+
+
+def load_several(names: str, data_dir: str | os.PathLike[str] | None = None) -> list[Dataset]:
+    """Load several datasets.
+
+    Args:
+        names: Their names, with commas between them. A name that is not in `DATASETS` is that of a folder of images in
+            `data_dir`.
+        data_dir: Folder that holds the files. If it has a folder with the name of a dataset, the files of that dataset
+            are there.
+
+    Raises:
+        ValueError, DataError, ImportError: See :func:`load`.
+    """
+    datasets = []
+    for name in names.split(","):
+        inner = None if data_dir is None else Path(data_dir, name)
+        if name in DATASETS:
+            datasets.append(load(name, inner if inner is not None and inner.is_dir() else data_dir))
+        else:
+            datasets.append(replace(load("folder", inner), name=name))
+    return datasets
 
 
 def _load_digits() -> Dataset:

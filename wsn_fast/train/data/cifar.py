@@ -5,9 +5,9 @@ A reader of our own reads the pickles (:mod:`wsn_fast.train.data.pickles`), so t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,15 @@ class _Cifar(NamedTuple):
     test: str
     labels: str
     classes: int
+    superclass: str | None = None
 
 
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFAR = {
     "cifar10": _Cifar("cifar-10-batches-py", "cifar-10-python.tar.gz", _BATCHES, "test_batch", "labels", 10),
-    "cifar100": _Cifar("cifar-100-python", "cifar-100-python.tar.gz", ("train",), "test", "fine_labels", 100),
+    "cifar100": _Cifar(
+        "cifar-100-python", "cifar-100-python.tar.gz", ("train",), "test", "fine_labels", 100, "coarse_labels"
+    ),
 }
 
 
@@ -39,8 +42,11 @@ def load_cifar(name: str, root: Path) -> Dataset:
     layout = _CIFAR[name]
     files = _cifar_files(root, layout)
     batches = {member: _read_batch(where, data, layout) for member, where, data in files}
-    train_x, train_y = map(torch.cat, zip(*(batches[member] for member in layout.train), strict=True))
-    return Dataset(name, train_x, train_y, *batches[layout.test], layout.classes)
+    train = [batches[member] for member in layout.train]
+    train_x, train_y = torch.cat([batch.images for batch in train]), torch.cat([batch.labels for batch in train])
+    test = batches[layout.test]
+    superclasses = train[0].superclasses if layout.superclass else None
+    return Dataset(name, train_x, train_y, test.images, test.labels, layout.classes, superclasses)
 
 
 def _cifar_files(root: Path, layout: _Cifar) -> Iterator[tuple[str, str, bytearray]]:
@@ -60,24 +66,50 @@ def _cifar_files(root: Path, layout: _Cifar) -> Iterator[tuple[str, str, bytearr
     yield from ((member, *found.pop(member)) for member in wanted)
 
 
-def _read_batch(where: str, data: bytes | bytearray, layout: _Cifar) -> tuple[Tensor, Tensor]:
-    """One CIFAR pickle -> uint8 images [N, 3, 32, 32] and int64 labels [N]."""
+class _Batch(NamedTuple):
+    images: Tensor
+    labels: Tensor
+    superclasses: Tensor | None
+
+
+def _read_batch(where: str, data: bytes | bytearray, layout: _Cifar) -> _Batch:
+    """One CIFAR pickle -> uint8 images [N, 3, 32, 32], int64 labels [N] and, where it has them, the superclass of each
+    class, int64 [classes]."""
     try:
         batch = loads(data)
     except PickleError as error:
         raise DataError(f"{where}: cannot be unpickled ({error})") from error
     if not isinstance(batch, dict):
         raise DataError(f"{where}: expected a pickled dict, found {type(batch).__name__}")
-    pixels, labels = (batch.get(key.encode(), batch.get(key)) for key in ("data", layout.labels))
-    images = _pixels(pixels, where)
-    if not isinstance(labels, list) or not set(map(type, labels)) <= {int}:
-        raise DataError(f"{where}: {layout.labels!r} is missing or not a list of integers")
-    try:
-        targets = torch.tensor(labels, dtype=torch.int64)
-    except (OverflowError, RuntimeError, ValueError) as error:
-        raise DataError(f"{where}: a label in {layout.labels!r} does not fit 64 bits") from error
+    images = _pixels(batch.get(b"data", batch.get("data")), where)
+    targets = _labels(batch, layout.labels, where)
     check_split(images, targets, layout.classes, where)
-    return images, targets
+    coarse = layout.superclass
+    if coarse is None or not {coarse, coarse.encode()} & batch.keys():
+        return _Batch(images, targets, None)
+    return _Batch(images, targets, _superclasses(targets, _labels(batch, coarse, where), layout.classes, where))
+
+
+def _labels(batch: Mapping[Any, object], name: str, where: str) -> Tensor:
+    """A list of labels in a pickled batch, int64 [N]."""
+    labels = batch.get(name.encode(), batch.get(name))
+    if not isinstance(labels, list) or not set(map(type, labels)) <= {int}:
+        raise DataError(f"{where}: {name!r} is missing or not a list of integers")
+    try:
+        return torch.tensor(labels, dtype=torch.int64)
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise DataError(f"{where}: a label in {name!r} does not fit 64 bits") from error
+
+
+def _superclasses(fine: Tensor, coarse: Tensor, classes: int, where: str) -> Tensor:
+    """The superclass of each class, int64 [classes], from the two labels of every image."""
+    if len(coarse) != len(fine):
+        raise DataError(f"{where}: {len(fine)} labels, but {len(coarse)} superclasses")
+    of_class = torch.full((classes,), -1).scatter_(0, fine, coarse)
+    if not torch.equal(of_class[fine], coarse):
+        wrong = int(fine[of_class[fine] != coarse][0])
+        raise DataError(f"{where}: images of class {wrong} have different superclasses")
+    return of_class
 
 
 def _pixels(array: object, where: str) -> Tensor:

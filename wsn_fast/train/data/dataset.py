@@ -22,7 +22,9 @@ class Dataset:
         test_x: Test images, uint8 [M, C, H, W].
         test_y: Test labels, int64 [M].
         classes: Number of classes.
-        fingerprint: Hex blake2b over shapes and bytes: a resumed run can refuse data that changed.
+        superclasses: The number of the superclass of each class, int64 [classes], -1 for a class that has none; None
+            if there are no superclasses.
+        fingerprint: Hex blake2b over shapes and bytes, superclasses aside: a resumed run can refuse data that changed.
 
     Raises:
         DataError: If dtypes, shapes, counts or labels do not fit together.
@@ -34,6 +36,7 @@ class Dataset:
     test_x: Tensor
     test_y: Tensor
     classes: int
+    superclasses: Tensor | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,6 +46,11 @@ class Dataset:
         train, test = tuple(self.train_x.shape[1:]), tuple(self.test_x.shape[1:])
         if train != test:
             raise DataError(f"{self.name}: training images are {train}, test images {test}")
+        groups = self.superclasses
+        if groups is not None and (groups.dtype != torch.int64 or groups.shape != (self.classes,)):
+            raise DataError(
+                f"{self.name}: expected int64 superclasses [{self.classes}], got {groups.dtype} {list(groups.shape)}"
+            )
         digest = hashlib.blake2b(str(self.classes).encode(), digest_size=16)
         for part in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(str(tuple(part.shape)).encode())

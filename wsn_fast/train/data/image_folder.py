@@ -1,35 +1,29 @@
-"""Folders of images, one folder per class, and TinyImageNet's layout. Pillow decodes the images.
+"""Folders of images, one folder per class, and TinyImageNet's layout.
 
-A file of some kilobytes can hold an image of gigabytes. So the size of an image is bounded before it is decoded, and
-the memory for all of them by the sizes of their files. Only PNG and JPEG are decoded: for other formats Pillow may
-start other programs.
+The memory for all images is bounded by the sizes of their files.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from wsn_fast.train.data.dataset import Dataset
+from wsn_fast.train.data.decoding import decode
 from wsn_fast.train.data.files import ALWAYS, DataError, read_bytes
 
 _EXPANDS = 160  # a byte of a PNG in black and white, such as Omniglot's, can stand for a hundred bytes of RGB
-_PIXELS = 1 << 24
 
 
 def load_image_folder(root: Path) -> Dataset:
-    """The images below ``root``, in ``train`` and in ``val`` or ``test``."""
+    """The images below ``root``, in ``train`` and in ``val`` or ``test``. Classes are numbered in the order of
+    TinyImageNet's ``wnids.txt``, or by their names where there is no such file."""
     train = root / "train"
-    names = sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
-    if not names:
-        raise DataError(f"{train}: no class folders there (expected train/<class>/*.png, *.jpg or *.jpeg)")
+    names = _class_names(root, train)
     labels = {name: label for label, name in enumerate(names)}
     # "val" first: TinyImageNet's "test" has no labels.
     test = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
@@ -40,10 +34,25 @@ def load_image_folder(root: Path) -> Dataset:
     test_files = list(_annotated(annotations, labels) if annotations.is_file() else _by_class(test, labels))
     if not test_files:
         raise DataError(f"{annotations if annotations.is_file() else test}: no images")
-    size = _decode(train_files[0][0]).shape
+    size = decode(train_files[0][0], str(train_files[0][0])).shape
     train_x, test_x = _decode_all(train_files, size), _decode_all(test_files, size)
     train_y, test_y = (torch.tensor([label for _, label in files]) for files in (train_files, test_files))
     return Dataset("folder", train_x, train_y, test_x, test_y, len(names))
+
+
+def _class_names(root: Path, train: Path) -> list[str]:
+    """The folders in ``train``, in the order of their numbers."""
+    names = sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
+    if not names:
+        raise DataError(f"{train}: no class folders there (expected train/<class>/*.png, *.jpg or *.jpeg)")
+    order = root / "wnids.txt"
+    if not order.is_file():
+        return names
+    listed = read_bytes(order).decode("utf-8", "replace").split()
+    if sorted(listed) != names:
+        wrong = next(iter({*names} ^ {*listed}), "a class twice")
+        raise DataError(f"{order}: expected each folder of {train} once, but they differ in {wrong!r:.99}")
+    return listed
 
 
 def _by_class(folder: Path, labels: dict[str, int]) -> Iterator[tuple[Path, int]]:
@@ -82,28 +91,8 @@ def _decode_all(files: list[tuple[Path, int]], size: tuple[int, ...]) -> Tensor:
         )
     images = torch.empty((len(files), 3, *size[:2]), dtype=torch.uint8)
     for row, (path, _) in enumerate(files):
-        pixels = _decode(path)
+        pixels = decode(path, str(path))
         if pixels.shape != size:
             raise DataError(f"{path}: (height, width) {pixels.shape[:2]}, the first image's {size[:2]}")
         images[row] = torch.from_numpy(pixels).permute(2, 0, 1)
     return images
-
-
-def _decode(path: Path) -> np.ndarray[Any, Any]:
-    """One image file -> uint8 [H, W, 3]."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("image folders are decoded with Pillow: pip install 'wsn-fast[images]'") from error
-    try:
-        if not path.is_file():  # the end of a pipe may never come
-            raise FileNotFoundError("it is no regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the next line but one has a lower bound
-            image = Image.open(path, formats=("PNG", "JPEG"))
-        with image:
-            if image.width * image.height > _PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {_PIXELS}")
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        raise DataError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error

@@ -58,6 +58,12 @@ def _encode(text: object, codec: object) -> bytes:
     return text.encode("latin-1")
 
 
+def _empty(*args: object) -> bytes:
+    if args:
+        raise PickleError("only empty bytes are made")
+    return b""
+
+
 _GLOBALS = MappingProxyType(
     {
         ("numpy._core.multiarray", "_reconstruct"): Array,
@@ -67,6 +73,8 @@ _GLOBALS = MappingProxyType(
         ("numpy", "dtype"): Dtype,
         ("numpy", "ndarray"): Recorded,
         ("_codecs", "encode"): _encode,  # how Python 3 writes bytes in the old protocols
+        ("__builtin__", "bytes"): _empty,  # and how it writes none
+        ("builtins", "bytes"): _empty,
     }
 )
 
