@@ -98,3 +98,16 @@ def test_a_compiled_call_is_left_alone() -> None:
     torch.compile(wsn, backend="aot_eager", fullgraph=True)(X.clone())
     with pytest.warns(RuntimeWarning, match="the WSN was not called"):
         first.end_task()
+
+
+def test_an_error_after_the_end_of_the_task_is_the_one_that_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    wsn, first = begun()
+    wsn(X.clone())
+
+    def fail(masks: object) -> None:
+        raise OSError("no zstandard here")
+
+    monkeypatch.setattr(wsn._register, "measure_last", fail)
+    with pytest.raises(OSError, match="no zstandard here"):
+        first.end_task()
+    assert wsn.tasks == [1]

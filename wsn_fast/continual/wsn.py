@@ -182,6 +182,7 @@ class WSN(FinishedTasks):
             UnmaskedReadError: with ``probe``, the task reads something outside of its mask.
             ForgottenError: what finished tasks use has changed in this task; the message names the tensors, and says
                 whether a guard ran and what to do.
+            OwnershipError: parameters without an owner have come into the model, such as those of an adapter.
 
             After each of these errors, and any other one, the task is still in progress.
         """
@@ -219,6 +220,7 @@ class WSN(FinishedTasks):
 
     def _check_can_end(self, record: Record) -> None:
         self._refresh()
+        ownership.check_owned(self._parts.owned)
         self.check_finite()
         fingerprints.check_frozen_buffers(self._parts, record.fingerprint)
         self._parts.check_rows(len(self.tasks))
