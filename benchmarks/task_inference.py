@@ -176,13 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     wsn = (run.wsn if options.supsup is None else trained_supsup(run.stream, options.supsup)).eval()
     device = next(wsn.parameters()).device
+    own_classes = run.settings.stream not in ("permuted", "rotated")
     tests = [(task, *run.stream.test_data(task)) for task in run.stream.task_ids]
     data = [test_data(wsn, task, x.to(device), y.to(device)) for task, x, y in tests]
     print("| method | rows of a batch | task found | accuracy as that task | accuracy of the oracle | time |")
     print("|---|---|---|---|---|---|")
     for method in options.methods:
         for batch in (batch for batch in BATCHES if all(batch <= len(one.x) for one in data)):
-            print(row(wsn, data, method, batch, options.most, run.settings.stream == "split"), flush=True)
+            print(row(wsn, data, method, batch, options.most, own_classes), flush=True)
     return 0
 
 
