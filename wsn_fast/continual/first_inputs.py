@@ -55,8 +55,6 @@ class FirstInputs:
             except UnmaskedReadError:
                 raise
             except Exception as error:
-                if self._wsn.current_task is None:  # the task has ended, and what failed came after that
-                    raise
                 reason = f"{type(error).__name__}: {error}"
         self._wsn.end_task()  # if it was the end of the task that failed, it fails again
         warnings.warn(

@@ -202,12 +202,13 @@ class WSN(FinishedTasks):
             for name, layer in self._parts.layers.items()
         }
 
-        def prints() -> tuple[dict[str, str], dict[str, str]]:
+        def prints() -> tuple[dict[str, str], dict[str, str], int | None]:
             now = fingerprints.fingerprint(self._parts, task, row), after_task(self._parts, self._register.frozen)
             with together(parallel.group, device_of(self)), self._register.as_ended(*now):
                 check_reads(self, self._parts, [task], probe)
             parallel.check_ends(self, *now)
-            return now
+            whole = [] if self.gates.sharding is not None else [gate.masks for _, gate in self.gated()]
+            return *now, self._register.measured(whole)
 
         with self._guards.kept.paused():
             self._register.end_current(*self._parts.append_task(task, packed, prints))
@@ -215,8 +216,6 @@ class WSN(FinishedTasks):
         self._generation += 1
         self._fix_parameters()
         self._guards.keep_for_task(self)
-        if self.gates.sharding is None:
-            self._register.measure_last([gate.masks for _, gate in self.gated()])
 
     def _check_can_end(self, record: Record) -> None:
         self._refresh()
