@@ -48,7 +48,7 @@ def dense_gpt() -> nn.Module:
     """A GPT-2, whose decoder is tied to its embedding."""
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 2 * LENGTH}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, **sizes))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=0, **sizes))
 
 
 def bert() -> WSN:
