@@ -8,7 +8,8 @@ from typing import Any
 
 from wsn_fast.train import page
 from wsn_fast.train.config import portable, resolve
-from wsn_fast.train.records import Record, TaskLog
+from wsn_fast.train.records import Record
+from wsn_fast.train.task_logs import TaskLog
 
 NOON = datetime(2025, 1, 2, 12, 0, tzinfo=timezone.utc)
 

@@ -12,7 +12,7 @@ from pages import NOON, Page, made_up, render
 from wsn_fast.train import page
 from wsn_fast.train.page import compare
 from wsn_fast.train.page.numbers import Entry
-from wsn_fast.train.records import TaskLog
+from wsn_fast.train.task_logs import TaskLog
 
 HOSTILE = "<img src=x onerror=alert(1)> & $x$ \"q\" 'r' _ \u202e\x07"
 

@@ -15,8 +15,8 @@ from pages import Page, render
 
 from wsn_fast.train import checkpoint, records, report
 from wsn_fast.train import command_line as cli
-from wsn_fast.train.records import TaskLog
 from wsn_fast.train.run import Run
+from wsn_fast.train.task_logs import TaskLog
 
 SMALL = ["--epochs", "2", "--batch-size", "128", "--device", "cpu", "--quiet"]
 

@@ -10,7 +10,7 @@ from wsn_fast.page.markup import Html, escape, figure, fill, join, table, unfold
 from wsn_fast.page.numbers import NONE, duration, fixed, rate
 from wsn_fast.train.figures import Chart, Line, lines, owned, svg
 from wsn_fast.train.page.numbers import Entry, samples_per_second, total_seconds
-from wsn_fast.train.report import beside_paper
+from wsn_fast.train.paper_numbers import beside_paper
 
 Entries = Sequence[Entry]
 

@@ -10,7 +10,8 @@ from wsn_fast.page.markup import Html, escape, figure, fill, join, load, notes, 
 from wsn_fast.page.numbers import NONE, fixed, rate
 from wsn_fast.train import figures
 from wsn_fast.train.page.numbers import Entry, span
-from wsn_fast.train.records import Record, TaskLog
+from wsn_fast.train.records import Record
+from wsn_fast.train.task_logs import TaskLog
 
 
 def section(entry: Entry) -> Html:
