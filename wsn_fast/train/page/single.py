@@ -9,6 +9,7 @@ from typing import Any
 from wsn_fast.page.markup import Html, escape, figure, fill, join, load, notes, table, unfold
 from wsn_fast.page.numbers import NONE, fixed, rate
 from wsn_fast.train import figures
+from wsn_fast.train.page import training
 from wsn_fast.train.page.numbers import Entry, span
 from wsn_fast.train.records import Record
 from wsn_fast.train.task_logs import TaskLog
@@ -27,6 +28,7 @@ def section(entry: Entry) -> Html:
         command=run.command,
         made=", ".join(f"{name} {version}" for name, version in run.versions.items()),
         tasks=_tasks(run),
+        training=training.of_run(entry),
         figures=_figures(entry),
         paths=_paths(run),
     )
