@@ -81,7 +81,7 @@ def _run(entry: Entry) -> Html:
 
 
 def _beside(paper: float, own: float) -> Html:
-    return fill("$paper <small>($gap)</small>", paper=fixed(paper), gap=fixed(own - paper, sign=True))
+    return fill('$paper <small class="gap">($gap)</small>', paper=fixed(paper), gap=fixed(own - paper, sign=True))
 
 
 def _otherwise(entries: Entries, paper: Mapping[int, tuple[float, float, str] | None]) -> Html:

@@ -28,7 +28,7 @@ def section(entry: Entry) -> Html:
         command=run.command,
         made=", ".join(f"{name} {version}" for name, version in run.versions.items()),
         tasks=_tasks(run),
-        training=training.of_run(entry),
+        curves=training.curves(entry.run),
         figures=_figures(entry),
         paths=_paths(run),
     )
@@ -87,15 +87,15 @@ def _training(log: TaskLog | None) -> list[object]:
 
 # --- pictures ---------------------------------------------------------------------------------------------
 def _figures(entry: Entry) -> Html:
-    results = entry.run.results
+    results, time = entry.run.results, training.time(entry)
     if results is None:
-        return Html("")
+        return time
     parts = [_accuracy(entry.number, results), _capacity(entry.number, results)]
     if results.get("layers"):
         parts += _layers(entry.number, results)
     if len(results.get("overlap", [])) > 1:
         parts.append(_overlap(entry.number, results))
-    return join(parts)
+    return join([*parts, time])
 
 
 def _ids(results: Mapping[str, Any]) -> list[Any]:

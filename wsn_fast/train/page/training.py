@@ -9,6 +9,7 @@ from wsn_fast.page.markup import Html, figure, fill, join, table, unfold
 from wsn_fast.page.numbers import duration, fixed
 from wsn_fast.train import figures
 from wsn_fast.train.page.numbers import Entry
+from wsn_fast.train.records import Record
 from wsn_fast.train.task_logs import PARTS, Epoch, TaskLog
 
 _POINTS = 200  # of a curve: more cannot be seen
@@ -17,16 +18,15 @@ _LOSS, _ACCURACY = (6.0, 56.0), (66.0, 110.0)  # their tops and bottoms
 _NAMES = ("training loss", "validation loss", "validation accuracy")
 
 
-def of_run(entry: Entry) -> Html:
-    """The curves of all tasks, and the time, as far as the run has logged them."""
-    logs = [log for log in entry.run.tasks if log.curve]
-    curves = _curves(logs) if logs else Html("")
-    if len(logs) > figures.MANY:
-        curves = unfold(f"Learning curves of {len(logs)} tasks", curves)
-    return join([curves, _time(entry.number, [log for log in entry.run.tasks if log.time])])
+def curves(run: Record) -> Html:
+    """The curves of all tasks that have begun; nothing if the run did not log them."""
+    logs = [log for log in run.tasks if log.curve]
+    if not logs:
+        return Html("")
+    shown = _curves(logs)
+    return shown if len(logs) <= figures.MANY else unfold(f"Learning curves of {len(logs)} tasks", shown)
 
 
-# --- curves -----------------------------------------------------------------------------------------------
 def _curves(logs: Sequence[TaskLog]) -> Html:
     """A small panel for each task, all with the same scales, so that they can be compared."""
     points = [epoch for log in logs for epoch in log.curve]
@@ -100,8 +100,9 @@ def _axis(plot: tuple[float, float], most: str, least: str) -> Html:
 
 
 # --- time -------------------------------------------------------------------------------------------------
-def _time(number: int, logs: Sequence[TaskLog]) -> Html:
-    """What the time of the finished tasks was spent on."""
+def time(entry: Entry) -> Html:
+    """What the time of the finished tasks was spent on; nothing if the run did not log it."""
+    logs = [log for log in entry.run.tasks if log.time]
     if not logs:
         return Html("")
     total = {part: sum(log.time.get(part, 0.0) for log in logs) for part in PARTS}
@@ -114,7 +115,7 @@ def _time(number: int, logs: Sequence[TaskLog]) -> Html:
         [log.task, *(fixed(log.time.get(part), 3) for part in PARTS), fixed(sum(log.time.values()), 3)] for log in logs
     ]
     return figure(
-        figures.svg(figures.time, logs, f"time{number}", (6.4, 3.6)),
+        figures.svg(figures.time, logs, f"time{entry.number}", (6.4, 3.6)),
         f"Bar chart: seconds of {len(logs)} tasks by part. Together: {shares}.",
         f"Where the time of {len(logs)} tasks went: {shares}.",
         table("Seconds of each task", ["task", *PARTS, "together"], rows),
