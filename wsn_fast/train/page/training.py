@@ -15,7 +15,8 @@ from wsn_fast.train.task_logs import PARTS, Epoch, TaskLog
 _POINTS = 200  # of a curve: more cannot be seen
 _LEFT, _RIGHT = 28.0, 156.0  # of the plots in a panel, which has 160 x 116 units
 _LOSS, _ACCURACY = (6.0, 56.0), (66.0, 110.0)  # their tops and bottoms
-_NAMES = ("training loss", "validation loss", "validation accuracy")
+_NAMES = ("training loss", "validation loss", "validation accuracy (%)")
+_FEW = 6  # tasks, whose panels have room to be larger
 
 
 def curves(run: Record) -> Html:
@@ -43,13 +44,18 @@ def _curves(logs: Sequence[TaskLog]) -> Html:
     best = [_best(log) for log in logs]
     shown = [epoch.val_acc for epoch in best]
     return figure(
-        fill('<p class="legend">$legend</p>\n<div class="panels">\n$all</div>', legend=join(legend), all=join(panels)),
+        fill(
+            '<p class="legend">$legend</p>\n<div class="panels$few">\n$all</div>',
+            legend=join(legend),
+            all=join(panels),
+            few=" few" if len(logs) <= _FEW else "",
+        ),
         f"Line charts of {len(logs)} tasks: losses and validation accuracy by epoch. Validation accuracy at the best "
         f"epoch: from {min(shown):.1f} to {max(shown):.1f} %.",
         f"Learning curves: epochs 1 to {last} of each task, all on the same scales. The dot is the epoch with the "
         "smallest validation loss, whose values are kept.",
         table(
-            "Losses and validation accuracy (%) at the best epoch so far",
+            "Losses and validation accuracy at the best epoch so far",
             ["task", "epochs", "best", *_NAMES],
             [
                 [log.task, log.epochs, at.number, fixed(at.loss, 4), fixed(at.val_loss, 4), fixed(at.val_acc)]
@@ -77,7 +83,7 @@ def _panel(log: TaskLog, last: int, loss: float, low: float) -> Html:
     def y(value: float, least: float, most: float, plot: tuple[float, float]) -> float:
         return plot[1] - (plot[1] - plot[0]) * (value - least) / (most - least)
 
-    parts = [_axis(_LOSS, f"{loss:.3g}", "0"), _axis(_ACCURACY, "100 %", f"{low:g}")]
+    parts = [_axis(_LOSS, f"{loss:.3g}", "0"), _axis(_ACCURACY, "100", f"{low:g}")]
     scales = ((0.0, loss, _LOSS), (0.0, loss, _LOSS), (low, 100.0, _ACCURACY))
     for name, scale, shade in zip(("loss", "val_loss", "val_acc"), scales, figures.COLOURS, strict=False):
         line = "L".join(f"{x(epoch):.1f} {y(getattr(epoch, name), *scale):.1f}" for epoch in shown)
