@@ -13,6 +13,7 @@ NETS = ("mlp", "lenet", "lenet_large", "alexnet", "resnet18", "resnet18_stateles
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DEVICES = ("auto", "cpu", "cuda")
 CUDA_GRAPH = ("auto", "off")
+AUGMENT = ("none", "crops")
 
 
 def default_net(dataset_name: str, stream_kind: str) -> str:

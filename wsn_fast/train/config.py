@@ -11,6 +11,7 @@ from typing import Any
 
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
 from wsn_fast.train.choices import (
+    AUGMENT,
     CUDA_GRAPH,
     DATASETS,
     DEVICES,
@@ -80,6 +81,7 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "lr_factor": 2.0,
         "lr_min": 1e-6,
         "val_fraction": 0.05,
+        "augment": "none",
         "seed": 0,
         "device": "auto",
         "data_dir": None,
@@ -97,6 +99,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "moments": STORAGES,
         "device": DEVICES,
         "cuda_graph": CUDA_GRAPH,
+        "augment": AUGMENT,
         "preset": tuple(PRESETS),
     }
 )
@@ -166,6 +169,8 @@ class TrainConfig:
         lr_factor: the number that lr is divided by.
         lr_min: the training of a task stops when lr falls below this.
         val_fraction: fraction of the training samples held out for validation.
+        augment: ``crops`` crops and mirrors training images at random
+            (:class:`wsn_fast.train.augmentation.Augmentation`), ``none`` leaves them as they are.
         seed: decides the initialisation, the stream, the validation split and the order of the samples.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: the number of CPU threads of torch. Another number rounds sums differently.
@@ -200,6 +205,7 @@ class TrainConfig:
     lr_factor: float
     lr_min: float
     val_fraction: float
+    augment: str
     seed: int
     device: str
     threads: int
@@ -305,7 +311,7 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(f"settings: expected a mapping, got {type(settings).__name__}")
     # The first runs did not have these settings.
     first = {"one_pass": False, "cuda_graph": "off", "moments": "float32", "class_order": "random"}
-    settings = {**first, "classes_per_task": 0, **settings}
+    settings = {**first, "classes_per_task": 0, "augment": "none", **settings}
     names = {field.name for field in fields(TrainConfig)}
     for problem, wrong in (("missing", names - settings.keys()), ("unknown", settings.keys() - names)):
         if wrong:

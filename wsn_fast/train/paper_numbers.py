@@ -86,7 +86,17 @@ PAPER_DENSITIES = (0.03, 0.05, 0.1, 0.3, 0.5)
 # The settings that make the paper's method. Numbers of a run with others cannot be compared with the paper.
 _METHOD = ("rule", "reinit_scores", "score_init")
 # The settings that a run may choose and still be compared with the paper.
-_FREE = ("density", "seed", "device", "threads", "one_pass", "cuda_graph", "checkpoint_seconds", "preset")
+_FREE = (
+    "density",
+    "seed",
+    "device",
+    "threads",
+    "one_pass",
+    "cuda_graph",
+    "memory_format",
+    "checkpoint_seconds",
+    "preset",
+)
 
 
 def beside_paper(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
