@@ -56,6 +56,10 @@ class Checkpoint:
     state: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names."""
+        return {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
+
 
 def save(folder: Path, number: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write checkpoint ``number`` of a run, then delete all others except the one before it.

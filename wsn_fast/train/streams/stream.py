@@ -144,18 +144,24 @@ class TaskStream(Sequence[TaskData]):
         if isinstance(index, slice):
             return [self[task] for task in self.task_ids[index]]
         task = self.task_ids[index]
+        return TaskData(task, *self.training_data(task), *self.test_data(task), self.classes[task])
+
+    def training_data(self, task: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The training inputs and labels and the validation inputs and labels of one task, as in its `TaskData`.
+
+        Raises:
+            IndexError: If there is no such task.
+        """
+        task = self.task_ids[task]
         dataset, labels, order = self._parts[task].dataset, self._labels(task), self._orders[task]
         rows = order[labels[dataset.train_y[order]] >= 0]
         held_out = self._held_out(len(rows))
         val, train = rows[:held_out], rows[held_out:]
-        return TaskData(
-            task,
+        return (
             self._inputs(dataset.train_x[train], task),
             labels[dataset.train_y[train]],
             self._inputs(dataset.train_x[val], task),
             labels[dataset.train_y[val]],
-            *self.test_data(task),
-            self.classes[task],
         )
 
     def test_data(self, task: int) -> tuple[Tensor, Tensor]:
