@@ -1,8 +1,10 @@
-"""What the commands ``train``, ``eval`` and ``report`` do."""
+"""What the commands ``train``, ``sweep``, ``eval`` and ``report`` do."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ from wsn_fast.train.processes import ALONE, PeerLostError, Processes, StoppedErr
 from wsn_fast.train.report import NUMBERS, Console, differences, in_words, plot, table
 from wsn_fast.train.run import Run
 from wsn_fast.train.safe_files import read_json
+from wsn_fast.train.sweep import make_sweep, run_sweep
 
 _FAILURES = (
     ValueError, OSError, ImportError, CheckpointError, FloatingPointError, ForgottenError, torch.OutOfMemoryError,
@@ -41,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.command == "report":
             return _report(args) if launch.rank() == 0 else 0
+        if args.command == "sweep":
+            return _sweep(args)
         processes = join()
         code = _COMMANDS[args.command](args, processes)
         processes.leave()
@@ -102,6 +107,22 @@ def _settings(args: argparse.Namespace) -> config.TrainConfig | None:
     if extra:
         raise ValueError(f"--resume: the settings are those of the run, got {', '.join(extra)} as well")
     return None
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    grid = {"densities": args.densities, "seeds": args.seeds}
+    other = (*_NO_SETTINGS, *grid, "jobs")
+    sweep = make_sweep({name: value for name, value in vars(args).items() if name not in other}, **grid)
+    failed = run_sweep(sweep, args.jobs, quiet=args.quiet)
+    begun = [run.out for run in sweep.runs.values() if (Path(run.out) / "config.json").is_file()]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if args.quiet else sys.stdout):
+        if begun:
+            from wsn_fast.train.command_line import main  # it imports this file
+
+            main(["report", *begun, "--html", str(sweep.folder / "report.html")])
+    for name, line in failed.items():
+        print(f"wsn-fast: error: {sweep.folder / name}: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _eval(args: argparse.Namespace, processes: Processes) -> int:
