@@ -18,6 +18,7 @@ from wsn_fast.train.children import Job, Pool
 from wsn_fast.train.command_line import main
 from wsn_fast.train.folder import read_config
 from wsn_fast.train.lock import FolderLock, RunInUseError
+from wsn_fast.train.report import Console
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--tasks", "2", "--epochs", "1", "--batch-size", "128", "--device", "cpu"]
@@ -75,7 +76,7 @@ def test_a_run_gets_every_setting_of_the_sweep(tmp_path: Path, monkeypatch: pyte
     from wsn_fast.train import command_line, commands
 
     args = command_line._parser().parse_args(sweep._words(run))
-    assert commands._settings(args) == run
+    assert commands._settings(args, Console(quiet=True)) == run
 
 
 # --- the processes ----------------------------------------------------------------------------------------

@@ -140,6 +140,10 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return numbers
 
 
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """The options that are settings of a run."""
     _add_tasks(parser.add_argument_group("tasks"))
@@ -222,9 +226,10 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--device", choices=DEVICES, help="auto takes a GPU if there is one (default: auto)")
     add(
         "--threads",
-        type=int,
+        type=_number_or_auto,
         metavar="N",
-        help="number of CPU threads (default: 1 for mlp, else the number that torch chooses)",
+        help="number of CPU threads, or auto: measure which is fastest before the run starts, for train alone "
+        "(default: 1 for mlp, else the number that torch chooses)",
     )
     seconds = f"least time in seconds between two checkpoints of a task {_default('checkpoint_seconds')}"
     add("--checkpoint-seconds", type=float, metavar="S", help=seconds)

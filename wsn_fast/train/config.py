@@ -50,6 +50,7 @@ PAPER: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
                 "net": "lenet_large",
                 "class_order": "given",
                 "classes_per_task": 12,
+                "checkpoint_seconds": 60.0,  # one has 780 MB, and takes as long as some steps of training
             }
         ),
         ("datasets", FIVE_DATASETS): MappingProxyType(

@@ -21,7 +21,8 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
 
 def write_atomic(path: Path, *data: bytes | memoryview) -> None:
-    """Write a file, of several pieces if there are. After a crash at any moment there is either the whole old file or the whole new one.
+    """Write a file, whose content may come in several pieces. After a crash at any moment there is either the whole old
+    file or the whole new one.
 
     Raises:
         OSError: the file cannot be written. Nothing was changed, no temporary file is left, and ``filename`` is

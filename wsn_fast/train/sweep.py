@@ -21,6 +21,7 @@ from wsn_fast.train.folder import write_json
 from wsn_fast.train.lock import FolderLock
 from wsn_fast.train.safe_files import read_json
 from wsn_fast.train.sweep_display import Display, Log
+from wsn_fast.train.threads import cores
 
 _EVERY = 0.3  # seconds between two looks at the runs
 _GRID = ("density", "seed")
@@ -123,7 +124,7 @@ def _train(sweep: Sweep, jobs: int | None, quiet: bool) -> dict[str, str]:
         else:
             waiting.append(Job(name, Path(run.out), _words(run), sweep.folder / f"{name}.log"))
     gpus = _gpus(sweep.settings.device)
-    size = jobs or len(gpus) or max(1, _cores() // sweep.settings.threads)
+    size = jobs or len(gpus) or max(1, cores() // sweep.settings.threads)
     environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]
     with Pool(waiting, min(size, max(1, len(waiting))), environments) as pool:
         while True:
@@ -191,13 +192,6 @@ def _gpus(device: str) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = [name for name in visible.split(",") if name]
     return names[: torch.cuda.device_count()] or [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
 
 
 @contextmanager
