@@ -13,7 +13,7 @@ from typing import Any
 from wsn_fast import __version__, launch
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
 from wsn_fast.train import config
-from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS
+from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, MEMORY_FORMATS, NETS, OPTIMIZERS
 
 _TRAIN = """\
 Train one network on a stream of tasks without forgetting any of them. Everything is written into one folder:
@@ -207,6 +207,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         choices=CUDA_GRAPH,
         help="auto captures the training step in a CUDA graph where possible (default: auto)",
     )
+    faster = "order of images in memory; channels_last makes convolutions faster on a CPU (default: contiguous)"
+    add("--memory-format", choices=MEMORY_FORMATS, help=faster)
     add(
         "--one-pass",
         action=argparse.BooleanOptionalAction,

@@ -85,7 +85,7 @@ PAPER_RESULTS: Mapping[tuple[str, str, int], Mapping[float, tuple[float, float]]
 # The settings that make the paper's method. Numbers of a run with others cannot be compared with the paper.
 _METHOD = ("rule", "reinit_scores", "score_init")
 # The settings that a run may choose and still be compared with the paper.
-_FREE = ("density", "seed", "device", "threads", "one_pass", "checkpoint_seconds", "preset")
+_FREE = ("density", "seed", "device", "threads", "one_pass", "memory_format", "checkpoint_seconds", "preset")
 # The entries of results.json that are measurements.
 NUMBERS = (
     "accuracy_matrix", "acc", "bwt", "fwt", "forgetting", "capacity", "capacity_paper", "union_density",
