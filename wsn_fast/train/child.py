@@ -5,16 +5,15 @@ end when the parent is gone, killed or not, and then this process ends as well. 
 """
 
 import os
+import signal
 import sys
 import threading
-
-INTERRUPTED = 130
 
 
 def _follow_parent() -> None:
     while os.read(0, 1):
         pass
-    os._exit(INTERRUPTED)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
         usage="wsn-fast sweep [STREAM] [--densities C,C,...] [--seeds N,N,...] [option of train ...]",
