@@ -50,6 +50,7 @@ def of_optimizer(kind: Any, **fixed: Any) -> dict[str, Callable[..., object]]:
             1.0, error_if_nonfinite=value
         ),
         f"{name}.zero_grad(set_to_none)": lambda value: kind(begun()).zero_grad(set_to_none=value),
+        f"{name}.attach(one_pass)": lambda value: kind(wsn := begun()).attach(wsn, value, "float32"),
     }
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsn_fast import WSN, UnmaskedReadError, convert
+from wsn_fast.continual import statistics
 from wsn_fast.continual.first_inputs import FirstInputs
 
 X = torch.randn(12, 8, generator=torch.Generator().manual_seed(5))
@@ -98,3 +99,21 @@ def test_a_compiled_call_is_left_alone() -> None:
     torch.compile(wsn, backend="aot_eager", fullgraph=True)(X.clone())
     with pytest.warns(RuntimeWarning, match="the WSN was not called"):
         first.end_task()
+
+
+def test_an_error_in_what_the_task_is_recorded_with_leaves_it_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    wsn, first = begun()
+    wsn(X.clone())
+    before = {name: tensor.clone() for name, tensor in wsn.state_dict().items()}
+
+    def fail(masks: object) -> None:
+        raise OSError("no zstandard here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "compressed_bytes", fail)
+        with pytest.raises(OSError, match="no zstandard here"):
+            first.end_task()
+    assert wsn.tasks == [] and wsn.current_task == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wsn.state_dict().items())
+    wsn.end_task()
+    assert wsn.verify().tasks == [1]

@@ -29,6 +29,7 @@ REFUSED = {
     "a name": r"TypeError: groups must be a sequence",
     "recurrent": r"ValueError: rnn is a recurrent layer",
     "tied": r"ValueError: 0.weight cannot be sharded: it is tied",
+    "constant threshold": r"ValueError: 0 has the rule 'value >= 0\.5', and shards need one that ranks the scores",
     "gates ahead": r"ValueError: gates_ahead must be False",
     "twice": r"RuntimeError: this WSN is sharded already",
     "fully_shard": r"RuntimeError: 1.weight is a DTensor: after fully_shard alone",

@@ -30,13 +30,13 @@ pytestmark = [pytest.mark.ecosystem, pytest.mark.filterwarnings("default", "erro
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_finished_tasks_stay_to_the_bit(optimizer: str) -> None:
-    strategy = strategy_of(model(), optimizer, [WSNPlugin(verify=True)])
+    strategy = strategy_of(model(), optimizer)
     assert kept(strategy, labelled().train_stream)
     assert strategy.model.tasks == [0, 1, 2]
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_tasks_are_verified_after_each_experience_where_one_asks_for_it(
+def test_finished_tasks_are_verified_after_each_experience_unless_one_asks_for_none(
     verify: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
@@ -46,16 +46,14 @@ def test_tasks_are_verified_after_each_experience_where_one_asks_for_it(
 
 
 def test_a_task_that_reads_past_its_mask_is_found_when_it_ends() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.head = nn.Linear(INPUTS, 16), nn.Linear(INPUTS, 3)
-
+    class Reads(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.relu(self.layer(x)) @ self.layer.weight.detach())
+            return super().forward(x) + self.held[0].detach().sum()
 
-    strategy = strategy_of(WSN(convert(Tied(), density=0.4, heads="head")))
-    with pytest.raises(UnmaskedReadError, match=r"layer\.weight"):
+    net = convert(Reads(nn.Linear(INPUTS, 16), nn.ReLU(), nn.Linear(16, 3)), density=0.4, heads="2")
+    net.held = [net[0].weight]
+    strategy = strategy_of(WSN(net))
+    with pytest.raises(UnmaskedReadError, match=r"0\.weight"):
         strategy.train(labelled().train_stream[0])
     assert strategy.model.current_task == 0
 
@@ -130,37 +128,72 @@ def test_heads_without_a_width_have_an_output_for_each_class() -> None:
     assert {task: head.out_features for task, head in strategy.model.heads.items()} == {0: 3, 1: 2}
 
 
-def test_a_training_that_an_exception_ended_goes_on() -> None:
-    class Breaks(Clips):
-        def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-            if strategy.clock.train_exp_counter == 1 and strategy.clock.train_exp_iterations == 2:
-                strategy.plugins.remove(self)
-                raise ConnectionError("the data are gone")
+class Breaks(SupervisedPlugin):
+    """Raises an error once, at a backward pass of the second experience or in an evaluation."""
 
-    strategy, stream = strategy_of(model(), plugins=[Breaks()]), labelled().train_stream
-    strategy.train(stream[0])
-    before = logits(strategy.model, 0)
+    def __init__(self, moment: str) -> None:
+        super().__init__()
+        self.moment = moment
+
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        if (self.moment, strategy.clock.train_exp_counter, strategy.clock.train_exp_iterations) == ("training", 1, 2):
+            self._break(strategy)
+
+    def after_eval_forward(self, strategy: Any, **kwargs: Any) -> None:
+        if self.moment == "evaluation":
+            self._break(strategy)
+
+    def _break(self, strategy: Any) -> None:
+        strategy.plugins.remove(self)
+        raise ConnectionError("the data are gone")
+
+
+def interrupted() -> Any:
+    """A strategy whose second experience was interrupted."""
+    strategy, stream = strategy_of(model(), plugins=[Breaks("training")]), labelled().train_stream
+    strategy.train(stream[0], eval_streams=[])
     with pytest.raises(ConnectionError):
-        strategy.train(stream[1])
+        strategy.train(stream[1], eval_streams=[])
     assert strategy.model.current_task == 1
-    with strategy.model.use_task(0):  # somebody looks at it, and it stays in use
-        strategy.eval(stream[0])
-    strategy.train(stream[1])
-    assert strategy.model.tasks == [0, 1]
-    assert torch.equal(logits(strategy.model, 0), before)
+    return strategy
 
 
-def test_an_evaluation_that_an_exception_ended_does_not_disturb_training() -> None:
-    class Breaks(SupervisedPlugin):
-        def after_eval_forward(self, strategy: Any, **kwargs: Any) -> None:
-            raise ConnectionError("the data are gone")
+def goes_on(strategy: Any) -> bool:
+    """Train the second experience. Does the first task compute what it did, to the bit?"""
+    before = logits(strategy.model, 0)
+    strategy.train(labelled().train_stream[1])
+    return strategy.model.tasks == [0, 1] and torch.equal(logits(strategy.model, 0), before)
 
+
+def test_a_training_that_an_exception_ended_goes_on() -> None:
+    assert goes_on(interrupted())
+
+
+def test_a_training_goes_on_while_a_finished_task_is_in_use() -> None:
+    strategy = interrupted()
+    strategy.model.use_task(0)
+    assert goes_on(strategy)
+
+
+def test_a_training_goes_on_after_an_evaluation_that_an_exception_ended() -> None:
+    class Evaluates(SupervisedPlugin):
+        def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+            strategy.eval(test)
+
+    strategy, test = interrupted(), labelled().test_stream[0]
+    strategy.plugins.append(Breaks("evaluation"))
+    with pytest.raises(ConnectionError), strategy.model.use_task(0):
+        strategy.eval(test)
+    strategy.plugins.append(Evaluates())
+    assert goes_on(strategy)
+
+
+def test_a_task_begins_after_an_evaluation_that_an_exception_ended() -> None:
     strategy, benchmark = strategy_of(model()), labelled()
     strategy.train(benchmark.train_stream[0])
-    strategy.plugins.append(Breaks())
+    strategy.plugins.append(Breaks("evaluation"))
     with pytest.raises(ConnectionError):
         strategy.eval(benchmark.test_stream[0])
-    strategy.plugins.pop()
     assert kept(strategy, benchmark.train_stream[1:])
 
 

@@ -42,6 +42,7 @@ def test_a_resumed_strategy_ends_as_one_that_was_not_interrupted(
     assert torch.equal(logits(resumed.model, 0), before)
     resumed.train(stream[trained:])
     assert resumed.model.tasks == [0, 1, 2]
+    assert getattr(resumed.optimizer, "one_pass", False) == (optimizer != "AdamW")
     expected, found = strategy.model.state_dict(), resumed.model.state_dict()
     assert list(expected) == list(found)
     for name, tensor in expected.items():

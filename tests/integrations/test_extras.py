@@ -8,7 +8,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("name", ["lightning", "clarena", "avalanche"])
+@pytest.mark.parametrize("name", ["lightning", "clarena", "avalanche", "transformers"])
 def test_a_missing_framework_is_named_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in [m for m in sys.modules if m.startswith("wsn_fast.integrations")]:
         monkeypatch.delitem(sys.modules, module)

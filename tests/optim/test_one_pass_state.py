@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,31 @@ def test_a_run_goes_on_with_the_state_of_another_optimizer(kind: str, order: tup
             state = optimizer.state_dict()
         ends.append(wsn)
     assert_close(*ends, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_that_was_unpickled_takes_its_mode_again(kind: str) -> None:
+    wsn, optimizer = begun(kind)
+    backward(wsn)
+    optimizer.step()
+    optimizer.zero_grad()
+    twin, copied = pickle.loads(pickle.dumps((wsn, optimizer)))
+    assert (optimizer.knows_model, copied.knows_model, copied.one_pass) == (True, False, False)
+    copied.attach(twin, True, "float32")
+    for model, one in ((wsn, optimizer), (twin, copied)):
+        for step in (1, 2):
+            backward(model, step=step)
+            assert layer_of(model).weight_score.grad is None
+            one.step()
+            one.zero_grad()
+    assert all(map(torch.equal, snapshot(wsn), snapshot(twin)))
+
+
+def test_attach_with_a_wrong_mode_changes_nothing() -> None:
+    wsn, optimizer = begun(one_pass=True)
+    with pytest.raises(ValueError, match="accumulate_in must be 'float32' without one_pass=True, got 'bfloat16'"):
+        optimizer.attach(wsn, False, "bfloat16")
+    assert (optimizer.one_pass, optimizer.accumulate_in) == (True, "float32")
 
 
 def test_a_state_is_loaded_in_the_middle_of_accumulation() -> None:

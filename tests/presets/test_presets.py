@@ -132,6 +132,7 @@ def test_a_packnet_task_uses_the_weights_of_all_before_it() -> None:
     assert [int(mask.sum()) for mask in masks] == [288, 432, 504]
     assert all((later | earlier).equal(later) for earlier, later in itertools.pairwise(masks))
     assert layer.mask("bias", 0).all(), "biases belong to the first task, whole"
+    assert not layer.weight[~masks[2]].any(), "the optimizer of before has moved them"
 
 
 def test_each_task_may_have_a_density_of_its_own() -> None:
@@ -265,6 +266,15 @@ def test_a_supsup_task_has_scores_of_its_own() -> None:
     wsn.end_task()
     wsn.begin_task(1)
     assert not (wsn.subnet_layers()["1"].weight_score == first).any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_nobody_is_warned_that_weights_which_are_not_trained_are_used_up() -> None:
+    wsn = piggyback(mlp(), heads="3")
+    for task in range(2):  # the masks have all weights
+        wsn.begin_task(task)
+        wsn.end_task()
+    assert wsn.capacity().union_density == 1
 
 
 def test_without_heads_the_last_layer_is_masked_too() -> None:

@@ -235,6 +235,9 @@ CASES: dict[str, Case] = {
     "a name": lambda rank: of(WSN(transformer()), groups="blocks.0"),
     "recurrent": recurrent,
     "tied": tied,
+    "constant threshold": lambda rank: of(
+        WSN(nn.Sequential(FastSubnetLinear(6, 6, rule="value >= 0.5"), TaskHeads(6, 2)))
+    ),
     "gates ahead": lambda rank: of(WSN(uneven(), gates_ahead=True)),
     "twice": twice,
     "fully_shard": after_fully_shard,

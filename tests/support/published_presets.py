@@ -128,7 +128,10 @@ class Masking(Plain):
 
 
 class Piggyback(Masking):
-    """Piggyback (ECCV 2018), Eq. 1 to 3: a constant threshold."""
+    """Piggyback (ECCV 2018), Eq. 1 to 3: a constant threshold, and scores that begin at 1e-2 in each task."""
+
+    def begin(self, task: int, head: nn.Linear, scores: dict[str, Tensor]) -> None:
+        super().begin(task, head, {name: torch.full_like(weight, 1e-2) for name, weight in self.weights.items()})
 
     def ranked(self, name: str) -> Tensor:
         return self.scores[name]

@@ -69,6 +69,7 @@ BAD = [
     ("stream", "shuffled"),
     ("data", "imagenet"),
     ("data", 5),
+    ("augment", "flips"),
     ("class_order", "sorted"),
     ("class_order", "1,"),
     ("class_order", [1, 2]),

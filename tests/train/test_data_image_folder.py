@@ -61,6 +61,24 @@ def test_tiny_imagenet_layout(tmp_path: Path) -> None:
     assert found.test_y.tolist() == [0, 1, 0] and found.train_y.tolist() == [0, 1]
 
 
+def test_classes_of_tiny_imagenet_are_in_the_order_of_its_list(tmp_path: Path) -> None:
+    tiny_imagenet(tmp_path)
+    (tmp_path / "wnids.txt").write_text("n02\nn01\n")
+    found = load("folder", tmp_path)
+    assert found.test_y.tolist() == [1, 0, 1] and found.train_y.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"), [("n01\n", "n02"), ("n01 n02 n03", "n03"), ("n01 n02 n02", "a class twice")]
+)
+def test_a_list_of_other_classes_is_named(tmp_path: Path, text: str, wrong: str) -> None:
+    tiny_imagenet(tmp_path)
+    path = tmp_path / "wnids.txt"
+    path.write_text(text)
+    assert error_of("folder", tmp_path).startswith(f"{path}: expected each folder of {tmp_path / 'train'} once")
+    assert error_of("folder", tmp_path).endswith(f"they differ in {wrong!r}")
+
+
 def test_greyscale_images_become_rgb(tmp_path: Path) -> None:
     image_tree(tmp_path)
     grey = save_image(tmp_path / "val" / "cat" / "a.jpg", random_image()[:, :, 0].copy())

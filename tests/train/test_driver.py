@@ -13,6 +13,7 @@ from wsn_fast import ForgottenError
 from wsn_fast.continual.wsn import WSN
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train import checkpoint, loop, run
+from wsn_fast.train.batches import Batches
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.data import DataError
 from wsn_fast.train.processes import Processes
@@ -291,8 +292,8 @@ def test_batches_are_trained_without_a_number_for_the_host(
     optimizer = loop.make_optimizer(wsn, s)
     calls, item = [], Tensor.item
     monkeypatch.setattr(Tensor, "item", lambda self: calls.append(1) or item(self))
-    batches = torch.arange(60).split(10)
-    loop.train_epoch(wsn, optimizer, torch.randn(60, 1, 8, 8), torch.zeros(60).long(), batches, lambda: None)
+    batches = Batches(torch.randn(60, 1, 8, 8), torch.zeros(60).long(), torch.arange(60).split(10))
+    loop.train_epoch(wsn, optimizer, batches, lambda: None)
     assert len(calls) == 1
 
 
@@ -303,7 +304,7 @@ def test_dropout_is_on_in_training_and_off_in_measurements(settings: Callable[..
     x, y = torch.randn(20, 1, 8, 8), torch.zeros(20).long()
     loop.evaluate(wsn, x, y)
     assert not any(module.training for module in wsn.modules())
-    loop.train_epoch(wsn, loop.make_optimizer(wsn, s), x, y, (torch.arange(20),), lambda: None)
+    loop.train_epoch(wsn, loop.make_optimizer(wsn, s), Batches(x, y, (torch.arange(20),)), lambda: None)
     assert all(module.training for module in wsn.modules())
 
 

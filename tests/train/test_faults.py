@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +26,10 @@ import pytest
 import torch
 from same_end import assert_same_end
 from stopping_console import Stop, StoppingConsole
-from torch import Tensor
 
 from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import checkpoint, loop, run
+from wsn_fast.train.batches import Batches
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.command_line import main
 from wsn_fast.train.config import resolve
@@ -249,10 +250,10 @@ def test_nan_stops_the_run_with_the_layers_name_and_the_last_checkpoint_is_good(
 ) -> None:
     left = sorted((nearly_done / "checkpoint").iterdir())
 
-    def train_epoch(wsn: WSN, optimizer: torch.optim.Optimizer, x: Tensor, *rest: Any) -> float:
+    def train_epoch(wsn: WSN, optimizer: torch.optim.Optimizer, batches: Batches, *rest: Any) -> float:
         if poison is None:
-            x = x.index_fill(0, torch.tensor([3]), torch.nan)
-        loss = loop.train_epoch(wsn, optimizer, x, *rest)
+            batches = replace(batches, x=batches.x.index_fill(0, torch.tensor([3]), torch.nan))
+        loss = loop.train_epoch(wsn, optimizer, batches, *rest)
         if poison is not None:
             poison(wsn)
         return loss

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wsn_fast import WSN, capture_step
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train import loop, run
+from wsn_fast.train.batches import Batches
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
@@ -61,9 +62,8 @@ def train(wsn: WSN, optimizer: torch.optim.Optimizer, on_split: Callable[[int], 
     """An epoch of batches of 10, 10 and 5 samples."""
     x, y = batches(1, 1, 25)[0]
     order = torch.arange(25).split(10)
-    return loop.train_epoch(
-        wsn, optimizer, x.to(next(wsn.parameters()).dtype), y, order, lambda: None, on_split=on_split
-    )
+    epoch = Batches(x.to(next(wsn.parameters()).dtype), y, order)
+    return loop.train_epoch(wsn, optimizer, epoch, lambda: None, on_split=on_split)
 
 
 def second_task() -> tuple[WSN, Tensor]:
@@ -182,7 +182,8 @@ def test_a_captured_step_is_repeated_only_before_its_update(in_update: bool, mon
         limit_memory(monkeypatch, 5)
 
     def epoch() -> float:
-        return loop.train_epoch(wsn, optimizer, x, y, torch.arange(25).split(10), lambda: None, step, splits.append)
+        rows = torch.arange(25).split(10)
+        return loop.train_epoch(wsn, optimizer, Batches(x, y, rows), lambda: None, step, splits.append)
 
     if in_update:
         with pytest.raises(torch.OutOfMemoryError):

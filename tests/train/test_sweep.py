@@ -182,6 +182,24 @@ def test_another_sweep_in_the_folder_is_refused_by_name(tmp_path: Path) -> None:
         sweep.run_sweep(other)
 
 
+def test_the_folder_of_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match=r"out: expected a folder for a sweep, and .* is that of a run"):
+        sweep.run_sweep(sweep.make_sweep({"out": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    ("processes", "jobs", "says"), [("2", None, "sweep: expected one process"), ("1", 0, "jobs: .* got 0")]
+)
+def test_a_sweep_in_several_processes_or_without_jobs_is_refused(
+    processes: str, jobs: int | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(ValueError, match=says):
+        sweep.run_sweep(sweep.make_sweep({"out": str(tmp_path / "s")}), jobs)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_sweep_that_another_process_runs_is_refused(tmp_path: Path) -> None:
     made = written(sweep.make_sweep({"out": str(tmp_path / "s")}))
     lock = FolderLock(made.folder)
@@ -248,13 +266,19 @@ def test_a_terminal_has_a_line_for_each_run(
 @pytest.mark.ci
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "s"
-    command = ["sweep", "permuted", *SMALL, "--seeds", "1,2", "--densities", "0.3", "--jobs", "2", "--out", str(out)]
+    command = ["sweep", "permuted", *SMALL, "--seeds", "1,2,3", "--densities", "0.3", "--jobs", "2", "--out", str(out)]
     (out / "density0.3-seed1").mkdir(parents=True)
     (out / "density0.3-seed1" / "mine.txt").touch()
+    locked = out / "density0.3-seed3"
+    locked.mkdir()
+    lock = FolderLock(locked)
+    lock.acquire()
     assert main(command) == 1
+    lock.release()
     said, error = capfd.readouterr()
     assert "density0.3-seed2: begins\n" in said and "density0.3-seed2: task 2/2 has ended" in said
     assert error.startswith(f"wsn-fast: error: {out / 'density0.3-seed1'}: out: expected an empty or new folder")
+    assert f"\nwsn-fast: error: {locked}: {locked} is in use: another process is at work" in error
     assert (out / "report.html").is_file()
     (out / "density0.3-seed1" / "mine.txt").unlink()
     results = out / "density0.3-seed2" / "results.json"

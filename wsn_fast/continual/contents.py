@@ -18,15 +18,35 @@ from .model_parts import ModelParts
 from .register import TaskRegister
 from .view import View
 
+_WITHOUT_TASKS = ("from_pretrained", "push_to_hub", "save_pretrained")
+
 
 class Contents(nn.Module):
     """The part of :class:`wsn_fast.WSN` that says what is there."""
 
     gates: ModelGates
+    model: nn.Module
     _parts: ModelParts
     _register: TaskRegister
     _view: View
     _fixed: list[nn.Parameter]
+
+    def __getattr__(self, name: str) -> Any:
+        """A public attribute that a WSN does not have is that of its model, such as ``config`` or ``generate``.
+
+        Raises:
+            AttributeError: the model does not have it either, or it would save the model without its tasks.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "model" or not hasattr(self.model, name):
+                raise
+            if name in _WITHOUT_TASKS:
+                raise AttributeError(
+                    f"{name} would leave out the tasks: save wsn.state_dict(), or a plain copy, to_dense(wsn, task)"
+                ) from None
+            return getattr(self.model, name)
 
     @property
     def tasks(self) -> list[TaskId]:

@@ -67,10 +67,11 @@ class TaskRegister:
         if self.current is not None:
             raise RuntimeError(f"task {self.current.task!r} is in progress: end_task() before begin_task({task!r})")
 
-    def end_current(self, fingerprint: dict[str, str], frozen: dict[str, str]) -> None:
-        """Record the task in progress as finished, with its fingerprint and the checksums of all finished tasks."""
+    def end_current(self, fingerprint: dict[str, str], frozen: dict[str, str], compressed: int | None = None) -> None:
+        """Record the task in progress as finished, with its fingerprint, the checksums of all finished tasks, and what
+        :meth:`measured` gave."""
         assert self.current is not None
-        self.records.append(Record(self.current.task, fingerprint))
+        self.records.append(Record(self.current.task, fingerprint, compressed=compressed))
         self.current, self.frozen, self._saves_frozen = None, frozen, True
 
     def remove(self, task: TaskId, parts: ModelParts) -> None:
@@ -91,11 +92,11 @@ class TaskRegister:
                 record.compressed = statistics.compressed_bytes(rows[row] for rows in masks)
         return sum(record.compressed or 0 for record in self.records)
 
-    def measure_last(self, masks: Sequence[Tensor]) -> None:
-        """Measure the compression of the last task now, unless its masks are large: then it waits until it is asked
-        for."""
-        if sum(rows.shape[1] for rows in masks) <= _SMALL:
-            self.records[-1].compressed = statistics.compressed_bytes(rows[-1] for rows in masks)
+    def measured(self, masks: Sequence[Tensor]) -> int | None:
+        """The bytes of the last rows of ``masks`` after compression. None if there are none or they are large: then
+        this waits until it is asked for."""
+        small = 0 < sum(rows.shape[1] for rows in masks) <= _SMALL
+        return statistics.compressed_bytes(rows[-1] for rows in masks) if small else None
 
     @contextmanager
     def as_ended(self, fingerprint: dict[str, str], frozen: dict[str, str]) -> Iterator[None]:

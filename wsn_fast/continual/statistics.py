@@ -109,9 +109,9 @@ def capacity(masks: Sequence[Tensor], sizes: Sequence[int], compressed: int | No
 
 def warn_if_full(layers: Mapping[str, SubnetLayer], sharding: Sharding | None = None) -> None:
     """Warn of layers of which less than ``LITTLE`` is free: a new task can do little more there than choose among the
-    weights of earlier ones."""
+    weights of earlier ones. Where weights are not trained, no task does more than that."""
     full = []
-    unions = [[gate for gate in layer.gated() if gate.union is not None] for layer in layers.values()]
+    unions = [[g for g in layer.gated() if g.union is not None and g.param.requires_grad] for layer in layers.values()]
     counts = [sum(int(ops.count_packed(gate.union)) for gate in gates if gate.union is not None) for gates in unions]
     if sharding is not None:
         counts = sharding.sums(torch.tensor(counts, device=sharding.device)).tolist()

@@ -74,7 +74,7 @@ def check_mixable(parts: ModelParts) -> None:
 @contextmanager
 def superposed(parts: ModelParts, tasks: Sequence[TaskId], alpha: Tensor) -> Iterator[None]:
     """In a ``with`` block a forward pass of the model computes as the mixture of ``tasks``, and runs eagerly. One of
-    these tasks has to be in use.
+    these tasks has to be in use. When it is left, the layers forget the mixed weights.
 
     Args:
         parts: the parts of the model.
@@ -92,7 +92,6 @@ def superposed(parts: ModelParts, tasks: Sequence[TaskId], alpha: Tensor) -> Ite
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and this import takes seconds
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in parts.layers.values():
-            undo.callback(layer.gate_state.given.clear)
             for gate in layer.gated():
                 mixed = _Mixed.apply(alpha.to(gate.param.device), gate.param.detach(), gate.masks[rows])
                 given = Given(mixed.to(layer.dtype_of_pass(gate.param)), gate.param, version=gate.param._version)

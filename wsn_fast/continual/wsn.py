@@ -182,6 +182,7 @@ class WSN(FinishedTasks):
             UnmaskedReadError: with ``probe``, the task reads something outside of its mask.
             ForgottenError: what finished tasks use has changed in this task; the message names the tensors, and says
                 whether a guard ran and what to do.
+            OwnershipError: parameters without an owner have come into the model, such as those of an adapter.
 
             After each of these errors, and any other one, the task is still in progress.
         """
@@ -201,12 +202,13 @@ class WSN(FinishedTasks):
             for name, layer in self._parts.layers.items()
         }
 
-        def prints() -> tuple[dict[str, str], dict[str, str]]:
+        def prints() -> tuple[dict[str, str], dict[str, str], int | None]:
             now = fingerprints.fingerprint(self._parts, task, row), after_task(self._parts, self._register.frozen)
             with together(parallel.group, device_of(self)), self._register.as_ended(*now):
                 check_reads(self, self._parts, [task], probe)
             parallel.check_ends(self, *now)
-            return now
+            whole = [] if self.gates.sharding is not None else [gate.masks for _, gate in self.gated()]
+            return *now, self._register.measured(whole)
 
         with self._guards.kept.paused():
             self._register.end_current(*self._parts.append_task(task, packed, prints))
@@ -214,11 +216,10 @@ class WSN(FinishedTasks):
         self._generation += 1
         self._fix_parameters()
         self._guards.keep_for_task(self)
-        if self.gates.sharding is None:
-            self._register.measure_last([gate.masks for _, gate in self.gated()])
 
     def _check_can_end(self, record: Record) -> None:
         self._refresh()
+        ownership.check_owned(self._parts.owned)
         self.check_finite()
         fingerprints.check_frozen_buffers(self._parts, record.fingerprint)
         self._parts.check_rows(len(self.tasks))

@@ -14,6 +14,7 @@ from wsn_fast import WSN, TaskHeads, ops
 from wsn_fast.continual.first_inputs import FirstInputs
 from wsn_fast.continual.model_parts import Density
 from wsn_fast.nn.heads import stack_rows
+from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 
 from .wsn_within import wsn_within
 
@@ -46,20 +47,13 @@ class WSNPlugin(SupervisedPlugin):
         density: see :meth:`wsn_fast.WSN.begin_task`; the attribute may be changed between experiences.
         by_number: the task of an experience is its number (``current_experience``), and task labels are ignored. Use
             this if experiences that have the same label are tasks of their own.
-        verify: call ``wsn.verify()`` after each experience.
+        verify: whether :meth:`wsn_fast.WSN.verify` checks all finished tasks after each experience.
 
     Raises:
         TypeError: ``by_number`` or ``verify`` is no bool.
-
-    In training and evaluation:
-
-    Raises:
-        ValueError: the model does not contain one WSN; or the experience to train has several task labels, or that of
-            a finished task.
-        TypeError: the model contains a ``DynamicModule`` of Avalanche, which grows by itself.
     """
 
-    def __init__(self, *, density: Density | None = None, by_number: bool = False, verify: bool = False) -> None:
+    def __init__(self, *, density: Density | None = None, by_number: bool = False, verify: bool = True) -> None:
         super().__init__()
         self.density = density
         self.by_number = ops.check_bool("by_number", by_number)
@@ -67,14 +61,18 @@ class WSNPlugin(SupervisedPlugin):
         self._first: FirstInputs | None = None
         self._shown = ExitStack()  # closed, it shows again what was shown before the evaluation
         self._has_warned = False
+        self._mode: tuple[bool, str] | None = None  # of a SubnetOptimizer, which a pickle of it loses
 
     # --- training ----------------------------------------------------------------------------------------------------
-    def before_training(self, strategy: Any, **kwargs: Any) -> None:
-        """Check the model before Avalanche adapts it."""
-        _wsn_of(strategy)
-
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Begin the task, unless it is in progress already."""
+        """Begin the task, unless it is in progress already.
+
+        Raises:
+            TypeError: the model has a ``DynamicModule`` of Avalanche.
+            ValueError: it does not contain one WSN; or the experience has several task labels, or that of a finished
+                task.
+            RuntimeError, OwnershipError: as ``begin_task`` of :class:`wsn_fast.WSN`.
+        """
         wsn, tasks = _wsn_of(strategy), self._tasks_of(strategy.experience)
         if len(tasks) > 1:
             raise ValueError(
@@ -96,8 +94,15 @@ class WSNPlugin(SupervisedPlugin):
         _hold_first_heads(strategy.optimizer, wsn)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Guard the optimizer, which has just got the parameters of the new head, or comes from a checkpoint."""
-        _wsn_of(strategy).guard(strategy.optimizer)
+        """Guard the optimizer, which has just got the parameters of the new head. A one-pass optimizer that comes from
+        a checkpoint takes its mode again."""
+        wsn, optimizer = _wsn_of(strategy), strategy.optimizer
+        if isinstance(optimizer, SubnetOptimizer):
+            if optimizer.knows_model:
+                self._mode = optimizer.one_pass, optimizer.accumulate_in
+            elif self._mode is not None:
+                optimizer.attach(wsn, *self._mode)
+        wsn.guard(optimizer)
 
     def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Leave out the rows of finished tasks.
@@ -107,7 +112,7 @@ class WSNPlugin(SupervisedPlugin):
         """
         if not self._has_labels(strategy.experience):
             return
-        task = _wsn_of(strategy).current_task
+        (task,) = self._tasks_of(strategy.experience)
         own = strategy.mb_task_id == task
         if own.all():
             return
@@ -124,7 +129,12 @@ class WSNPlugin(SupervisedPlugin):
             )
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """End the task. The first batch of its training serves as the probe of ``end_task``."""
+        """End the task. The first batch of its training serves as the probe of ``end_task``.
+
+        Raises:
+            UnmaskedReadError, FloatingPointError, ForgottenError: as ``end_task`` of :class:`wsn_fast.WSN`; the task is
+                still in progress.
+        """
         if not getattr(strategy.experience, "is_last_subexp", True):
             return  # an online stream has cut the experience into parts
         wsn = _wsn_of(strategy)
@@ -135,7 +145,12 @@ class WSNPlugin(SupervisedPlugin):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
-        """Check the model before Avalanche adapts it."""
+        """Check the model before Avalanche adapts it.
+
+        Raises:
+            TypeError: it has a ``DynamicModule`` of Avalanche.
+            ValueError: it does not contain one WSN.
+        """
         _wsn_of(strategy)
 
     def before_eval_exp(self, strategy: Any, **kwargs: Any) -> None:

@@ -98,7 +98,7 @@ class SubnetAdamW(SubnetOptimizer, torch.optim.Adam):
         self.storage = check_storage(moments, score_moments)
         params = param_groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, fused=True, decoupled_weight_decay=decoupled)
-        self._attach(wsn, one_pass, accumulate_in)
+        self.attach(wsn, one_pass, accumulate_in)
 
     def _update(self, call: Call, batch: Batch) -> None:
         steps = [step for update in call.updates for step in update.state[4:]]  # type: ignore[index]
@@ -180,7 +180,7 @@ class SubnetSGD(SubnetOptimizer, torch.optim.SGD):
         self.storage = check_storage(moments, score_moments)
         params = param_groups(wsn, weight_decay, score_weight_decay)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
-        self._attach(wsn, one_pass, accumulate_in)
+        self.attach(wsn, one_pass, accumulate_in)
 
     def _update(self, call: Call, batch: Batch) -> None:
         def settings(group: Group, first: bool = False) -> SGD:

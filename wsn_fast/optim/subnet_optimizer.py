@@ -55,9 +55,26 @@ class SubnetOptimizer(torch.optim.Optimizer):
     _known_counts: StepCounts | None = None
     _has_coded = False  # whether some state may have means that are not in the dtype of their parameter
 
-    def _attach(self, wsn: Model, one_pass: bool, accumulate_in: str) -> None:
-        self.one_pass, self._known_gates = ops.check_bool("one_pass", one_pass), wsn.gates
+    @property
+    def knows_model(self) -> bool:
+        """False if this optimizer was copied or unpickled, and not attached to a model since."""
+        return self._known_gates is not None
+
+    def attach(self, wsn: Model, one_pass: bool, accumulate_in: str) -> None:
+        """Let this optimizer train ``wsn``, whose parameters it holds, in this mode. ``wsn`` guards it.
+
+        Args:
+            wsn: the model.
+            one_pass: as for the constructor.
+            accumulate_in: as for the constructor.
+
+        Raises:
+            TypeError: ``one_pass`` is no bool.
+            ValueError: ``accumulate_in`` is unknown or not possible.
+        """
+        one_pass = ops.check_bool("one_pass", one_pass)
         self.accumulate_in = check_accumulation(accumulate_in, one_pass)
+        self.one_pass, self._known_gates = one_pass, wsn.gates
         self._has_coded = self.storage.is_coded
         self._step_supports_amp_scaling = False  # GradScaler has to unscale G, as it unscales any gradient
         wsn.guard(self)  # the guard calls claim

@@ -14,6 +14,7 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 DEVICES = ("auto", "cpu", "cuda")
 CUDA_GRAPH = ("auto", "off")
 MEMORY_FORMATS = ("contiguous", "channels_last")
+AUGMENT = ("none", "crops")
 
 
 def default_net(dataset_name: str, stream_kind: str) -> str:

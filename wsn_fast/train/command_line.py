@@ -13,7 +13,16 @@ from typing import Any
 from wsn_fast import __version__, launch
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
 from wsn_fast.train import config
-from wsn_fast.train.choices import CUDA_GRAPH, DATASETS, DEVICES, KINDS, MEMORY_FORMATS, NETS, OPTIMIZERS
+from wsn_fast.train.choices import (
+    AUGMENT,
+    CUDA_GRAPH,
+    DATASETS,
+    DEVICES,
+    KINDS,
+    MEMORY_FORMATS,
+    NETS,
+    OPTIMIZERS,
+)
 
 _TRAIN = """\
 Train one network on a stream of tasks without forgetting any of them. Everything is written into one folder:
@@ -199,6 +208,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--epochs", type=int, metavar="N", help=f"largest number of epochs per task {_default('epochs')}")
     add("--batch-size", type=int, metavar="N", help=f"samples per step {_default('batch_size')}")
+    add("--augment", choices=AUGMENT, help="crops: crop and mirror training images at random (default: none)")
     add("--optimizer", choices=OPTIMIZERS, help="sgd has momentum 0.9 (default: adam)")
     add("--lr", type=float, metavar="X", help=f"learning rate at the start of a task {_default('lr')}")
     add("--weight-decay", type=float, metavar="X", help=f"weight decay {_default('weight_decay')}")

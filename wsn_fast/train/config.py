@@ -11,6 +11,7 @@ from typing import Any
 
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
 from wsn_fast.train.choices import (
+    AUGMENT,
     CUDA_GRAPH,
     DATASETS,
     DEVICES,
@@ -83,6 +84,7 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "lr_factor": 2.0,
         "lr_min": 1e-6,
         "val_fraction": 0.05,
+        "augment": "none",
         "seed": 0,
         "device": "auto",
         "data_dir": None,
@@ -101,6 +103,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "device": DEVICES,
         "cuda_graph": CUDA_GRAPH,
         "memory_format": MEMORY_FORMATS,
+        "augment": AUGMENT,
         "preset": tuple(PRESETS),
     }
 )
@@ -172,6 +175,8 @@ class TrainConfig:
         lr_factor: the number that lr is divided by.
         lr_min: the training of a task stops when lr falls below this.
         val_fraction: fraction of the training samples held out for validation.
+        augment: ``crops`` crops and mirrors training images at random
+            (:class:`wsn_fast.train.augmentation.Augmentation`), ``none`` leaves them as they are.
         seed: decides the initialisation, the stream, the validation split and the order of the samples.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: the number of CPU threads of torch. Another number rounds sums differently.
@@ -207,6 +212,7 @@ class TrainConfig:
     lr_factor: float
     lr_min: float
     val_fraction: float
+    augment: str
     seed: int
     device: str
     threads: int
@@ -312,7 +318,7 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(f"settings: expected a mapping, got {type(settings).__name__}")
     # The first runs did not have these settings.
     first = {"one_pass": False, "cuda_graph": "off", "moments": "float32", "class_order": "random"}
-    settings = {**first, "classes_per_task": 0, "memory_format": "contiguous", **settings}
+    settings = {**first, "classes_per_task": 0, "augment": "none", "memory_format": "contiguous", **settings}
     names = {field.name for field in fields(TrainConfig)}
     for problem, wrong in (("missing", names - settings.keys()), ("unknown", settings.keys() - names)):
         if wrong:

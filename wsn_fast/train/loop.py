@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from wsn_fast import WSN, CapturedStep, capture_step
 from wsn_fast.optim.capture import obstacle_of
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
+from wsn_fast.train.augmentation import Augmentation
+from wsn_fast.train.batches import Batches, parts_of
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.processes import ALONE, Processes
 
@@ -57,6 +59,19 @@ def sample_order(samples: int, seed: int, task: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator)
 
 
+def epoch_batches(settings: TrainConfig, x: Tensor, y: Tensor, epoch: tuple[int, int, int]) -> Batches:
+    """The batches of an epoch.
+
+    Args:
+        settings: the config.
+        x: all inputs of the task, [N, ...].
+        y: their labels, [N].
+        epoch: the seed of the run, the task and the epoch.
+    """
+    rows = sample_order(len(x), *epoch).to(x.device).split(settings.batch_size)
+    return Batches(x, y, rows, Augmentation(*epoch) if settings.augment == "crops" else None)
+
+
 def _seed_of(*numbers: int) -> int:
     digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
@@ -65,9 +80,7 @@ def _seed_of(*numbers: int) -> int:
 def train_epoch(
     wsn: WSN,
     optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    y: Tensor,
-    batches: tuple[Tensor, ...],
+    batches: Batches,
     after_batch: Callable[[], None],
     graph: CapturedStep | None = None,
     on_split: Callable[[int], None] = lambda parts: None,
@@ -81,9 +94,7 @@ def train_epoch(
     Args:
         wsn: the model, with the task in progress.
         optimizer: its guarded optimizer.
-        x: inputs [N, ...].
-        y: labels [N].
-        batches: row numbers of each batch, on the device of ``x``.
+        batches: the batches of the epoch.
         after_batch: called after every step.
         graph: does the steps, unless a batch has to be split; None means that steps run without a CUDA graph.
         on_split: called with the number of parts whenever that grows.
@@ -97,35 +108,34 @@ def train_epoch(
     """
     wsn.train()
     # The sum stays on the device: reading it at every step would stall a GPU.
-    total = torch.zeros((), device=x.device)
+    total = torch.zeros((), device=batches.x.device)
     parts = 1
-    for rows in batches:
+    for number in range(len(batches)):
+        size = batches.size(number)
         while True:
             try:
                 if graph is not None and parts == 1:
-                    loss = graph(x.index_select(0, rows), y.index_select(0, rows))
+                    loss = graph(*batches.take(number))
                 else:
-                    loss = _gradients(wsn, optimizer, x, y, rows.tensor_split(min(parts, len(rows))))
+                    loss = _gradients(wsn, optimizer, batches, number, min(parts, size))
                 break
             except torch.OutOfMemoryError:
-                if parts >= len(rows) or (graph is not None and parts == 1 and graph.began_update):
+                if parts >= size or (graph is not None and parts == 1 and graph.began_update):
                     raise
             # Outside the handler the exception is gone, and with it the memory that the failed attempt held.
             parts *= 2
             on_split(parts)
         if graph is None or parts > 1:
             optimizer.step()
-        total += loss * len(rows)
+        total += loss * size
         after_batch()
-    return total.item() / len(x)
+    return total.item() / batches.samples
 
 
 def train_epoch_in_parts(
     wsn: WSN,
     optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    y: Tensor,
-    batches: tuple[Tensor, ...],
+    batches: Batches,
     after_batch: Callable[[], None],
     processes: Processes,
     epoch: tuple[int, int, int],
@@ -138,9 +148,7 @@ def train_epoch_in_parts(
     Args:
         wsn: the model, with the task in progress, the same in all processes.
         optimizer: its guarded optimizer.
-        x: inputs [N, ...].
-        y: labels [N].
-        batches: row numbers of each whole batch, on the device of ``x``.
+        batches: the whole batches of the epoch.
         after_batch: called after every step.
         processes: those that train.
         epoch: the seed of the run, the task and the epoch. What a process draws, for dropout, follows from them and its
@@ -163,40 +171,43 @@ def train_epoch_in_parts(
     wsn.train()
     if not processes.is_first:
         torch.manual_seed(_seed_of(*epoch, processes.rank))
-    total = torch.zeros((), device=x.device)
-    for rows in batches:
-        own = rows.tensor_split(processes.size)[processes.rank]
-        share = len(own) / len(rows)
-        if not len(own):  # the batch is too small for all: this process trains a sample of another one that counts 0
-            own = rows[:1]
+    total = torch.zeros((), device=batches.x.device)
+    for number in range(len(batches)):
+        size = batches.size(number)
+        own = parts_of(size, processes.size)[processes.rank]
+        share = (own.stop - own.start) / size
+        if not share:  # the batch is too small for all: this process trains a sample of another one that counts 0
+            own = slice(0, 1)
         optimizer.zero_grad(set_to_none=True)
+        x, y = batches.take(number, own)
         try:
-            loss = F.cross_entropy(ddp(x.index_select(0, own)), y.index_select(0, own))
+            loss = F.cross_entropy(ddp(x), y)
         except ValueError as error:
-            if len(own) > 1:
+            if len(x) > 1:
                 raise
             raise ValueError(
-                f"batch_size: the last batch of {len(rows)} leaves one sample to a process, and the net cannot train "
+                f"batch_size: the last batch of {size} leaves one sample to a process, and the net cannot train "
                 f"it ({error}): choose another --batch-size, or fewer processes"
             ) from error
         # The wrapper divides the sum of the gradients by the number of processes.
         torch.autograd.backward(loss * (share * processes.size))
         optimizer.step()
-        total += loss.detach() * (share * len(rows))
+        total += loss.detach() * (share * size)
         after_batch()
     processes.sum(total)
     level_buffers(wsn)
-    return total.item() / len(x)
+    return total.item() / batches.samples
 
 
-def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Compute the gradients of the mean loss over the rows of all parts. Returns that loss, detached."""
+def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, batches: Batches, number: int, parts: int) -> Tensor:
+    """Compute the gradients of the mean loss over a batch, in parts. Returns that loss, detached."""
     optimizer.zero_grad(set_to_none=True)
-    samples, losses = sum(map(len, parts)), []
-    for rows in parts:
-        loss = F.cross_entropy(wsn(x.index_select(0, rows)), y.index_select(0, rows))
-        if len(parts) > 1:
-            loss = loss * (len(rows) / samples)
+    size, losses = batches.size(number), []
+    for part in parts_of(size, parts):
+        x, y = batches.take(number, part)
+        loss = F.cross_entropy(wsn(x), y)
+        if parts > 1:
+            loss = loss * (len(x) / size)
         torch.autograd.backward(loss)
         losses.append(loss.detach())
     return functools.reduce(torch.add, losses)

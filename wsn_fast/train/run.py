@@ -27,10 +27,10 @@ from wsn_fast.train.experiment import make_experiment
 from wsn_fast.train.folder import append_metrics, check_same_run, check_unused, read_config, write_json
 from wsn_fast.train.lock import FolderLock
 from wsn_fast.train.loop import (
+    epoch_batches,
     evaluate,
     make_graph,
     make_optimizer,
-    sample_order,
     train_epoch,
     train_epoch_in_parts,
 )  # fmt: skip
@@ -256,12 +256,11 @@ class Run:
     def _train_epoch(self, train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> None:
         progress, started = self.progress, time.perf_counter()
         assert self._optimizer is not None
-        order = sample_order(len(train_x), self.settings.seed, progress.task, progress.epoch)
-        batches = torch.split(order.to(self.device), self.settings.batch_size)
-        part = (self.wsn, self._optimizer, train_x, train_y, batches, self.console.step)
+        epoch = self.settings.seed, progress.task, progress.epoch
         with self._clock.measures("training"):
+            batches = epoch_batches(self.settings, train_x, train_y, epoch)
+            part = self.wsn, self._optimizer, batches, self.console.step
             if self.processes.size > 1:
-                epoch = (self.settings.seed, progress.task, progress.epoch)
                 train_loss = train_epoch_in_parts(*part, self.processes, epoch)
             else:
                 train_loss = train_epoch(*part, self._graph, self._note_split)

@@ -97,7 +97,7 @@ def run_sweep(sweep: Sweep, jobs: int | None = None, *, quiet: bool = False) -> 
     Raises:
         KeyboardInterrupt: the sweep was interrupted or terminated. No process of it is left.
         RunInUseError: another process runs the sweep.
-        ValueError: the folder holds another sweep, or something else.
+        ValueError: the folder holds another sweep, or is that of a run.
     """
     if launch.world_size() > 1:
         raise ValueError(
@@ -164,6 +164,8 @@ def _check_or_write(sweep: Sweep) -> None:
     """Write ``sweep.json``; if it is there, check that it is the same sweep."""
     path = sweep.folder / "sweep.json"
     own = {name: value for name, value in config.portable(sweep.settings).items() if name not in _FREE}
+    if (sweep.folder / "config.json").exists():
+        raise ValueError(f"out: expected a folder for a sweep, and {str(sweep.folder)!r} is that of a run")
     if not path.is_file():
         write_json(path, {"densities": sweep.densities, "seeds": sweep.seeds, "config": own})
         return

@@ -11,7 +11,7 @@ import torch
 
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
-from wsn_fast.train.loop import make_optimizer, train_epoch
+from wsn_fast.train.loop import epoch_batches, make_optimizer, train_epoch
 
 _ROUNDS, _STEPS = 3, 3
 _CLEARLY = 0.95  # more threads have to take less than this part of the time
@@ -33,15 +33,18 @@ def with_fastest_threads(settings: TrainConfig) -> tuple[TrainConfig, Mapping[in
     wsn.begin_task(0)
     optimizer = make_optimizer(wsn, settings)
     x, y, *_ = stream.training_data(0)
-    batches = (torch.arange(min(settings.batch_size, len(x))),) * _STEPS
+    first, several = (
+        epoch_batches(settings, x[:samples], y[:samples], (settings.seed, 0, 0))
+        for samples in (settings.batch_size, settings.batch_size * _STEPS)
+    )
     seconds: dict[int, float] = {}
     for _ in range(_ROUNDS):  # in turns, so that all of them meet the same load of the machine
         for threads in _numbers():
             torch.set_num_threads(threads)
-            for timed in (batches[:1], batches):  # the first step of a number starts its threads
+            for batches in (first, several):  # the first step of a number starts its threads
                 began = time.perf_counter()
-                train_epoch(wsn, optimizer, x, y, timed, lambda: None)
-            taken = (time.perf_counter() - began) / _STEPS
+                train_epoch(wsn, optimizer, batches, lambda: None)
+            taken = (time.perf_counter() - began) / len(several)
             seconds[threads] = min(taken, seconds.get(threads, taken))
     return replace(settings, threads=best(seconds)), seconds
 

@@ -20,11 +20,10 @@ _EXPANDS = 160  # a byte of a PNG in black and white, such as Omniglot's, can st
 
 
 def load_image_folder(root: Path) -> Dataset:
-    """The images below ``root``, in ``train`` and in ``val`` or ``test``."""
+    """The images below ``root``, in ``train`` and in ``val`` or ``test``. Classes are numbered in the order of
+    TinyImageNet's ``wnids.txt``, or by their names where there is no such file."""
     train = root / "train"
-    names = sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
-    if not names:
-        raise DataError(f"{train}: no class folders there (expected train/<class>/*.png, *.jpg or *.jpeg)")
+    names = _class_names(root, train)
     labels = {name: label for label, name in enumerate(names)}
     # "val" first: TinyImageNet's "test" has no labels.
     test = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
@@ -39,6 +38,21 @@ def load_image_folder(root: Path) -> Dataset:
     train_x, test_x = _decode_all(train_files, size), _decode_all(test_files, size)
     train_y, test_y = (torch.tensor([label for _, label in files]) for files in (train_files, test_files))
     return Dataset("folder", train_x, train_y, test_x, test_y, len(names))
+
+
+def _class_names(root: Path, train: Path) -> list[str]:
+    """The folders in ``train``, in the order of their numbers."""
+    names = sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
+    if not names:
+        raise DataError(f"{train}: no class folders there (expected train/<class>/*.png, *.jpg or *.jpeg)")
+    order = root / "wnids.txt"
+    if not order.is_file():
+        return names
+    listed = read_bytes(order).decode("utf-8", "replace").split()
+    if sorted(listed) != names:
+        wrong = next(iter({*names} ^ {*listed}), "a class twice")
+        raise DataError(f"{order}: expected each folder of {train} once, but they differ in {wrong!r:.99}")
+    return listed
 
 
 def _by_class(folder: Path, labels: dict[str, int]) -> Iterator[tuple[Path, int]]:
