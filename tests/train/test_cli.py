@@ -35,9 +35,8 @@ def test_every_option_reaches_the_config(tmp_path: Path) -> None:
         "epochs": 1, "batch_size": 99, "density": 0.4,
         "rule": "value", "reinit_scores": True, "score_init": "N01", "net": "lenet", "optimizer": "sgd",
         "lr": 0.02, "weight_decay": 0.003, "one_pass": True, "moments": "8bit", "lr_patience": 4, "lr_factor": 5.0,
-        "lr_min": 1e-5, "cuda_graph": "off",
-        "val_fraction": 0.2, "augment": "crops",
-        "threads": 1, "seed": 6, "device": "cpu", "checkpoint_seconds": 7.0, "preset": "paper",
+        "lr_min": 1e-5, "cuda_graph": "off", "memory_format": "channels_last", "augment": "crops",
+        "val_fraction": 0.2, "threads": 1, "seed": 6, "device": "cpu", "checkpoint_seconds": 7.0, "preset": "paper",
         "data_dir": str(tmp_path), "out": str(tmp_path / "run"),
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "stream"]

@@ -127,7 +127,7 @@ def show(console: report.Console) -> None:
     for _ in range(20):
         console.step()
     console.epoch_ended(3, 0.5, 90.0, 1e-3)
-    console.task_ended(0, 2, 91.234, 2, 1.5)
+    console.task_ended(0, 2, 91.234, 2, {"evaluation": 0.3, "training": 1.2})
 
 
 def test_a_terminal_gets_bars(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_a_terminal_gets_bars(capsys: pytest.CaptureFixture[str], monkeypatch: p
     out, err = capsys.readouterr()
     assert "task 0 (1/2)" in err
     assert "30/30" in err
-    assert out == "task 0 (1/2): test accuracy 91.23 % (best epoch 2, 1.5 s)\n"
+    assert out == "task 0 (1/2): test accuracy 91.23 % (best epoch 2, 1.5 s: training 80 %, evaluation 20 %)\n"
 
 
 def test_elsewhere_there_are_only_lines(capsys: pytest.CaptureFixture[str]) -> None:

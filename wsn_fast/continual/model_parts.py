@@ -186,7 +186,9 @@ class ModelParts:
         """Raise ``FloatingPointError``, naming the tensor, if a gated tensor or its scores are not all finite."""
         for name, gate in self.gated():
             for what, tensor in (("", gate.param), ("_score", gate.score)):
-                if not local(tensor).isfinite().all():
+                # A NaN is both the least and the largest. This reads the tensor once and writes nothing.
+                own = local(tensor)
+                if own.numel() and not torch.stack(own.aminmax()).isfinite().all():
                     raise FloatingPointError(f"{name}{what} has values that are not finite")
 
     def finish(self, tasks: list[TaskId], *, anew: bool = False) -> None:

@@ -56,6 +56,10 @@ class Checkpoint:
     state: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names."""
+        return {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
+
 
 def save(folder: Path, number: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write checkpoint ``number`` of a run, then delete all others except the one before it.
@@ -71,11 +75,11 @@ def save(folder: Path, number: int, state: Mapping[str, Any], tensors: Mapping[s
             untouched.
     """
     path = folder / f"{number:06d}{_SUFFIX}"
-    data = _encode(state, tensors)
+    pieces = _encode(state, tensors)
     try:
         check_no_link(folder)
         folder.mkdir(exist_ok=True)
-        write_atomic(path, data)
+        write_atomic(path, *pieces)
         for other in folder.iterdir():
             old = other.suffix == ".tmp" or _number(other) not in (None, number - 1, number)
             if old and (other.is_symlink() or not other.is_dir()):
@@ -188,7 +192,7 @@ def check_optimizer(state_dict: Mapping[str, Any], optimizer: torch.optim.Optimi
                 raise ValueError(f"{name} of parameter {index} is a {type(tensor).__name__}")
 
 
-def _encode(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+def _encode(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Any]:
     stored: dict[str, Tensor] = {}
     compressed: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
@@ -200,7 +204,8 @@ def _encode(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     raw = safetensors.torch.save(stored, {"format": FORMAT, "digest": _BLANK, **texts})
     found = _DIGEST.search(raw)
     assert found is not None
-    return b"".join((raw[: found.start(1)], _digest(raw, found.start(1)), raw[found.end(1) :]))
+    view = memoryview(raw)  # the file is written in pieces, because a joint one would be another copy of the state
+    return [view[: found.start(1)], _digest(raw, found.start(1)), view[found.end(1) :]]
 
 
 def _decode(path: Path, raw: bytes) -> Checkpoint:

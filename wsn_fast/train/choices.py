@@ -13,6 +13,7 @@ NETS = ("mlp", "lenet", "lenet_large", "alexnet", "resnet18", "resnet18_stateles
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DEVICES = ("auto", "cpu", "cuda")
 CUDA_GRAPH = ("auto", "off")
+MEMORY_FORMATS = ("contiguous", "channels_last")
 AUGMENT = ("none", "crops")
 
 

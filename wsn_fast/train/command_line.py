@@ -1,4 +1,5 @@
-"""The command ``wsn-fast``: train, eval, report. ``python -m wsn_fast.train`` and the program of that name start it."""
+"""The command ``wsn-fast``: train, sweep, eval, report. ``python -m wsn_fast.train`` and the program of that name start
+it."""
 
 from __future__ import annotations
 
@@ -6,17 +7,31 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from wsn_fast import __version__, launch
 from wsn_fast.choices import RULES, SCORE_INITS, STORAGES
 from wsn_fast.train import config
-from wsn_fast.train.choices import AUGMENT, CUDA_GRAPH, DATASETS, DEVICES, KINDS, NETS, OPTIMIZERS
+from wsn_fast.train.choices import (
+    AUGMENT,
+    CUDA_GRAPH,
+    DATASETS,
+    DEVICES,
+    KINDS,
+    MEMORY_FORMATS,
+    NETS,
+    OPTIMIZERS,
+)
 
 _TRAIN = """\
 Train one network on a stream of tasks without forgetting any of them. Everything is written into one folder:
 config.json, metrics.jsonl, results.json, checkpoint/ and two plots. To continue a run that was killed, use
 --resume."""
+_SWEEP = """\
+Train a run for each density and each seed, several at a time, and report on all of them. Each run has a folder and a
+log in the folder of the sweep. Started again, the same command leaves finished runs alone and continues the others. The
+exit code is 1 if a run fails; the others go on."""
 _EVAL = "Measure a run again from its checkpoint. The exit code is 1 if a number differs from results.json."
 _REPORT = """\
 Compare runs, finished or not. Prints a table beside the paper's numbers, and means with standard deviations of runs
@@ -30,6 +45,7 @@ examples:
   wsn-fast train superclass --data cifar100 --data-dir cifar/       the paper's CIFAR-100 Superclass, 20 tasks
   torchrun --nproc-per-node 2 -m wsn_fast.train train permuted   two processes
   wsn-fast train --resume runs/permuted-digits-paper-seed0
+  wsn-fast sweep permuted --densities 0.1,0.3 --seeds 1,2,3
   wsn-fast eval runs/permuted-digits-paper-seed0
   wsn-fast report runs/*
   wsn-fast report runs/* --paper --csv runs.csv --latex table.tex
@@ -72,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=style,
     )
     parser.add_argument("--version", action="version", version=f"wsn-fast {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,report}")
+    commands = parser.add_subparsers(required=True, metavar="{train,sweep,eval,report}")
     about = "train a stream of tasks, or continue a run"
     train = commands.add_parser(
         "train",
@@ -83,10 +99,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=style,
     )
     train.set_defaults(command="train")
-    _add_tasks(train.add_argument_group("tasks"))
-    _add_method(train.add_argument_group("method"))
-    _add_training(train.add_argument_group("training of each task"))
-    _add_run(train.add_argument_group("run"))
+    _add_settings(train)
+    one = train.add_argument_group("one run")
+    folder = "runs/STREAM-DATA-PRESET-seedN"
+    one.add_argument("--out", metavar="RUN", help=f"folder of the run, new or empty (default: {folder})")
+    only = "only --data-dir and --device may change"
+    one.add_argument("--resume", metavar="RUN", help=f"continue the run in this folder; {only}")
+    one.add_argument(
+        "--checkpoint", metavar="NAME", help="with --resume: a file in RUN/checkpoint (default: the newest)"
+    )
+    _add_sweep(commands)
     evaluation = commands.add_parser("eval", help="measure a run again from its checkpoint", description=_EVAL)
     evaluation.set_defaults(command="eval")
     evaluation.add_argument("run", metavar="RUN", help="folder of the run")
@@ -103,9 +125,46 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("--latex", metavar="FILE", help=latex)
     paper = "print the paper's table instead, with the means over seeds of these runs beside its numbers"
     reporting.add_argument("--paper", action="store_true", help=paper)
-    for command in (train, evaluation, reporting):
+    for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        usage="wsn-fast sweep [STREAM] [--densities C,C,...] [--seeds N,N,...] [option of train ...]",
+        help="train a grid of densities and seeds",
+        description=_SWEEP,
+    )
+    sweep.set_defaults(command="sweep")
+    _add_settings(sweep)
+    add = sweep.add_argument_group("sweep").add_argument
+    add("--densities", type=_listed(float), metavar="C,C,...", help="densities of the grid (default: --density)")
+    add("--seeds", type=_listed(int), metavar="N,N,...", help="seeds of the grid (default: --seed)")
+    several = "runs at the same time (default: one for each GPU, or CPU cores divided by --threads)"
+    add("--jobs", type=int, metavar="N", help=several)
+    add("--out", metavar="DIR", help="folder of the sweep (default: sweeps/STREAM-DATA-PRESET)")
+
+
+def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def numbers(text: str) -> list[Any]:
+        return [kind(word) for word in text.split(",")]
+
+    numbers.__name__ = f"list of {kind.__name__}"  # argparse says it of a text that is none
+    return numbers
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that are settings of a run."""
+    _add_tasks(parser.add_argument_group("tasks"))
+    _add_method(parser.add_argument_group("method"))
+    _add_training(parser.add_argument_group("training of each task"))
+    _add_run(parser.add_argument_group("run"))
 
 
 def _default(name: str) -> str:
@@ -164,6 +223,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         choices=CUDA_GRAPH,
         help="auto captures the training step in a CUDA graph where possible (default: auto)",
     )
+    faster = "order of images in memory; channels_last makes convolutions faster on a CPU (default: contiguous)"
+    add("--memory-format", choices=MEMORY_FORMATS, help=faster)
     add(
         "--one-pass",
         action=argparse.BooleanOptionalAction,
@@ -183,14 +244,11 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--device", choices=DEVICES, help="auto takes a GPU if there is one (default: auto)")
     add(
         "--threads",
-        type=int,
+        type=_number_or_auto,
         metavar="N",
-        help="number of CPU threads (default: 1 for mlp, else the number that torch chooses)",
+        help="number of CPU threads, or auto: measure which is fastest before the run starts, for train alone "
+        "(default: 1 for mlp, else the number that torch chooses)",
     )
-    folder = "runs/STREAM-DATA-PRESET-seedN"
-    add("--out", metavar="RUN", help=f"folder of the run, new or empty (default: {folder})")
-    add("--resume", metavar="RUN", help="continue the run in this folder; only --data-dir and --device may change")
-    add("--checkpoint", metavar="NAME", help="with --resume: a file in RUN/checkpoint (default: the newest)")
     seconds = f"least time in seconds between two checkpoints of a task {_default('checkpoint_seconds')}"
     add("--checkpoint-seconds", type=float, metavar="S", help=seconds)
     add("--quiet", action="store_true", help="print nothing but errors")

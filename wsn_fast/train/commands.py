@@ -1,8 +1,10 @@
-"""What the commands ``train``, ``eval`` and ``report`` do."""
+"""What the commands ``train``, ``sweep``, ``eval`` and ``report`` do."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +18,14 @@ from wsn_fast import ForgottenError, launch
 from wsn_fast.train import config, exports, page, records, tables
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.evaluation import evaluate_run
+from wsn_fast.train.folder import check_unused
 from wsn_fast.train.processes import ALONE, PeerLostError, Processes, StoppedError, Terminated, is_lost, join
 from wsn_fast.train.report import NUMBERS, Console, differences, in_words, plot
 from wsn_fast.train.run import Run
 from wsn_fast.train.safe_files import read_json, write_atomic
 from wsn_fast.train.seeds import Row, over_seeds
+from wsn_fast.train.sweep import make_sweep, run_sweep
+from wsn_fast.train.threads import with_fastest_threads
 
 _FAILURES = (
     ValueError, OSError, ImportError, CheckpointError, FloatingPointError, ForgottenError, torch.OutOfMemoryError,
@@ -42,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.command == "report":
             return _report(args) if launch.rank() == 0 else 0
+        if args.command == "sweep":
+            return _sweep(args)
         processes = join()
         code = _COMMANDS[args.command](args, processes)
         processes.leave()
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, processes: Processes) -> int:
     console = Console(quiet=args.quiet or not processes.is_first)
-    settings = processes.first(lambda: _settings(args))
+    settings = processes.first(lambda: _settings(args, console, processes))
     if settings is not None:
         run = Run.start(settings, console, processes)
     else:
@@ -92,17 +99,44 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> config.TrainConfig | None:
+def _settings(args: argparse.Namespace, console: Console, processes: Processes = ALONE) -> config.TrainConfig | None:
     """The settings of a new run; None for one that is resumed, which has its own."""
     given = {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
     if args.resume is None:
         if args.checkpoint is not None:
             raise ValueError("--checkpoint: expected together with --resume RUN")
-        return config.resolve(**given)
+        return (
+            _with_threads(given, console) if args.threads == "auto" and processes.size == 1 else config.resolve(**given)
+        )
     extra = [name for name, value in given.items() if value is not None and name not in ("data_dir", "device")]
     if extra:
         raise ValueError(f"--resume: the settings are those of the run, got {', '.join(extra)} as well")
     return None
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    grid = {"densities": args.densities, "seeds": args.seeds}
+    other = (*_NO_SETTINGS, *grid, "jobs")
+    sweep = make_sweep({name: value for name, value in vars(args).items() if name not in other}, **grid)
+    failed = run_sweep(sweep, args.jobs, quiet=args.quiet)
+    begun = [run.out for run in sweep.runs.values() if (Path(run.out) / "config.json").is_file()]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if args.quiet else sys.stdout):
+        if begun:
+            from wsn_fast.train.command_line import main  # it imports this file
+
+            main(["report", *begun, "--html", str(sweep.folder / "report.html")])
+    for name, line in failed.items():
+        print(f"wsn-fast: error: {sweep.folder / name}: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _with_threads(given: Mapping[str, Any], console: Console) -> config.TrainConfig:
+    settings = config.resolve(**{**given, "threads": None})
+    check_unused(Path(settings.out))  # before anything is measured for it
+    settings, seconds = with_fastest_threads(settings)
+    measured = ", ".join(f"{1000 * taken:.2f} ms with {threads}" for threads, taken in seconds.items())
+    console.say(f"threads: {settings.threads}" + (f" (a step takes {measured})" if measured else ""))
+    return settings
 
 
 def _eval(args: argparse.Namespace, processes: Processes) -> int:

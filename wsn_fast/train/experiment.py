@@ -55,8 +55,11 @@ def make_experiment(settings: TrainConfig, gpu: int | None = None) -> Experiment
     _check_size(settings, stream)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
+    dense = nets.build(settings.net, stream.input_shape, max(stream.classes.values()))
+    if settings.memory_format == "channels_last":
+        dense.memory_format = torch.channels_last
     net = convert(
-        nets.build(settings.net, stream.input_shape, max(stream.classes.values())),
+        dense,
         settings.density,
         rule=settings.rule,
         heads={"head": stream.classes},

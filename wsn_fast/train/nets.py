@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ class Net(nn.Module):
     Attributes:
         features: Maps [N, *input_shape] to [N, F].
         head: Maps [N, F] to logits [N, classes].
+        memory_format: The order of the images in memory, in which `features` gets them. Convolutions keep it.
     """
 
     # It tells wsn_fast.continual.mixed_batch that every row is computed by itself, and that rows keep their order.
@@ -33,11 +35,12 @@ class Net(nn.Module):
         if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
             raise ValueError(f"classes: expected an integer of at least 1, got {classes!r}")
         self.features = features
+        self.memory_format = torch.contiguous_format
         self.head = nn.Linear(feature_dim, classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes] of inputs [N, *input_shape]."""
-        logits: Tensor = self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x.contiguous(memory_format=self.memory_format)))
         return logits
 
 

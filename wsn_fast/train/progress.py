@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from wsn_fast.train.clock import PARTS
+
 _MOST = 10**18
 
 
@@ -27,6 +29,8 @@ class Progress:
         random_init: per task, the accuracy at random initialisation.
         before: per task up to the current one, the accuracy just before it is trained.
         metrics_bytes: the length of ``metrics.jsonl``.
+        time: seconds of each part since the last task ended (see :class:`wsn_fast.train.clock.Clock`). Older
+            checkpoints have none.
     """
 
     task: int = 0
@@ -40,6 +44,12 @@ class Progress:
     random_init: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
     metrics_bytes: int = 0
+    time: dict[str, float] = field(default_factory=dict)
+
+    def begin_task(self, lr: float) -> None:
+        """The current task begins, with this learning rate."""
+        self.training, self.epoch, self.lr = True, 0, lr
+        self.best_loss, self.best_epoch, self.bad_epochs = None, 0, 0
 
     @classmethod
     def from_json(cls, values: Any, tasks: int | None = None) -> Progress:
@@ -62,6 +72,9 @@ class Progress:
                 raise ValueError(f"matrix: row {i} has {len(row)} accuracies")
         for row in (*made.matrix, made.random_init, made.before):
             made._check_numbers(row, 0, 100)
+        if not {*made.time} <= {*PARTS, "other"}:
+            raise ValueError(f"time: expected seconds of {', '.join(PARTS)} and other, got {str([*made.time])[:99]}")
+        made._check_numbers([*made.time.values()], 0, _MOST)
         every = len(made.random_init) if tasks is None else tasks
         expected = (min(made.task, every), every, min(made.task + 1, every))
         found = (len(made.matrix), len(made.random_init), len(made.before))

@@ -16,7 +16,7 @@ from wsn_fast import WSN, __version__
 from wsn_fast.continual.statistics import TaskMasks, TaskStats, capacity, overlap, task_stats
 from wsn_fast.explain import explain
 from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
-from wsn_fast.train import figures, metrics
+from wsn_fast.train import clock, figures, metrics
 from wsn_fast.train.safe_files import write_atomic
 
 # The entries of results.json that are measurements.
@@ -199,12 +199,11 @@ class Console:
         if self._bar is not None:
             self._bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, validation {val_acc:.1f} %, lr {lr:.1e}")
 
-    def task_ended(self, task: int, tasks: int, acc: float, best_epoch: int, seconds: float) -> None:
-        """Print a line about the task."""
+    def task_ended(self, task: int, tasks: int, acc: float, best_epoch: int, time: Mapping[str, float]) -> None:
+        """Print a line about the task, which says where its time went (see :class:`wsn_fast.train.clock.Clock`)."""
         self.close()
-        self.say(
-            f"task {task} ({task + 1}/{tasks}): test accuracy {acc:.2f} % (best epoch {best_epoch}, {seconds:.1f} s)"
-        )
+        about = f"best epoch {best_epoch}, {clock.in_words(time)}"
+        self.say(f"task {task} ({task + 1}/{tasks}): test accuracy {acc:.2f} % ({about})")
 
     def close(self) -> None:
         """Remove the bar, if there is one."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from wsn_fast import CapturedStep, launch
 from wsn_fast.train import checkpoint, config, paths
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
+from wsn_fast.train.clock import Clock
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
 from wsn_fast.train.folder import append_metrics, check_same_run, check_unused, read_config, write_json
@@ -66,7 +67,8 @@ class Run:
         self.settings, self.folder, self.console, self.processes = settings, folder, console, processes
         self._lock = lock or FolderLock(folder, processes)  # held from start or resume until finish returns
         gpu = launch.local_rank() if processes.size > 1 else None
-        with processes.together():
+        self._clock = Clock()
+        with processes.together(), self._clock.measures("data"):
             self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings, gpu)
         self.progress = Progress()
         self._best: Mapping[str, Tensor] = {}
@@ -215,22 +217,12 @@ class Run:
     # --- training -----------------------------------------------------------------------------------------
     def _train_task(self) -> None:
         task, started = self.progress.task, time.perf_counter()
-        samples = self.stream[task]
-        train_x, train_y, val_x, val_y = (
-            part.to(self.device) for part in (samples.train_x, samples.train_y, samples.val_x, samples.val_y)
-        )
+        with self._clock.measures("data"):
+            train_x, train_y, val_x, val_y = (part.to(self.device) for part in self.stream.training_data(task))
         if not self.progress.training:
             self.wsn.begin_task(task)
             self._optimizer = make_optimizer(self.wsn, self.settings)
-            self.progress = replace(
-                self.progress,
-                training=True,
-                epoch=0,
-                lr=self.settings.lr,
-                best_loss=None,
-                best_epoch=0,
-                bad_epochs=0,
-            )
+            self.progress.begin_task(self.settings.lr)
             self._graph, obstacle = make_graph(self.wsn, self._optimizer, self.settings, self.processes)
             entry = begin_entry(self.wsn, self._optimizer, len(train_x), obstacle)
             self._log(kind="begin", task=task, processes=self.processes.size, **entry)
@@ -253,9 +245,10 @@ class Run:
         if task + 1 < len(self.stream):
             with self.wsn.use_head(task + 1):
                 progress.before.append(self._test(task + 1))
+        spent = self._clock.take()
         self._log(kind="task", task=task, epochs=progress.epoch, best_epoch=progress.best_epoch,
-                  test_acc=progress.matrix[-1], seconds=seconds)  # fmt: skip
-        self.console.task_ended(task, len(self.stream), progress.matrix[-1][-1], progress.best_epoch, seconds)
+                  test_acc=progress.matrix[-1], seconds=seconds, time=spent)  # fmt: skip
+        self.console.task_ended(task, len(self.stream), progress.matrix[-1][-1], progress.best_epoch, spent)
         progress.task, progress.training = task + 1, False
         self._best, self._optimizer, self._graph = {}, None, None
         self.save()
@@ -264,14 +257,16 @@ class Run:
         progress, started = self.progress, time.perf_counter()
         assert self._optimizer is not None
         epoch = self.settings.seed, progress.task, progress.epoch
-        batches = epoch_batches(self.settings, train_x, train_y, epoch)
-        part = self.wsn, self._optimizer, batches, self.console.step
-        if self.processes.size > 1:
-            train_loss = train_epoch_in_parts(*part, self.processes, epoch)
-        else:
-            train_loss = train_epoch(*part, self._graph, self._note_split)
+        with self._clock.measures("training"):
+            batches = epoch_batches(self.settings, train_x, train_y, epoch)
+            part = self.wsn, self._optimizer, batches, self.console.step
+            if self.processes.size > 1:
+                train_loss = train_epoch_in_parts(*part, self.processes, epoch)
+            else:
+                train_loss = train_epoch(*part, self._graph, self._note_split)
         progress.epoch += 1
-        val_loss, val_acc = evaluate(self.wsn, val_x, val_y, self.processes)
+        with self._clock.measures("evaluation"):
+            val_loss, val_acc = evaluate(self.wsn, val_x, val_y, self.processes)
         with self.processes.together():
             self._check_finite(train_loss, val_loss)
         used_lr = progress.lr
@@ -318,8 +313,10 @@ class Run:
 
     # --- measuring ----------------------------------------------------------------------------------------
     def _test(self, task: int) -> float:
-        x, y = self.stream.test_data(task)
-        return evaluate(self.wsn, x.to(self.device), y.to(self.device), self.processes)[1]
+        with self._clock.measures("data"):
+            x, y = (part.to(self.device) for part in self.stream.test_data(task))
+        with self._clock.measures("evaluation"):
+            return evaluate(self.wsn, x, y, self.processes)[1]
 
     def measure_random_init(self) -> list[float]:
         """The accuracy on every task, in percent, with the present values. Call this before training."""
@@ -337,8 +334,12 @@ class Run:
     # --- what a killed run needs --------------------------------------------------------------------------
     def save(self) -> None:
         """Write the next checkpoint, if this is the first process. ``CheckpointError`` if it cannot be written."""
-        if not self.processes.is_first:
-            return
+        if self.processes.is_first:
+            with self._clock.measures("checkpoints"):
+                self._save()
+
+    def _save(self) -> None:
+        self.progress.time = self._clock.so_far()
         tensors = {f"model/{name}": tensor for name, tensor in self.wsn.state_dict().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self._best.items()}
         tensors["rng/cpu"] = torch.get_rng_state()
@@ -373,14 +374,15 @@ class Run:
     def _take_over(self, loaded: Checkpoint) -> None:
         self._number, self._saved_at = loaded.number, time.monotonic()
         self.progress = Progress.from_json(loaded.state["progress"], len(self.stream))
-        self.wsn.load_state_dict(_part(loaded, "model/"))
-        self._best = {name: tensor.to(self.device) for name, tensor in _part(loaded, "best/").items()}
+        self._clock.add(self.progress.time)
+        self.wsn.load_state_dict(loaded.part("model/"))
+        self._best = {name: tensor.to(self.device) for name, tensor in loaded.part("best/").items()}
         if "paths" in loaded.state:  # older checkpoints do not say
             for difference in paths.take(self.wsn, loaded.state["paths"], self.device, self.processes.size):
                 self.console.say(difference)
         if self.progress.training:
             self._optimizer = make_optimizer(self.wsn, self.settings)
-            packed = checkpoint.unpack_optimizer(loaded.state["optimizer"], _part(loaded, "optimizer/"))
+            packed = checkpoint.unpack_optimizer(loaded.state["optimizer"], loaded.part("optimizer/"))
             checkpoint.check_optimizer(packed, self._optimizer, self.progress.lr)
             self._optimizer.load_state_dict(packed)
             self._graph, _ = make_graph(self.wsn, self._optimizer, self.settings, self.processes)
@@ -392,7 +394,3 @@ class Run:
         if not self.processes.is_first:
             return
         self.progress.metrics_bytes = append_metrics(self.folder, entry, self.progress.metrics_bytes)
-
-
-def _part(loaded: Checkpoint, prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: t for name, t in loaded.tensors.items() if name.startswith(prefix)}

@@ -20,8 +20,9 @@ JSON_BYTES = 256 << 20
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file. After a crash at any moment there is either the whole old file or the whole new one.
+def write_atomic(path: Path, *data: bytes | memoryview) -> None:
+    """Write a file, whose content may come in several pieces. After a crash at any moment there is either the whole old
+    file or the whole new one.
 
     Raises:
         OSError: the file cannot be written. Nothing was changed, no temporary file is left, and ``filename`` is
@@ -31,7 +32,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     try:
         temporary.unlink(missing_ok=True)  # it may be a link
         with open(temporary, "xb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

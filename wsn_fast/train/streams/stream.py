@@ -144,18 +144,24 @@ class TaskStream(Sequence[TaskData]):
         if isinstance(index, slice):
             return [self[task] for task in self.task_ids[index]]
         task = self.task_ids[index]
+        return TaskData(task, *self.training_data(task), *self.test_data(task), self.classes[task])
+
+    def training_data(self, task: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The training inputs and labels and the validation inputs and labels of one task, as in its `TaskData`.
+
+        Raises:
+            IndexError: If there is no such task.
+        """
+        task = self.task_ids[task]
         dataset, labels, order = self._parts[task].dataset, self._labels(task), self._orders[task]
         rows = order[labels[dataset.train_y[order]] >= 0]
         held_out = self._held_out(len(rows))
         val, train = rows[:held_out], rows[held_out:]
-        return TaskData(
-            task,
-            self._inputs(dataset.train_x[train], task),
+        return (
+            self._inputs(dataset.train_x, train, task),
             labels[dataset.train_y[train]],
-            self._inputs(dataset.train_x[val], task),
+            self._inputs(dataset.train_x, val, task),
             labels[dataset.train_y[val]],
-            *self.test_data(task),
-            self.classes[task],
         )
 
     def test_data(self, task: int) -> tuple[Tensor, Tensor]:
@@ -167,8 +173,8 @@ class TaskStream(Sequence[TaskData]):
         task = self.task_ids[task]
         dataset = self._parts[task].dataset
         labels = self._labels(task)[dataset.test_y]
-        rows = labels >= 0
-        return self._inputs(dataset.test_x[rows], task), labels[rows]
+        rows = torch.nonzero(labels >= 0).flatten()
+        return self._inputs(dataset.test_x, rows, task), labels[rows]
 
     def _labels(self, task: int) -> Tensor:
         """Map each class of the task's dataset to its label within the task, or to -1."""
@@ -177,8 +183,8 @@ class TaskStream(Sequence[TaskData]):
         labels[part.classes] = torch.arange(len(part.classes))
         return labels
 
-    def _inputs(self, images: Tensor, task: int) -> Tensor:
-        x = self._parts[task].change(images)
+    def _inputs(self, images: Tensor, rows: Tensor, task: int) -> Tensor:
+        x = self._parts[task].change(images.index_select(0, rows))  # a third of the time of images[rows]
         return x.sub_(self.mean[task]).div_(self.std[task])
 
     def _held_out(self, count: int) -> int:
