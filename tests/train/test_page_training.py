@@ -115,8 +115,8 @@ def test_the_best_epoch_has_a_dot_and_its_numbers_are_in_the_table() -> None:
 
 
 def test_a_curve_of_many_epochs_keeps_its_ends_and_no_more_points_than_can_be_seen() -> None:
-    curve = [Epoch(number, 1.0 / number, 1.0, 90.0) for number in range(1, 1004)]
-    drawn = training.curves(replace(made_up(1), tasks=[TaskLog(0, 1003, 1, 1.0, None, None, [], curve)]))
+    curve = [Epoch(number, 1.0 / number, 1.0, 90.0) for number in range(1, 1005)]
+    drawn = training.curves(replace(made_up(1), tasks=[TaskLog(0, 1004, 1, 1.0, None, None, [], curve)]))
     path = re.findall(r'<path stroke="#\w+" d="M([^"]+)h0"/>', drawn)[0].split("L")
     assert 100 <= len(path) <= 202
     assert (path[0].split()[0], path[-1].split()[0]) == ("28.0", "156.0")

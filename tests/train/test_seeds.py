@@ -66,6 +66,15 @@ def test_runs_on_other_data_are_different_rows() -> None:
     ]
 
 
+@pytest.mark.parametrize("fingerprint", ["\x1b[31m\r", ["\x1b"], None, 10**99], ids=str)
+def test_a_fingerprint_of_any_kind_harms_no_terminal(fingerprint: Any) -> None:
+    assert THREE[1].results is not None
+    other = replace(THREE[1], results={**THREE[1].results, "data_fingerprint": fingerprint})
+    rows = over_seeds(results(THREE[0], other))
+    assert len(rows) == 2
+    assert all(row.setting.isprintable() for row in rows)
+
+
 def test_a_run_that_is_not_finished_is_in_no_row() -> None:
     half = run("half", seed=4)
     assert half.results is not None
