@@ -8,7 +8,8 @@ from typing import Any
 
 from wsn_fast.train import page
 from wsn_fast.train.config import portable, resolve
-from wsn_fast.train.records import Record, TaskLog
+from wsn_fast.train.records import Record
+from wsn_fast.train.task_logs import Epoch, TaskLog
 
 NOON = datetime(2025, 1, 2, 12, 0, tzinfo=timezone.utc)
 
@@ -28,7 +29,9 @@ def made_up(tasks: int = 3, name: str = "runs/a", **given: Any) -> Record:
         "config": settings, "versions": {"torch": "9.9"}, "data_fingerprint": "f" * 32,
     }  # fmt: skip
     paths = [{"operation": "gate", "backend": "native", "reason": "because", "layers": ["first", "second"]}]
-    logs = [TaskLog(t, 2, 1, 0.5, 1000, "torch Adam", paths) for t in range(tasks)]
+    curve = [Epoch(1, 0.5, 0.25, 92.5), Epoch(2, 0.125, 0.375, 91.5)]
+    time = {"data": 0.5, "training": 2.0, "evaluation": 1.0, "checkpoints": 0.5}
+    logs = [TaskLog(t, 2, 1, 0.5, 1000, "torch Adam", paths, curve, time) for t in range(tasks)]
     return Record(name, settings, "wsn-fast train", {"torch": "9.9"}, results, True, logs, NOON, [])
 
 

@@ -16,7 +16,7 @@ import torch
 
 from wsn_fast.continual.register import TaskRegister
 from wsn_fast.nn import json_text
-from wsn_fast.train import checkpoint, records
+from wsn_fast.train import checkpoint, records, task_logs
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.data import cifar, idx, pickles
 from wsn_fast.train.data.archive import read_members
@@ -84,7 +84,7 @@ def results(data: bytes, folder: Path) -> None:
 def log(data: bytes, folder: Path) -> None:
     with _file(folder, "metrics.jsonl", data) as path:
         notes: list[str] = []
-        records._read_log(path, notes)
+        task_logs.read(path, notes)
         assert sum(map(len, notes)) < 10_000
 
 

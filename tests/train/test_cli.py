@@ -52,7 +52,7 @@ def test_every_option_reaches_the_config(tmp_path: Path) -> None:
         ([], ["train", "eval", "report", "examples:"]),
         (["train"], ["tasks:", "method:", "training of each task:", "run:", "examples:", "default: 0.3", "--resume"]),
         (["eval"], ["RUN", "--checkpoint", "results.json"]),
-        (["report"], ["RUN", "paper's numbers"]),
+        (["report"], ["RUN", "paper's numbers", "--csv FILE", "--latex FILE", "--paper"]),
     ],
     ids=["wsn-fast", "train", "eval", "report"],
 )

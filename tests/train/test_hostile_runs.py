@@ -21,7 +21,7 @@ from peak_memory import peak_of
 
 from wsn_fast.nn import json_text
 from wsn_fast.page import markup
-from wsn_fast.train import checkpoint, page, records, safe_files
+from wsn_fast.train import checkpoint, page, records, safe_files, task_logs
 from wsn_fast.train import command_line as cli
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.config import resolve
@@ -107,7 +107,7 @@ def test_json_takes_no_more_memory_than_it_may(tmp_path: Path) -> None:
 
 
 def test_a_log_of_damage_is_given_up(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_GIVE_UP", 100)
+    monkeypatch.setattr(task_logs, "_GIVE_UP", 100)
     lines = (copy / "metrics.jsonl").read_text()
     (copy / "metrics.jsonl").write_text(lines + "x\n" * 200 + LINES[0].replace("-1", "1") + "\n")
     notes = records.read(str(copy)).notes

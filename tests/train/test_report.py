@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from wsn_fast.train import report
+from wsn_fast.train import paper_numbers, report, tables
 from wsn_fast.train.config import portable, resolve
 
 
@@ -45,17 +45,17 @@ def results(tasks: int = 10, **given: Any) -> dict[str, Any]:
     ],
 )
 def test_the_papers_numbers_stand_beside_its_settings(given: dict[str, Any], expected: tuple[float, float]) -> None:
-    found = report.beside_paper(results(**given))
+    found = paper_numbers.beside_paper(results(**given))
     assert found is not None
     assert found[:2] == expected
 
 
 def test_the_papers_own_settings_differ_in_nothing() -> None:
-    assert report.beside_paper(results(seed=5, device="cpu", checkpoint_seconds=9)) == (96.41, 77.73, "")
+    assert paper_numbers.beside_paper(results(seed=5, device="cpu", checkpoint_seconds=9)) == (96.41, 77.73, "")
 
 
 def test_what_a_run_does_otherwise_is_listed() -> None:
-    found = report.beside_paper(results(batch_size=64, epochs=3))
+    found = paper_numbers.beside_paper(results(batch_size=64, epochs=3))
     assert found is not None
     assert found[2] == "epochs 3 (paper: 5), batch_size 64 (paper: 10)"
 
@@ -74,11 +74,11 @@ def test_what_a_run_does_otherwise_is_listed() -> None:
     ids=str,
 )
 def test_other_settings_have_no_numbers_of_the_paper(given: dict[str, Any]) -> None:
-    assert report.beside_paper(results(**given)) is None
+    assert paper_numbers.beside_paper(results(**given)) is None
 
 
 def test_the_table_has_the_numbers_of_run_and_paper_in_columns() -> None:
-    lines = report.table({"runs/a": results(batch_size=64), "b": results(density=0.2)}).splitlines()
+    lines = tables.of_runs({"runs/a": results(batch_size=64), "b": results(density=0.2)}).splitlines()
     assert len({line.index("0.00") + len("0.00") for line in lines[1:3]}) == 1
     assert lines[1].split()[:1] == ["runs/a"]
     numbers = ["0.3", "94.50", "0.00", "1.25", "77.25", "88.50", "96.41", "77.73"]
@@ -90,12 +90,12 @@ def test_the_table_has_the_numbers_of_run_and_paper_in_columns() -> None:
 @pytest.mark.parametrize("columns", [30, 60, 100])
 def test_a_table_fits_a_narrow_terminal(columns: int) -> None:
     runs = {"runs/a": results(batch_size=64), "b": results(density=0.2)}
-    text = report.table(runs, columns)
+    text = tables.of_runs(runs, columns)
     assert max(map(len, text.splitlines())) <= columns
     words = " ".join(text.split())
     assert "runs/a permuted mnist x10 paper c 0.3, ACC 94.50, BWT 0.00" in words
     assert "CAP* 88.50, paper: ACC 96.41, paper: CAP 77.73, differs in batch_size 64 (paper: 10)" in words
-    assert report.table(runs, 1000) == report.table(runs), "a wide one has columns"
+    assert tables.of_runs(runs, 1000) == tables.of_runs(runs), "a wide one has columns"
 
 
 def test_differences_are_exact_and_named() -> None:
@@ -114,7 +114,7 @@ def test_plots_are_drawn(tmp_path: Path, tasks: int) -> None:
 
 
 def test_plots_touch_no_global_state(tmp_path: Path) -> None:
-    code = "import sys; from wsn_fast.train import report; print('matplotlib' in sys.modules); "
+    code = "import sys; from wsn_fast.train import paper_numbers, report, tables; print('matplotlib' in sys.modules); "
     code += f"report.plot({results(2)!r}, __import__('pathlib').Path({str(tmp_path)!r})); "
     code += "print('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).parents[2]

@@ -20,13 +20,15 @@ from wsn_fast.nn.task_ids import TaskId, check_task
 from wsn_fast.ops import check_bool
 from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 
+from .wsn_within import wsn_within
+
 if find_spec("transformers") is None or find_spec("accelerate") is None:
     raise ImportError(
         'this needs transformers and accelerate: pip install "wsn-fast[transformers]"', name="transformers"
     )
 
 from safetensors import safe_open
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, can_return_loss, find_labels
@@ -172,8 +174,7 @@ class WSNTrainer(Trainer):
         clip = accelerator.clip_grad_norm_
 
         def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-            ours = (one for one in within(self.optimizer) if isinstance(one, SubnetOptimizer) and one.one_pass)
-            optimizer = next(ours, None)
+            optimizer = _one_pass(self.optimizer)
             if optimizer is None:
                 return clip(parameters, max_norm, norm_type)
             accelerator.unscale_gradients()
@@ -191,6 +192,98 @@ class WSNTrainer(Trainer):
                 state_dict[name] = tensor.clone() if place in seen else tensor
                 seen.add(place)
         super()._save(output_dir, state_dict)
+
+
+class WSNCallback(TrainerCallback):
+    """Makes ``train`` of any ``Trainer`` whose model is a ``WSN`` train one task. Give it to the constructor, in
+    ``callbacks``. :class:`WSNTrainer` does more, and needs fewer arguments: use this for a trainer that you cannot
+    derive from.
+
+    The task begins when the trainer is made, before its optimizer. It ends when ``train`` ends: after the best state is
+    back, but before the callbacks that come after this one. The optimizer is guarded. A callback cannot tell
+    ``Trainer`` about the model in the WSN, so ``TrainingArguments`` need ``label_names`` and
+    ``remove_unused_columns=False``.
+
+    Args:
+        task, density, out_features, verify: see :class:`WSNTrainer`.
+
+    Raises:
+        TypeError: ``task`` is neither an int nor a str, or ``verify`` no bool.
+    """
+
+    def __init__(
+        self,
+        task: TaskId,
+        *,
+        density: Density | None = None,
+        out_features: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        self.task, self.density, self.out_features = check_task(task), density, out_features
+        self.verify = check_bool("verify", verify)
+        self._wsn: WSN | None = None
+        self._first: FirstInputs | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **others: Any) -> None:
+        """Begin the task, unless it is in progress already.
+
+        Raises:
+            ValueError: the model is no WSN and has none in it; or a training argument cannot be right for a WSN.
+        """
+        self._wsn = wsn_within(model, "the model of the trainer is a WSN, or has it as a part")
+        _check_settings(args)
+        if args.remove_unused_columns or args.label_names is None:
+            raise ValueError(
+                "TrainingArguments need label_names (such as ['labels']) and remove_unused_columns=False: the trainer "
+                "cannot see them in the model, or use WSNTrainer, which can"
+            )
+        _forget_accelerate(self._wsn)
+        if self._wsn.current_task != self.task:
+            self._wsn.begin_task(self.task, density=self.density, out_features=self.out_features)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **others: Any) -> None:
+        """Guard the optimizer.
+
+        Raises:
+            RuntimeError: the callback was added after the trainer was made; or in the checkpoint that was loaded, this
+                task is not in progress.
+            ValueError: ``max_grad_norm`` is set, and the optimizer is a one-pass optimizer, which has other gradients.
+        """
+        wsn = self._wsn
+        if wsn is None:
+            raise RuntimeError(
+                "WSNCallback must be there when the trainer is made: Trainer(callbacks=[WSNCallback(task)])"
+            )
+        if wsn.current_task != self.task:
+            raise RuntimeError(
+                f"task {self.task!r} is to be trained, but {wsn.current_task!r} is in progress and these are finished: "
+                f"{wsn.tasks}"
+            )
+        if args.max_grad_norm and _one_pass(optimizer) is not None:
+            raise ValueError(
+                f"max_grad_norm must be 0 with a one-pass optimizer, got {args.max_grad_norm}: the trainer would clip "
+                "by the norm of other gradients. WSNTrainer clips right"
+            )
+        wsn.guard(optimizer)
+        self._stop()
+        self._first = FirstInputs(wsn)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """End the task. The first batch serves as the probe of ``end_task``."""
+        assert self._wsn is not None and self._first is not None
+        self._first.end_task()
+        self._first = None
+        if self.verify:
+            self._wsn.verify()
+
+    def _stop(self) -> None:
+        if self._first is not None:  # of a training that an exception ended
+            self._first.stop()
+
+
+def _one_pass(optimizer: Any) -> SubnetOptimizer | None:
+    """The one-pass optimizer in what may be a wrapper around it; None if it is another one."""
+    return next((one for one in within(optimizer) if isinstance(one, SubnetOptimizer) and one.one_pass), None)
 
 
 def _last_checkpoint(output_dir: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 CELLS = 100_000  # of a table
+PAPER_COLUMNS = 22  # of a table that fits on paper
 
 
 class Html(str):
@@ -48,16 +49,22 @@ def style() -> Html:
 
 
 def table(
-    caption: object, head: Sequence[object], rows: Iterable[Sequence[object]], texts: Sequence[int] = (0,)
+    caption: object,
+    head: Sequence[object],
+    rows: Iterable[Sequence[object]],
+    texts: Sequence[int] = (0,),
+    *,
+    cards: bool = False,
 ) -> Html:
     """A table. It scrolls by itself if the page is too narrow for it. If it has more than ``CELLS`` cells, a sentence
-    stands in its place.
+    stands in its place, and on paper also if it has more than ``PAPER_COLUMNS`` columns.
 
     Args:
         caption: what the table shows.
         head: a heading for each column.
         rows: the cells of each row. The first cell is the heading of its row.
         texts: the columns that hold words. They are aligned to the left, and numbers to the right.
+        cards: whether on a phone each row becomes a card, with its numbers below their headings.
     """
     rows = list(rows)
     cells = sum(map(len, rows))
@@ -66,14 +73,25 @@ def table(
     start = [Html(' class="text"') if column in texts else Html("") for column in range(len(head))]
     body = [
         join(
-            fill("<td$start>$cell</td>" if i else '<th scope="row"$start>$cell</th>', start=start[i], cell=cell)
+            fill(
+                "<td$start$name>$cell</td>" if i else '<th scope="row"$start>$cell</th>',
+                start=start[i],
+                name=fill(' data-label="$name"', name=head[i]) if cards else "",
+                cell=cell,
+            )
             for i, cell in enumerate(row)
         )
         for row in rows
     ]
+    large = len(head) > PAPER_COLUMNS
+    text = '<p class="on-paper">$caption: $columns columns are too many for paper.</p>\n'
     return fill(
-        '<div class="scroll" tabindex="0" role="region" aria-label="$label">\n<table>\n'
+        (text if large else "")
+        + '<div class="scroll$large" tabindex="0" role="region" aria-label="$label">\n<table$kind>\n'
         "<caption>$caption</caption>\n<thead><tr>$head</tr></thead>\n<tbody>\n$body</tbody>\n</table>\n</div>\n",
+        columns=len(head),
+        large=" on-screen" if large else "",
+        kind=Html(' class="cards"') if cards else "",
         label=f"Table: {caption}",
         caption=caption,
         head=join(

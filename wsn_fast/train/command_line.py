@@ -34,9 +34,9 @@ log in the folder of the sweep. Started again, the same command leaves finished 
 exit code is 1 if a run fails; the others go on."""
 _EVAL = "Measure a run again from its checkpoint. The exit code is 1 if a number differs from results.json."
 _REPORT = """\
-Compare runs, finished or not. Prints a table beside the paper's numbers, draws the plots of finished runs again, and
-writes one HTML page that needs neither network nor script. The exit code is 2 if a folder cannot be read; the other
-runs are still reported."""
+Compare runs, finished or not. Prints a table beside the paper's numbers, and means with standard deviations of runs
+that differ in the seed alone. Draws the plots of finished runs again, and writes one HTML page that needs neither
+network nor script. The exit code is 2 if a folder cannot be read; the other runs are still reported."""
 _EXAMPLES = """\
 examples:
   wsn-fast train permuted                                  the vendored digits, 5 tasks, under two minutes
@@ -48,6 +48,7 @@ examples:
   wsn-fast sweep permuted --densities 0.1,0.3 --seeds 1,2,3
   wsn-fast eval runs/permuted-digits-paper-seed0
   wsn-fast report runs/*
+  wsn-fast report runs/* --paper --csv runs.csv --latex table.tex
 """
 
 
@@ -119,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run")
     places = "file of the page (default: report.html in RUN; for several runs, wsn-fast-report.html in this folder)"
     reporting.add_argument("--html", metavar="FILE", help=places)
+    reporting.add_argument("--csv", metavar="FILE", help="also write a line for each run, with its settings, as CSV")
+    latex = "also write a LaTeX table (booktabs) of means over seeds beside the paper's numbers"
+    reporting.add_argument("--latex", metavar="FILE", help=latex)
+    paper = "print the paper's table instead, with the means over seeds of these runs beside its numbers"
+    reporting.add_argument("--paper", action="store_true", help=paper)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

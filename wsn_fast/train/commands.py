@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from wsn_fast import ForgottenError, launch
-from wsn_fast.train import config, page, records
+from wsn_fast.train import config, exports, page, records, tables
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.evaluation import evaluate_run
 from wsn_fast.train.folder import check_unused
 from wsn_fast.train.processes import ALONE, PeerLostError, Processes, StoppedError, Terminated, is_lost, join
-from wsn_fast.train.report import NUMBERS, Console, differences, in_words, plot, table
+from wsn_fast.train.report import NUMBERS, Console, differences, in_words, plot
 from wsn_fast.train.run import Run
-from wsn_fast.train.safe_files import read_json
+from wsn_fast.train.safe_files import read_json, write_atomic
+from wsn_fast.train.seeds import Row, over_seeds
 from wsn_fast.train.sweep import make_sweep, run_sweep
 from wsn_fast.train.threads import with_fastest_threads
 
@@ -167,8 +168,38 @@ def _compare(folder: Path, measured: Mapping[str, Any]) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    runs, problems = _read_runs(args.runs)
+    for line in problems:
+        print(f"wsn-fast: error: {line}", file=sys.stderr)
+    if not runs:
+        return 2
+    for run in runs:
+        for note in run.notes:
+            print(f"wsn-fast: note: {note}", file=sys.stderr)
+    measured = {run.name: run.results for run in runs if run.results is not None}
+    rows = over_seeds(measured)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for table in _tables(measured, rows, columns, paper=args.paper):
+        print(table)
+    for run in runs:
+        if run.results is None:
+            print(f"{run.name}: no task has been finished yet")
+    path = Path(args.html or (Path(runs[0].name) / "report.html" if len(args.runs) == 1 else "wsn-fast-report.html"))
+    page.write(path, runs, problems)
+    print(f"all of it in {path}")
+    if args.csv is not None:
+        write_atomic(Path(args.csv), exports.csv_of_runs(runs))
+        print(f"a line for each run in {args.csv}")
+    if args.latex is not None:
+        write_atomic(Path(args.latex), exports.latex_of_seeds(rows))
+        print(f"a LaTeX table over seeds in {args.latex}")
+    return 2 if problems else 0
+
+
+def _read_runs(names: Sequence[str]) -> tuple[list[records.Record], list[str]]:
+    """The runs that can be read, with their plots drawn again, and what is wrong with the others."""
     runs, problems = [], []
-    for name in dict.fromkeys(args.runs):
+    for name in dict.fromkeys(names):
         try:
             runs.append(records.read(name))
         except Exception as error:  # whatever is wrong with one run, the others are reported
@@ -179,23 +210,20 @@ def _report(args: argparse.Namespace) -> int:
                 plot(run.results, Path(run.name))
         except Exception as error:
             problems.append(f"{run.name}: its plots cannot be drawn: {error}")
-    for line in problems:
-        print(f"wsn-fast: error: {line}", file=sys.stderr)
-    if not runs:
-        return 2
-    measured = {run.name: run.results for run in runs if run.results is not None}
-    for run in runs:
-        for note in run.notes:
-            print(f"wsn-fast: note: {note}", file=sys.stderr)
+    return runs, problems
+
+
+def _tables(
+    measured: Mapping[str, Mapping[str, Any]], rows: Sequence[Row], columns: int | None, *, paper: bool
+) -> Iterator[str]:
+    """The paper's table, or the tables of runs and, if several runs differ in the seed alone, of means over seeds."""
+    if paper:
+        yield tables.of_paper(rows, columns)
+        return
     if measured:
-        print(table(measured, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
-    for run in runs:
-        if run.results is None:
-            print(f"{run.name}: no task has been finished yet")
-    path = Path(args.html or (Path(runs[0].name) / "report.html" if len(args.runs) == 1 else "wsn-fast-report.html"))
-    page.write(path, runs, problems)
-    print(f"all of it in {path}")
-    return 2 if problems else 0
+        yield tables.of_runs(measured, columns)
+    if any(row.seeds > 1 for row in rows):
+        yield f"\n{tables.of_seeds(rows, columns)}"
 
 
 def _read_results(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from wsn_fast.train.task_logs import PARTS, TaskLog
+
 Draw = Callable[[Any, Any], None]
 """Draws on matplotlib's Axes (first) what it is given (second)."""
 
@@ -22,6 +24,7 @@ COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f",
 )  # fmt: skip
 _DASHES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D")
 _ON_BRIGHT = "#010101"  # almost black: the page replaces black by the colour of its text
 _SETTINGS: Any = MappingProxyType(  # Any, because only some versions of the type stubs list the keys
     {
@@ -46,12 +49,13 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart with a line per run over the tasks."""
+    """A chart over the tasks, with a line per run if its values follow each other (``over_time``), else with dots."""
 
     title: str
     unit: str
     lines: Sequence[Line]
     from_zero: bool = False
+    over_time: bool = False
 
 
 # --- rendering --------------------------------------------------------------------------------------------
@@ -157,19 +161,37 @@ def colour(number: int) -> str:
     return COLOURS[(number - 1) % len(COLOURS)]
 
 
+def time(axes: Any, logs: Sequence[TaskLog]) -> None:
+    """Per task, the seconds of each part of it."""
+    tasks = [str(log.task) for log in logs]
+    below = [0.0] * len(logs)
+    for part, shade in zip(PARTS, COLOURS, strict=False):
+        seconds = [log.time.get(part, 0.0) for log in logs]
+        axes.bar(tasks, seconds, bottom=below, label=part, color=shade)
+        below = [a + b for a, b in zip(below, seconds, strict=True)]
+    axes.set(xlabel="task", ylabel="seconds", title="Where the time went")
+    if len(tasks) > MANY:
+        axes.set_xticks(range(0, len(tasks), _step(len(tasks))))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(PARTS), fontsize=8)
+
+
 # --- several runs -----------------------------------------------------------------------------------------
 def lines(axes: Any, chart: Chart) -> None:
-    """Draw a line for each run, by the position of the task in its run."""
+    """Draw the values of each run, by the position of the task in its run. Dots of several runs stand side by side."""
     handles = []
     longest = max(len(line.values) for line in chart.lines)
-    for line in chart.lines:
+    for place, line in enumerate(chart.lines):
         values = [float("nan") if value is None else value for value in line.values]
-        dashes = _DASHES[(line.number - 1) // len(COLOURS) % len(_DASHES)]
-        style = {"color": colour(line.number), "linestyle": dashes}
-        marker = "." if len(values) <= MANY else None
-        handles += axes.plot(range(len(values)), values, marker=marker, **style)
+        around = (line.number - 1) // len(COLOURS) % len(_DASHES)  # how often the colours have been used
+        shift = 0.0 if chart.over_time else 0.7 * ((place + 0.5) / len(chart.lines) - 0.5)
+        few = len(values) <= MANY
+        style: dict[str, Any] = {"linestyle": "none", "marker": _MARKERS[around], "markersize": 4 if few else 2}
+        if chart.over_time:
+            style = {"linestyle": _DASHES[around], "marker": "." if few else None}
+        positions = [position + shift for position in range(len(values))]
+        handles += axes.plot(positions, values, color=colour(line.number), **style)
         if line.level is not None:
-            axes.axhline(line.level, color=style["color"], linestyle=":", linewidth=0.9)
+            axes.axhline(line.level, color=colour(line.number), linestyle=":", linewidth=0.9)
     axes.set(xlabel="task, in order of training", ylabel=chart.unit, title=chart.title)
     axes.set_xticks(range(0, longest, 1 if longest <= MANY else _step(longest)))
     if chart.from_zero:

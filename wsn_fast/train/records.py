@@ -4,7 +4,7 @@ needed."""
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from wsn_fast.continual.statistics import TaskMasks
-from wsn_fast.nn import json_text
 from wsn_fast.nn.task_ids import decode_json, task_of_json
 from wsn_fast.ops import packed_size
-from wsn_fast.train import checkpoint, config
+from wsn_fast.train import checkpoint, config, task_logs
 from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
-from wsn_fast.train.config import MOST_TASKS
 from wsn_fast.train.folder import read_config
 from wsn_fast.train.progress import Progress
 from wsn_fast.train.report import DETAILS, NUMBERS, summarize
-from wsn_fast.train.safe_files import open_to_read, read_json
+from wsn_fast.train.safe_files import read_json
+from wsn_fast.train.task_logs import TaskLog
 
 # The single numbers, in percent, and the range of each. A task adds at most 100 / 32 to a capacity.
 _SINGLE: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -38,46 +37,8 @@ _SINGLE: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 _ROUNDING = 1e-6
-_LINE = 1 << 20  # the longest line of a log, in bytes
-_NOTES = 10  # about damaged lines
-_GIVE_UP = 10_000  # damaged lines
 _PREFIX = "model/model."  # the prefix of the model's tensors in a checkpoint
 _SUFFIX = "_masks"
-
-
-@dataclass(frozen=True)
-class TaskLog:
-    """The training of one task so far, from ``metrics.jsonl``.
-
-    Attributes:
-        task: its id.
-        epochs: the number of finished epochs.
-        best_epoch: the epoch with the smallest validation loss; None while the task is in training.
-        seconds: the time of all finished epochs, with their validation.
-        train_samples: the number of samples per epoch; None if the run did not log it.
-        optimizer: the package and the class of the optimizer; None if the run did not log it.
-        paths: which backend ran each operation (see :func:`wsn_fast.train.report.begin_entry`).
-    """
-
-    task: int
-    epochs: int
-    best_epoch: int | None
-    seconds: float
-    train_samples: int | None
-    optimizer: str | None
-    paths: Sequence[Mapping[str, Any]]
-
-    @property
-    def epoch_seconds(self) -> float | None:
-        """Seconds per epoch; None before the first epoch has ended."""
-        return self.seconds / self.epochs if self.epochs else None
-
-    @property
-    def samples_per_second(self) -> float | None:
-        """Training samples per second; None if it cannot be known."""
-        if not self.train_samples or not self.seconds:
-            return None
-        return self.train_samples * self.epochs / self.seconds
 
 
 @dataclass(frozen=True)
@@ -131,7 +92,7 @@ def read(name: str) -> Record:
     if results is not None:
         results |= {"config": settings, "versions": versions}
     log = folder / "metrics.jsonl"
-    tasks = _read_log(log, notes)
+    tasks = task_logs.read(log, notes)
     written = datetime.fromtimestamp(log.stat().st_mtime, timezone.utc) if log.is_file() else None
     command = config.command_line(_with_places(settings))
     return Record(name, settings, command, versions, results, finished, tasks, written, notes)
@@ -234,82 +195,3 @@ def _masks(found: Checkpoint, tasks: int) -> TaskMasks:
         if len(ids) != tasks or tuple(rows.shape) != expected or rows.dtype != torch.uint8 or not sizes[name]:
             raise ValueError(f"{name} has masks {rows.dtype} {tuple(rows.shape)} of {len(ids)} tasks, not {expected}")
     return TaskMasks(ids, packed, sizes)
-
-
-# --- metrics.jsonl ----------------------------------------------------------------------------------------
-def _read_log(path: Path, notes: list[str]) -> list[TaskLog]:
-    """Read the training of each task from the log, in order. Lines of other kinds are ignored."""
-    begun: dict[int, dict[str, Any]] = {}
-    epochs: dict[int, dict[int, float]] = {}
-    best: dict[int, int] = {}
-    count = 0  # of damaged lines
-    try:
-        for number, line in _lines(path):
-            try:
-                entry = json_text.parse(line)
-                kind, task = entry["kind"], _number(entry["task"], MOST_TASKS - 1)
-                if kind == "begin":
-                    begun[task] = _checked_begin(entry)
-                elif kind == "epoch":
-                    epochs.setdefault(task, {})[_number(entry["epoch"])] = float(_number(entry["seconds"], real=True))
-                elif kind == "task":
-                    best[task] = _number(entry["best_epoch"])
-            except (ValueError, TypeError, KeyError) as error:
-                count += 1
-                if count > _GIVE_UP:
-                    notes.append(
-                        f"{path}: more than {_GIVE_UP} lines are damaged, those after line {number} are not read"
-                    )
-                    break
-                if count <= _NOTES:
-                    notes.append(f"{path}, line {number} is damaged: {reprlib.repr(error)}")
-    except OSError as error:
-        notes.append(f"cannot read {path}: {error.strerror}")
-    if _NOTES < count <= _GIVE_UP:
-        notes.append(f"{path}: {count - _NOTES} more lines are damaged")
-    tasks = sorted({*begun, *epochs})
-    nothing: dict[str, Any] = {"train_samples": None, "optimizer": None, "paths": []}
-    return [
-        TaskLog(
-            task=task,
-            epochs=len(epochs.get(task, {})),
-            best_epoch=best.get(task),
-            seconds=sum(epochs.get(task, {}).values()),
-            **begun.get(task, nothing),
-        )
-        for task in tasks
-    ]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The whole lines of a log, with their numbers from 1. A line that is too long is cut, so that it is no JSON.
-
-    The last line may be incomplete, because the run is writing it, and is left out.
-    """
-    with open_to_read(path) as file:
-        number = 1
-        while line := file.readline(_LINE):
-            whole = rest = line
-            while rest and not rest.endswith(b"\n"):
-                rest = file.readline(_LINE)
-            if not rest:
-                return
-            yield number, whole
-            number += 1
-
-
-def _number(value: Any, most: int = 10**18, *, real: bool = False) -> int:
-    """A whole number, or any, from 0 to ``most``. Raises ``ValueError`` for anything else."""
-    if type(value) not in ((int, float) if real else (int,)) or not 0 <= value <= most:
-        raise ValueError(f"expected a number from 0 to {most}, got {reprlib.repr(value)}")
-    number: int = value
-    return number
-
-
-def _checked_begin(entry: Mapping[str, Any]) -> dict[str, Any]:
-    words = ("operation", "backend", "reason")
-    paths = [
-        {**{word: str(path[word]) for word in words}, "layers": [str(layer) for layer in path["layers"]]}
-        for path in entry["paths"]
-    ]
-    return {"train_samples": _number(entry["train_samples"]), "optimizer": str(entry["optimizer"]), "paths": paths}

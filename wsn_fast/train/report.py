@@ -1,4 +1,4 @@
-"""The report of a run: its measurements, a table that compares them with the paper, plots, and the console."""
+"""The report of a run: its measurements, plots, and the console."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import wrap
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,73 +17,8 @@ from wsn_fast.continual.statistics import TaskMasks, TaskStats, capacity, overla
 from wsn_fast.explain import explain
 from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 from wsn_fast.train import clock, figures, metrics
-from wsn_fast.train.choices import FIVE_DATASETS
-from wsn_fast.train.config import resolve
 from wsn_fast.train.safe_files import write_atomic
 
-# The paper, mean over seeds: (stream, data, tasks) -> density -> (ACC, CAP), in percent. BWT is 0 everywhere.
-PAPER_RESULTS: Mapping[tuple[str, str, int], Mapping[float, tuple[float, float]]] = MappingProxyType(
-    {
-        ("permuted", "mnist", 10): MappingProxyType(
-            {
-                0.03: (94.84, 19.87),
-                0.05: (95.65, 26.49),
-                0.1: (96.14, 40.41),
-                0.3: (96.41, 77.73),
-                0.5: (96.24, 98.1),
-            }
-        ),
-        ("split", "cifar100", 10): MappingProxyType(
-            {
-                0.03: (70.65, 18.56),
-                0.05: (72.44, 25.09),
-                0.1: (74.55, 39.87),
-                0.3: (75.98, 80.26),
-                0.5: (76.38, 99.13),
-            }
-        ),
-        ("superclass", "cifar100", 20): MappingProxyType(
-            {
-                0.03: (54.99, 22.3),
-                0.05: (57.99, 27.37),
-                0.1: (60.45, 38.55),
-                0.3: (61.47, 63.47),
-                0.5: (61.79, 80.93),
-            }
-        ),
-        ("split", "omniglot", 100): MappingProxyType(  # Omniglot Rotation
-            {
-                0.03: (80.68, 75.87),
-                0.05: (87.28, 79.85),
-                0.1: (83.1, 83.08),
-                0.3: (81.89, 102.2),
-                0.5: (79.8, 121.2),
-            }
-        ),
-        ("datasets", FIVE_DATASETS, 5): MappingProxyType(
-            {
-                0.03: (90.57, 12.11),
-                0.05: (91.61, 17.26),
-                0.1: (92.67, 28.01),
-                0.3: (93.22, 62.3),
-                0.5: (93.41, 86.1),
-            }
-        ),
-        ("split", "folder", 40): MappingProxyType(  # TinyImageNet
-            {
-                0.03: (68.72, 37.19),
-                0.05: (71.22, 41.98),
-                0.1: (71.96, 48.65),
-                0.3: (70.92, 73.44),
-                0.5: (69.06, 92.03),
-            }
-        ),
-    }
-)
-# The settings that make the paper's method. Numbers of a run with others cannot be compared with the paper.
-_METHOD = ("rule", "reinit_scores", "score_init")
-# The settings that a run may choose and still be compared with the paper.
-_FREE = ("density", "seed", "device", "threads", "one_pass", "memory_format", "checkpoint_seconds", "preset")
 # The entries of results.json that are measurements.
 NUMBERS = (
     "accuracy_matrix", "acc", "bwt", "fwt", "forgetting", "capacity", "capacity_paper", "union_density",
@@ -216,79 +149,6 @@ def in_words(results: Mapping[str, Any]) -> str:
             f"{results['union_density']:.2f} % of the gated weights are owned by some task; on average "
             f"{reuse:.2f} % of a task's weights are reused from earlier ones",
         )
-    )
-
-
-def beside_paper(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    """The paper's (ACC, CAP) for the setting of a finished run, and in what the run differs from it; None if the paper
-    has no numbers for the setting."""
-    settings = results["config"]
-    stream, data, tasks = settings["stream"], settings["data"], settings["tasks"]
-    if len(results["accuracy_matrix"]) < tasks:  # the run is not finished
-        return None
-    row = PAPER_RESULTS.get((stream, data, tasks), {}).get(settings["density"])
-    paper = resolve(stream=stream, data=data)
-    if row is None or any(settings[name] != getattr(paper, name) for name in _METHOD):
-        return None
-    other = [
-        f"{name} {value} (paper: {getattr(paper, name)})"
-        for name, value in settings.items()
-        if name not in _FREE and value != getattr(paper, name)
-    ]
-    if data == "folder":
-        other.insert(0, "if the folder is TinyImageNet")
-    return *row, ", ".join(other)
-
-
-def table(runs: Mapping[str, Mapping[str, Any]], columns: int | None = None) -> str:
-    """A table of runs as text. A run with the paper's setting has the paper's numbers beside its own.
-
-    Args:
-        runs: the results of runs by name.
-        columns: characters of a line. A table that is wider becomes a paragraph for each run. None means any number.
-    """
-    rows = [("run", "setting", "c", "ACC", "BWT", "FWT", "CAP", "CAP*", "paper: ACC", "CAP", "differs in")]
-    for name, results in runs.items():
-        settings, paper = results["config"], beside_paper(results)
-        stream = f"{settings['stream']} {settings['data']} x{settings['tasks']} {settings['preset']}"
-        done = len(results["accuracy_matrix"])
-        stream += "" if done == settings["tasks"] else f", {done} done"
-        acc, bwt, fwt, cap, measured = (
-            f"{results[key]:.2f}" for key in ("acc", "bwt", "fwt", "capacity_paper", "capacity")
-        )
-        beside = (f"{paper[0]:.2f}", f"{paper[1]:.2f}", paper[2]) if paper else ("-", "-", "")
-        rows.append((name, stream, f"{settings['density']:g}", acc, bwt, fwt, cap, measured, *beside))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if columns is not None and sum(widths) + 2 * len(widths) - 2 > columns:
-        return "\n\n".join(
-            [*(_paragraph(rows[0], row, columns) for row in rows[1:]), "\n".join(wrap(_CAPTION, columns))]
-        )
-    left = (0, 1, 10)
-    lines = [
-        "  ".join(
-            text.ljust(width) if i in left else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, _CAPTION])
-
-
-_CAPTION = "In percent. CAP with the paper's constant mask compression of 78 %, CAP* with the measured one."
-
-
-def _paragraph(names: Sequence[str], values: Sequence[str], columns: int) -> str:
-    """A row of a table as lines of ``columns`` characters: its name, its setting, and its numbers with their names."""
-    numbers = [
-        f"{'paper: ' * (name == names[9] and i == 9)}{name} {value}"
-        for i, (name, value) in enumerate(zip(names, values, strict=True))
-        if i > 1 and value not in ("", "-")
-    ]
-    text = [values[0], values[1], ", ".join(numbers)]
-    return "\n".join(
-        line
-        for i, part in enumerate(text)
-        for line in wrap(part, columns, initial_indent="  " * (i > 0), subsequent_indent="    ")
     )
 
 

@@ -10,7 +10,8 @@ from wsn_fast.page.markup import Html, escape, figure, fill, join, table, unfold
 from wsn_fast.page.numbers import NONE, duration, fixed, rate
 from wsn_fast.train.figures import Chart, Line, lines, owned, svg
 from wsn_fast.train.page.numbers import Entry, samples_per_second, total_seconds
-from wsn_fast.train.report import beside_paper
+from wsn_fast.train.paper_numbers import beside_paper
+from wsn_fast.train.seeds import AVERAGED, Spread, over_seeds
 
 Entries = Sequence[Entry]
 
@@ -42,7 +43,32 @@ def summary(entries: Entries) -> Html:
     caption = "Runs" + (
         " beside the paper, where the setting is the paper's (in brackets: the run's less the paper's)" if known else ""
     )
-    return join([table(caption, head, rows), _otherwise(entries, paper)])
+    return join([table(caption, head, rows, cards=True), _over_seeds(entries), _otherwise(entries, paper)])
+
+
+def _over_seeds(entries: Entries) -> Html:
+    """Means over seeds, if several runs differ in the seed alone."""
+    runs = {str(entry.number): entry.run.results for entry in entries if entry.run.results is not None}
+    rows = over_seeds(runs)
+    if all(row.seeds == 1 for row in rows):
+        return Html("")
+    known = any(row.paper for row in rows)
+    head = ["setting", "runs", "seeds", "density", "ACC", "BWT", "FWT", "CAP", "CAP*"]
+    head += ["paper: ACC", "paper: CAP"] if known else []
+    body = []
+    for row in rows:
+        cells = [row.setting, ", ".join(row.runs), row.seeds, f"{row.settings['density']:g}"]
+        cells += [_spread(row.numbers[name], sign=name in ("bwt", "fwt")) for name in AVERAGED]
+        if known:
+            cells += [fixed(x) for x in row.paper[:2]] if row.paper else [NONE, NONE]
+        body.append(cells)
+    caption = "Over seeds: mean and sample standard deviation (n - 1) of finished runs that differ in the seed alone"
+    return table(caption, head, body, cards=True)
+
+
+def _spread(spread: Spread, *, sign: bool) -> Html:
+    mean = fixed(spread.mean, sign=sign)
+    return mean if spread.deviation is None else fill("$mean ± $other", mean=mean, other=fixed(spread.deviation))
 
 
 def _run(entry: Entry) -> Html:
@@ -55,7 +81,7 @@ def _run(entry: Entry) -> Html:
 
 
 def _beside(paper: float, own: float) -> Html:
-    return fill("$paper <small>($gap)</small>", paper=fixed(paper), gap=fixed(own - paper, sign=True))
+    return fill('$paper <small class="gap">($gap)</small>', paper=fixed(paper), gap=fixed(own - paper, sign=True))
 
 
 def _otherwise(entries: Entries, paper: Mapping[int, tuple[float, float, str] | None]) -> Html:
@@ -73,11 +99,13 @@ def _otherwise(entries: Entries, paper: Mapping[int, tuple[float, float, str] | 
 # --- pictures ---------------------------------------------------------------------------------------------
 def charts(entries: Entries) -> Html:
     """Charts of the accuracy, of the weights owned and of the time, task by task."""
-    accuracy, owned_so_far, seconds = [], [], []
+    average, accuracy, owned_so_far, seconds = [], [], [], []
     for entry in entries:
         number, label, results = entry.number, entry.label, entry.run.results
         if results is not None:
             paper = beside_paper(results)
+            means = [fmean(row[: i + 1]) for i, row in enumerate(results["accuracy_matrix"])]
+            average.append(Line(number, label, means))
             accuracy.append(Line(number, label, results["accuracy_matrix"][-1], paper and paper[0]))
             owned_so_far.append(Line(number, label, owned(results["reuse"])))
         if any(task.epochs for task in entry.run.tasks):
@@ -86,11 +114,16 @@ def charts(entries: Entries) -> Html:
     return join(
         [
             _chart(
+                "average", Chart("Average accuracy so far", "test accuracy (%)", average, over_time=True),
+                "The mean test accuracy over the tasks up to each, measured when it had been trained. The last is ACC.",
+            ),
+            _chart(
                 "accuracy", Chart("Accuracy on each task at the end", "test accuracy (%)", accuracy),
                 "Test accuracy after the last finished task." + dotted,
             ),
             _chart(
-                "owned", Chart("Weights owned by any task so far", "share of gated weights (%)", owned_so_far, True),
+                "owned",
+                Chart("Weights owned by any task so far", "share of gated weights (%)", owned_so_far, True, True),
                 "The share of all gated weights that the tasks up to each own: what is left is free for later tasks.",
             ),
             _chart(
@@ -115,7 +148,7 @@ def _chart(name: str, chart: Chart, caption: str) -> Html:
     means = "; ".join(f"run {number}: mean {fmean(values):.{digits}f}" for number, values in known.items())
     return figure(
         svg(lines, chart, name, (6.4, height)),
-        f"Line chart: {chart.title}, {chart.unit}. {means}.",
+        f"{'Line' if chart.over_time else 'Dot'} chart: {chart.title}, {chart.unit}. {means}.",
         caption,
         table(f"{chart.title}, {chart.unit}", head, rows, ()),
     )

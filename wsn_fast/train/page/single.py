@@ -9,8 +9,10 @@ from typing import Any
 from wsn_fast.page.markup import Html, escape, figure, fill, join, load, notes, table, unfold
 from wsn_fast.page.numbers import NONE, fixed, rate
 from wsn_fast.train import figures
+from wsn_fast.train.page import training
 from wsn_fast.train.page.numbers import Entry, span
-from wsn_fast.train.records import Record, TaskLog
+from wsn_fast.train.records import Record
+from wsn_fast.train.task_logs import TaskLog
 
 
 def section(entry: Entry) -> Html:
@@ -26,6 +28,7 @@ def section(entry: Entry) -> Html:
         command=run.command,
         made=", ".join(f"{name} {version}" for name, version in run.versions.items()),
         tasks=_tasks(run),
+        curves=training.curves(entry.run),
         figures=_figures(entry),
         paths=_paths(run),
     )
@@ -84,15 +87,15 @@ def _training(log: TaskLog | None) -> list[object]:
 
 # --- pictures ---------------------------------------------------------------------------------------------
 def _figures(entry: Entry) -> Html:
-    results = entry.run.results
+    results, time = entry.run.results, training.time(entry)
     if results is None:
-        return Html("")
+        return time
     parts = [_accuracy(entry.number, results), _capacity(entry.number, results)]
     if results.get("layers"):
         parts += _layers(entry.number, results)
     if len(results.get("overlap", [])) > 1:
         parts.append(_overlap(entry.number, results))
-    return join(parts)
+    return join([*parts, time])
 
 
 def _ids(results: Mapping[str, Any]) -> list[Any]:
