@@ -16,7 +16,7 @@ from wsn_fast.continual.model_parts import Density
 from wsn_fast.nn.heads import stack_rows
 from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 
-from .wsn_within import wsn_within
+from .ours_within import wsn_within
 
 if find_spec("avalanche") is None:
     raise ImportError('this needs Avalanche: pip install "wsn-fast[avalanche]"', name="avalanche")

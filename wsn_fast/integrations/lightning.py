@@ -17,9 +17,8 @@ from wsn_fast.distributed import leave_alone
 from wsn_fast.nn.task_ids import TaskId, check_task
 from wsn_fast.ops import check_bool
 from wsn_fast.optim.averages import Averaging, averaging
-from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 
-from .wsn_within import wsn_within
+from .ours_within import one_pass_within, wsn_within
 
 if find_spec("lightning") is None:
     raise ImportError('this needs Lightning: pip install "wsn-fast[lightning]"', name="lightning")
@@ -186,13 +185,14 @@ def clip_with_optimizer(plugin: Any) -> None:
     by_norm, by_value = plugin.clip_grad_by_norm, plugin.clip_grad_by_value
 
     def clip_grad_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-        if is_one_pass(optimizer):
-            optimizer.clip_grad_norm_(clip_val)  # type: ignore[attr-defined]
-        else:
+        ours = one_pass_within(optimizer)
+        if ours is None:
             by_norm(optimizer, clip_val)
+        else:
+            ours.clip_grad_norm_(clip_val)
 
     def clip_grad_by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-        if is_one_pass(optimizer):
+        if one_pass_within(optimizer) is not None:
             raise ValueError(
                 'gradient_clip_algorithm must be "norm" with a one-pass optimizer, got "value": the gradients of its '
                 "weights and scores are not there yet"
@@ -200,11 +200,6 @@ def clip_with_optimizer(plugin: Any) -> None:
         by_value(optimizer, clip_val)
 
     plugin.clip_grad_by_norm, plugin.clip_grad_by_value = clip_grad_by_norm, clip_grad_by_value
-
-
-def is_one_pass(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is ours and updates weights and scores in one pass."""
-    return isinstance(optimizer, SubnetOptimizer) and optimizer.one_pass
 
 
 def guard(wsn: WSN, optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:

@@ -14,13 +14,12 @@ from torch import Tensor
 from wsn_fast import WSN
 from wsn_fast.continual.first_inputs import FirstInputs
 from wsn_fast.continual.model_parts import Density
-from wsn_fast.continual.optimizers_within import within
 from wsn_fast.continual.register_state import parse
 from wsn_fast.nn.task_ids import TaskId, check_task
 from wsn_fast.ops import check_bool
 from wsn_fast.optim.subnet_optimizer import SubnetOptimizer
 
-from .wsn_within import wsn_within
+from .ours_within import one_pass_within, wsn_within
 
 if find_spec("transformers") is None or find_spec("accelerate") is None:
     raise ImportError(
@@ -174,7 +173,7 @@ class WSNTrainer(Trainer):
         clip = accelerator.clip_grad_norm_
 
         def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-            optimizer = _one_pass(self.optimizer)
+            optimizer = one_pass_within(self.optimizer)
             if optimizer is None:
                 return clip(parameters, max_norm, norm_type)
             accelerator.unscale_gradients()
@@ -259,7 +258,7 @@ class WSNCallback(TrainerCallback):
                 f"task {self.task!r} is to be trained, but {wsn.current_task!r} is in progress and these are finished: "
                 f"{wsn.tasks}"
             )
-        if args.max_grad_norm and _one_pass(optimizer) is not None:
+        if args.max_grad_norm and one_pass_within(optimizer) is not None:
             raise ValueError(
                 f"max_grad_norm must be 0 with a one-pass optimizer, got {args.max_grad_norm}: the trainer would clip "
                 "by the norm of other gradients. WSNTrainer clips right"
@@ -279,11 +278,6 @@ class WSNCallback(TrainerCallback):
     def _stop(self) -> None:
         if self._first is not None:  # of a training that an exception ended
             self._first.stop()
-
-
-def _one_pass(optimizer: Any) -> SubnetOptimizer | None:
-    """The one-pass optimizer in what may be a wrapper around it; None if it is another one."""
-    return next((one for one in within(optimizer) if isinstance(one, SubnetOptimizer) and one.one_pass), None)
 
 
 def _last_checkpoint(output_dir: str) -> str:

@@ -40,13 +40,7 @@ _MASKS = ("weight_masks", "bias_masks")
 _ALWAYS, _EXPANDS = 16 << 20, 32
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
 _BLANK = "0" * 64  # stands in the place of the digest while the digest of the file is computed
-_PLACE = b'"digest":"%s"'
-_DIGEST = re.compile(_PLACE % b"([0-9a-f]{64})")
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.complex64: "C64",
-}  # fmt: skip
+_DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
 
 
 class CheckpointError(RuntimeError):
@@ -207,29 +201,11 @@ def _encode(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Any
             compressed[name] = list(tensor.shape)
             stored[name] = _bytes(zstandard.ZstdCompressor().compress(stored[name].numpy().tobytes()))
     texts = {"state": json.dumps(state), "compressed": json.dumps(compressed), "order": json.dumps(list(stored))}
-    pieces = _safetensors(stored, {"format": FORMAT, "digest": _BLANK, **texts})
-    digest = hashlib.blake2b(digest_size=32)
-    for piece in pieces:
-        digest.update(piece)
-    pieces[0] = pieces[0].replace(_PLACE % _BLANK.encode(), _PLACE % digest.hexdigest().encode(), 1)
-    return pieces
-
-
-def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[Any]:
-    """The content of a safetensors file, in pieces: the header, and the memory of each tensor. The library's own
-    function makes two copies of everything, which took longer than the rest of a checkpoint."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each is aligned in this order
-    header: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for name in names:
-        tensor = tensors[name]
-        end = at + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    memory = (tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in names if tensors[name].numel())
-    return [len(text).to_bytes(8, "little") + text, *memory]
+    raw = safetensors.torch.save(stored, {"format": FORMAT, "digest": _BLANK, **texts})
+    found = _DIGEST.search(raw)
+    assert found is not None
+    view = memoryview(raw)  # the file is written in pieces, because a joint one would be another copy of the state
+    return [view[: found.start(1)], _digest(raw, found.start(1)), view[found.end(1) :]]
 
 
 def _decode(path: Path, raw: bytes) -> Checkpoint:
