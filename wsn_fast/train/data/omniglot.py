@@ -38,7 +38,7 @@ def load_omniglot(root: Path) -> Dataset:
     for archive in archives:
         drawings = _drawings(archive, known)
         known |= {alphabet for alphabet, _ in drawings}
-        images += (torch.stack(drawings[character]) for character in sorted(drawings))
+        images += map(torch.stack, drawings.values())
     if not images:
         raise DataError(f"{', '.join(map(str, archives))}: no images ALPHABET/characterNN/*.png in the archives")
     train, test = zip(*map(_divided, images), strict=True)
