@@ -73,3 +73,10 @@ def test_parameters_that_come_in_the_middle_of_a_task_are_named_at_its_end() -> 
     with pytest.raises(OwnershipError, match=r"first\.adapter\.weight"):
         wsn.end_task()
     assert (wsn.current_task, wsn.tasks) == (1, [])
+
+
+def test_a_wrapper_in_it_is_not_unwrapped() -> None:
+    """Programs look for ``module``, to find the model in a wrapper such as DistributedDataParallel."""
+    wsn = made()
+    wsn.model.module = wsn.model.first
+    assert not hasattr(wsn, "module")

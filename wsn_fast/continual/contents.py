@@ -19,6 +19,8 @@ from .register import TaskRegister
 from .view import View
 
 _WITHOUT_TASKS = ("from_pretrained", "push_to_hub", "save_pretrained")
+# Not shown of the model. Programs that unwrap models look for ``module``, and would go on without the WSN.
+_HIDDEN = ("model", "module")
 
 
 class Contents(nn.Module):
@@ -40,7 +42,7 @@ class Contents(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "model" or not hasattr(self.model, name):
+            if name.startswith("_") or name in _HIDDEN or not hasattr(self.model, name):
                 raise
             if name in _WITHOUT_TASKS:
                 raise AttributeError(
