@@ -18,6 +18,7 @@ from wsn_fast.train import data, loop, nets
 from wsn_fast.train.processes import Processes
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import PROBE, Run
+from wsn_fast.train.samples import Samples, memory
 
 
 class Small(nn.Module):
@@ -63,7 +64,7 @@ def in_float64(rank: int, record: str) -> None:
 def plain(rank: int, eval_batch: int = 100) -> None:
     """A net in float64."""
     nets.build = lambda name, shape, classes: Small(64, classes, torch.float64)  # type: ignore[assignment]
-    loop.EVAL_BATCH = eval_batch
+    memory.EVAL_BATCH = eval_batch
 
 
 def stateful(rank: int) -> None:
@@ -71,10 +72,10 @@ def stateful(rank: int) -> None:
     has its sign changed, so that an early epoch is the best and the learning rate falls."""
     from wsn_fast.train import run
 
-    def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes) -> tuple[float, float]:
+    def evaluate(wsn: WSN, samples: Samples, processes: Processes) -> tuple[float, float]:
         mean = wsn.model.features[2].running_mean
         assert len({*collectives.texts_of(processes.group, str(mean.tolist()))}) == 1, "they have other statistics"
-        loss, accuracy = loop.evaluate(wsn, x, y, processes)
+        loss, accuracy = loop.evaluate(wsn, samples, processes)
         return -loss, accuracy
 
     run.evaluate = evaluate

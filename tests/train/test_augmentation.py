@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from wsn_fast import WSN
-from wsn_fast.train.augmentation import BORDER, Augmentation
 from wsn_fast.train.config import resolve
-from wsn_fast.train.loop import sample_order
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
+from wsn_fast.train.samples import Epoch
+from wsn_fast.train.samples.augmentation import BORDER, Augmentation
 
 
 def images(count: int, height: int = 7, width: int = 5) -> Tensor:
@@ -91,6 +91,6 @@ def test_a_run_trains_on_augmented_images(split: bool, tmp_path: Path, monkeypat
     run.finish()
     expected = []
     for epoch in range(2):
-        rows = sample_order(len(x), settings.seed, 0, epoch).split(128)
+        rows = Epoch(settings.seed, 0, epoch).order(len(x)).split(128)
         expected += [Augmentation(settings.seed, 0, epoch)(x[part], number) for number, part in enumerate(rows)]
     assert torch.equal(torch.cat(seen), torch.cat(expected))

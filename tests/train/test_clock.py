@@ -39,13 +39,14 @@ def test_every_second_is_of_one_part(seconds: list[float]) -> None:
     measured = clock.Clock()
     with measured.measures("training"):
         seconds[0] += 5
-        with measured.measures("checkpoints"):  # belongs to the outer one
+        with measured.measures("checkpoints"):
             seconds[0] += 1
+        seconds[0] += 0.5
     with pytest.raises(KeyError), measured.measures("data"):
         seconds[0] += 2
         raise KeyError
     seconds[0] += 3
-    expected = {"data": 2.0, "training": 6.0, "evaluation": 0.0, "checkpoints": 0.0, "other": 3.0}
+    expected = {"data": 2.0, "training": 5.5, "evaluation": 0.0, "checkpoints": 1.0, "other": 3.0}
     assert measured.so_far() == expected
     assert measured.take() == expected
     seconds[0] += 1

@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from batches_in_order import in_order
 from torch import Tensor, nn
 
 from wsn_fast import ForgottenError
 from wsn_fast.continual.wsn import WSN
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train import checkpoint, loop, run
-from wsn_fast.train.batches import Batches
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.data import DataError
 from wsn_fast.train.processes import Processes
 from wsn_fast.train.report import NUMBERS, Console
 from wsn_fast.train.run import Run
+from wsn_fast.train.samples import Epoch, Samples, SamplesInMemory
+from wsn_fast.train.samples.samples import EVAL_BATCH
 
 SMALL: dict[str, Any] = {"tasks": 3, "epochs": 3, "batch_size": 128, "lr": 0.01, "device": "cpu"}
 
@@ -41,9 +43,9 @@ def script_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float], samp
     """Let the validation losses (of a set with so many samples) be these, in this order."""
     upcoming = iter(losses)
 
-    def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes) -> tuple[float, float]:
-        loss, accuracy = loop.evaluate(wsn, x, y, processes)
-        return (next(upcoming) if len(y) == samples else loss), accuracy
+    def evaluate(wsn: WSN, given: Samples, processes: Processes) -> tuple[float, float]:
+        loss, accuracy = loop.evaluate(wsn, given, processes)
+        return (next(upcoming) if given.count == samples else loss), accuracy
 
     monkeypatch.setattr(run, "evaluate", evaluate)
 
@@ -277,8 +279,8 @@ def test_split_tasks_have_heads_of_their_own_width(settings: Callable[..., Train
 
 
 def test_the_order_of_samples_depends_on_seed_task_and_epoch() -> None:
-    orders = [loop.sample_order(50, *key).tolist() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]
-    assert orders[0] == loop.sample_order(50, 0, 0, 0).tolist()
+    orders = [Epoch(*key).order(50).tolist() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]
+    assert orders[0] == Epoch(0, 0, 0).order(50).tolist()
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len(set(map(tuple, orders))) == 4
 
@@ -292,7 +294,7 @@ def test_batches_are_trained_without_a_number_for_the_host(
     optimizer = loop.make_optimizer(wsn, s)
     calls, item = [], Tensor.item
     monkeypatch.setattr(Tensor, "item", lambda self: calls.append(1) or item(self))
-    batches = Batches(torch.randn(60, 1, 8, 8), torch.zeros(60).long(), torch.arange(60).split(10))
+    batches = in_order(torch.randn(60, 1, 8, 8), torch.zeros(60).long(), 10)
     loop.train_epoch(wsn, optimizer, batches, lambda: None)
     assert len(calls) == 1
 
@@ -302,9 +304,9 @@ def test_dropout_is_on_in_training_and_off_in_measurements(settings: Callable[..
     wsn = start(s).wsn
     wsn.begin_task(0)
     x, y = torch.randn(20, 1, 8, 8), torch.zeros(20).long()
-    loop.evaluate(wsn, x, y)
+    loop.evaluate(wsn, SamplesInMemory(x, y))
     assert not any(module.training for module in wsn.modules())
-    loop.train_epoch(wsn, loop.make_optimizer(wsn, s), Batches(x, y, (torch.arange(20),)), lambda: None)
+    loop.train_epoch(wsn, loop.make_optimizer(wsn, s), in_order(x, y, 20), lambda: None)
     assert all(module.training for module in wsn.modules())
 
 
@@ -313,9 +315,9 @@ def test_evaluate_agrees_with_the_whole_set_at_once() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    samples = loop.EVAL_BATCH + 7
+    samples = EVAL_BATCH + 7
     logits, labels = torch.randn(samples, 3), torch.randint(3, (samples,))
-    loss, accuracy = loop.evaluate(Identity(), logits, labels)  # type: ignore[arg-type]
+    loss, accuracy = loop.evaluate(Identity(), SamplesInMemory(logits, labels))  # type: ignore[arg-type]
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == 100 * (logits.argmax(1) == labels).sum().item() / samples
 

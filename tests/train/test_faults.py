@@ -17,8 +17,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +27,17 @@ import pytest
 import torch
 from same_end import assert_same_end
 from stopping_console import Stop, StoppingConsole
+from torch import Tensor
 
 from wsn_fast.continual.wsn import WSN
 from wsn_fast.train import checkpoint, loop, run
-from wsn_fast.train.batches import Batches
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.command_line import main
 from wsn_fast.train.config import resolve
 from wsn_fast.train.lock import FolderLock, RunInUseError
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
+from wsn_fast.train.samples import Batch
 
 ROOT = Path(__file__).parents[2]
 DYING_RUN = ROOT / "tests" / "support" / "dying_run.py"
@@ -250,9 +252,13 @@ def test_nan_stops_the_run_with_the_layers_name_and_the_last_checkpoint_is_good(
 ) -> None:
     left = sorted((nearly_done / "checkpoint").iterdir())
 
-    def train_epoch(wsn: WSN, optimizer: torch.optim.Optimizer, batches: Batches, *rest: Any) -> float:
+    def one_is_nan(batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
+        x, y = batch.take(part)
+        return x.index_fill(0, torch.tensor([3]), torch.nan), y
+
+    def train_epoch(wsn: WSN, optimizer: torch.optim.Optimizer, batches: Iterable[Batch], *rest: Any) -> float:
         if poison is None:
-            batches = replace(batches, x=batches.x.index_fill(0, torch.tensor([3]), torch.nan))
+            batches = [replace(batch, take=partial(one_is_nan, batch)) for batch in batches]
         loss = loop.train_epoch(wsn, optimizer, batches, *rest)
         if poison is not None:
             poison(wsn)

@@ -322,11 +322,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("hostile") / "run"
     run = Run.start(resolve(tasks=2, epochs=2, batch_size=256, device="cpu", out=str(folder)), Console(quiet=True))
     run._train_task()
-    samples = run.stream[1]
+    train, val = run.stream.training(1)
     run.wsn.begin_task(1)
     run._optimizer = make_optimizer(run.wsn, run.settings)
     run.progress.training, run.progress.epoch, run.progress.lr = True, 0, run.settings.lr
-    run._train_epoch(samples.train_x, samples.train_y, samples.val_x, samples.val_y)
+    run._train_epoch(train, val)
     run.save()
     return run
 

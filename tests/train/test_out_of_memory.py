@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from batches_in_order import in_order
 from same_end import assert_same_end, metrics
 from small_models import batches, logits, mlp, run_tasks
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from wsn_fast import WSN, capture_step
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train import loop, run
-from wsn_fast.train.batches import Batches
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
@@ -61,8 +61,7 @@ def limit_memory(patch: pytest.MonkeyPatch, samples: int, where: str = "forward"
 def train(wsn: WSN, optimizer: torch.optim.Optimizer, on_split: Callable[[int], None] = lambda _: None) -> float:
     """An epoch of batches of 10, 10 and 5 samples."""
     x, y = batches(1, 1, 25)[0]
-    order = torch.arange(25).split(10)
-    epoch = Batches(x.to(next(wsn.parameters()).dtype), y, order)
+    epoch = in_order(x.to(next(wsn.parameters()).dtype), y, 10)
     return loop.train_epoch(wsn, optimizer, epoch, lambda: None, on_split=on_split)
 
 
@@ -182,8 +181,7 @@ def test_a_captured_step_is_repeated_only_before_its_update(in_update: bool, mon
         limit_memory(monkeypatch, 5)
 
     def epoch() -> float:
-        rows = torch.arange(25).split(10)
-        return loop.train_epoch(wsn, optimizer, Batches(x, y, rows), lambda: None, step, splits.append)
+        return loop.train_epoch(wsn, optimizer, in_order(x, y, 10), lambda: None, step, splits.append)
 
     if in_update:
         with pytest.raises(torch.OutOfMemoryError):

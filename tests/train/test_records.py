@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pages import Page, render
 
 from wsn_fast.train import checkpoint, records, report
 from wsn_fast.train import command_line as cli
 from wsn_fast.train.run import Run
+from wsn_fast.train.samples import Samples
 from wsn_fast.train.task_logs import TaskLog
 
 SMALL = ["--epochs", "2", "--batch-size", "128", "--device", "cpu", "--quiet"]
@@ -28,7 +28,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         train_epoch = Run._train_epoch
 
-        def counted(self: Run, *data: torch.Tensor) -> None:
+        def counted(self: Run, *data: Samples) -> None:
             if (self.progress.task, self.progress.epoch) == (1, 1):
                 raise KeyboardInterrupt
             train_epoch(self, *data)

@@ -26,6 +26,7 @@ from wsn_fast.train.config import resolve
 from wsn_fast.train.processes import Processes
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
+from wsn_fast.train.samples import Samples
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--tasks", "3", "--epochs", "4", "--batch-size", "64", "--preset", "clarena", "--optimizer", "adamw"]
@@ -134,8 +135,8 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
     The validation loss has its sign changed, so that an early epoch is the best and lr falls.
     """
 
-    def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes) -> tuple[float, float]:
-        loss, accuracy = loop.evaluate(wsn, x, y, processes)
+    def evaluate(wsn: WSN, samples: Samples, processes: Processes) -> tuple[float, float]:
+        loss, accuracy = loop.evaluate(wsn, samples, processes)
         return -loss, accuracy
 
     with pytest.MonkeyPatch.context() as patch:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,13 +13,10 @@ from torch import Tensor
 from wsn_fast import WSN, CapturedStep, capture_step
 from wsn_fast.optim.capture import obstacle_of
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
-from wsn_fast.train.augmentation import Augmentation
-from wsn_fast.train.batches import Batches, parts_of
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.processes import ALONE, Processes
+from wsn_fast.train.samples import Batch, Epoch, Samples, parts_of
 
-# This number is part of the results: kernels may round differently for another batch size.
-EVAL_BATCH = 1024
 SGD_MOMENTUM = 0.9
 
 
@@ -52,35 +48,10 @@ def make_graph(
     return None if obstacle else capture_step(wsn, optimizer, lambda x, y: F.cross_entropy(wsn(x), y)), obstacle
 
 
-def sample_order(samples: int, seed: int, task: int, epoch: int) -> Tensor:
-    """The order of the samples in an epoch, int64 [samples]. It depends on the arguments alone, so a resumed run needs
-    no saved state for it."""
-    generator = torch.Generator().manual_seed(_seed_of(seed, task, epoch))
-    return torch.randperm(samples, generator=generator)
-
-
-def epoch_batches(settings: TrainConfig, x: Tensor, y: Tensor, epoch: tuple[int, int, int]) -> Batches:
-    """The batches of an epoch.
-
-    Args:
-        settings: the config.
-        x: all inputs of the task, [N, ...].
-        y: their labels, [N].
-        epoch: the seed of the run, the task and the epoch.
-    """
-    rows = sample_order(len(x), *epoch).to(x.device).split(settings.batch_size)
-    return Batches(x, y, rows, Augmentation(*epoch) if settings.augment == "crops" else None)
-
-
-def _seed_of(*numbers: int) -> int:
-    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
-
-
 def train_epoch(
     wsn: WSN,
     optimizer: torch.optim.Optimizer,
-    batches: Batches,
+    batches: Iterable[Batch],
     after_batch: Callable[[], None],
     graph: CapturedStep | None = None,
     on_split: Callable[[int], None] = lambda parts: None,
@@ -108,37 +79,37 @@ def train_epoch(
     """
     wsn.train()
     # The sum stays on the device: reading it at every step would stall a GPU.
-    total = torch.zeros((), device=batches.x.device)
-    parts = 1
-    for number in range(len(batches)):
-        size = batches.size(number)
+    total = torch.zeros((), device=next(wsn.parameters()).device)
+    samples, parts = 0, 1
+    for batch in batches:
         while True:
             try:
                 if graph is not None and parts == 1:
-                    loss = graph(*batches.take(number))
+                    loss = graph(*batch.take(batch.own))
                 else:
-                    loss = _gradients(wsn, optimizer, batches, number, min(parts, size))
+                    loss = _gradients(wsn, optimizer, batch, min(parts, batch.size))
                 break
             except torch.OutOfMemoryError:
-                if parts >= size or (graph is not None and parts == 1 and graph.began_update):
+                if parts >= batch.size or (graph is not None and parts == 1 and graph.began_update):
                     raise
             # Outside the handler the exception is gone, and with it the memory that the failed attempt held.
             parts *= 2
             on_split(parts)
         if graph is None or parts > 1:
             optimizer.step()
-        total += loss * size
+        total += loss * batch.size
+        samples += batch.size
         after_batch()
-    return total.item() / batches.samples
+    return total.item() / samples
 
 
 def train_epoch_in_parts(
     wsn: WSN,
     optimizer: torch.optim.Optimizer,
-    batches: Batches,
+    batches: Iterable[Batch],
     after_batch: Callable[[], None],
     processes: Processes,
-    epoch: tuple[int, int, int],
+    epoch: Epoch,
 ) -> float:
     """:func:`train_epoch`, where each process trains its part of every batch.
 
@@ -148,11 +119,11 @@ def train_epoch_in_parts(
     Args:
         wsn: the model, with the task in progress, the same in all processes.
         optimizer: its guarded optimizer.
-        batches: the whole batches of the epoch.
+        batches: the batches of the epoch, with the share of this process.
         after_batch: called after every step.
         processes: those that train.
-        epoch: the seed of the run, the task and the epoch. What a process draws, for dropout, follows from them and its
-            rank. The first process goes on with its generators instead, whose state a checkpoint keeps.
+        epoch: what a process draws, for dropout, follows from it and the rank. The first process goes on with its
+            generators instead, whose state a checkpoint keeps.
 
     Returns:
         The mean loss per sample, the same in all processes.
@@ -170,71 +141,74 @@ def train_epoch_in_parts(
     ddp = DistributedDataParallel(wsn)
     wsn.train()
     if not processes.is_first:
-        torch.manual_seed(_seed_of(*epoch, processes.rank))
-    total = torch.zeros((), device=batches.x.device)
-    for number in range(len(batches)):
-        size = batches.size(number)
-        own = parts_of(size, processes.size)[processes.rank]
-        share = (own.stop - own.start) / size
-        if not share:  # the batch is too small for all: this process trains a sample of another one that counts 0
-            own = slice(0, 1)
+        torch.manual_seed(epoch.number(processes.rank))
+    total, samples = torch.zeros((), device=next(wsn.parameters()).device), 0
+    for batch in batches:
         optimizer.zero_grad(set_to_none=True)
-        x, y = batches.take(number, own)
+        x, y = batch.take(batch.own)
         try:
             loss = F.cross_entropy(ddp(x), y)
         except ValueError as error:
             if len(x) > 1:
                 raise
             raise ValueError(
-                f"batch_size: the last batch of {size} leaves one sample to a process, and the net cannot train "
+                f"batch_size: the last batch of {batch.size} leaves one sample to a process, and the net cannot train "
                 f"it ({error}): choose another --batch-size, or fewer processes"
             ) from error
         # The wrapper divides the sum of the gradients by the number of processes.
-        torch.autograd.backward(loss * (share * processes.size))
+        torch.autograd.backward(loss * (batch.share * processes.size))
         optimizer.step()
-        total += loss.detach() * (share * size)
+        total += loss.detach() * (batch.share * batch.size)
+        samples += batch.size
         after_batch()
     processes.sum(total)
     level_buffers(wsn)
-    return total.item() / batches.samples
+    return total.item() / samples
 
 
-def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, batches: Batches, number: int, parts: int) -> Tensor:
+def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, batch: Batch, parts: int) -> Tensor:
     """Compute the gradients of the mean loss over a batch, in parts. Returns that loss, detached."""
     optimizer.zero_grad(set_to_none=True)
-    size, losses = batches.size(number), []
-    for part in parts_of(size, parts):
-        x, y = batches.take(number, part)
+    losses = []
+    for part in parts_of(batch.size, parts):
+        x, y = batch.take(part)
         loss = F.cross_entropy(wsn(x), y)
         if parts > 1:
-            loss = loss * (len(x) / size)
+            loss = loss * (len(x) / batch.size)
         torch.autograd.backward(loss)
         losses.append(loss.detach())
     return functools.reduce(torch.add, losses)
 
 
 @torch.no_grad()
-def evaluate(wsn: WSN, x: Tensor, y: Tensor, processes: Processes = ALONE) -> tuple[float, float]:
+def evaluate(wsn: WSN, samples: Samples, processes: Processes = ALONE) -> tuple[float, float]:
     """Measure the mean cross-entropy and the accuracy in percent, in eval mode, with the mask and head in use.
 
     The processes take the batches in turn, and the sums are the same to the bit for any number of them.
 
     Args:
         wsn: the model.
-        x: inputs [N, ...], N >= 1.
-        y: labels [N], on the same device.
+        samples: those to measure on, on the device of the model.
         processes: those that measure, with the same model.
+
+    Raises:
+        ValueError: there are no samples.
     """
     wsn.eval()
-    batches = list(zip(torch.split(x, EVAL_BATCH), torch.split(y, EVAL_BATCH), strict=True))
-    losses = torch.zeros(len(batches), device=x.device)
-    correct = torch.zeros((), dtype=torch.int64, device=x.device)
-    for i in range(processes.rank, len(batches), processes.size):
-        inputs, labels = batches[i]
-        logits = wsn(inputs)
-        losses[i] = F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-    processes.sum(losses)  # all but one of them have 0 for each batch
-    processes.sum(correct)
-    loss = functools.reduce(torch.add, losses.unbind())
-    return loss.item() / len(y), 100 * correct.item() / len(y)
+    nothing, correct = torch.zeros((), device=samples.device), torch.zeros((), dtype=torch.int64, device=samples.device)
+    losses, count = [], 0
+    for batch in samples.in_order(processes.share):
+        losses.append(nothing)
+        if batch is not None:
+            inputs, labels = batch
+            logits = wsn(inputs)
+            losses[-1] = F.cross_entropy(logits, labels, reduction="sum").to(nothing.dtype)
+            correct += (logits.argmax(1) == labels).sum()
+            count += len(labels)
+    if not losses:
+        raise ValueError("samples: there are none to measure on")
+    sums, right = torch.stack(losses), torch.stack((correct, torch.full_like(correct, count)))
+    processes.sum(sums)  # all but one process have 0 for each batch
+    processes.sum(right)
+    loss = functools.reduce(torch.add, sums.unbind())
+    return loss.item() / right[1].item(), 100 * right[0].item() / right[1].item()

@@ -18,6 +18,7 @@ from torch import Tensor
 from wsn_fast import launch
 from wsn_fast.backends import collectives, meeting
 from wsn_fast.continual.parallel import OtherFailedError
+from wsn_fast.train.samples import Share
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
@@ -57,6 +58,11 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is the process that has the folder and the console."""
         return self.rank == 0
+
+    @property
+    def share(self) -> Share:
+        """What this process trains and measures."""
+        return Share(self.rank, self.size)
 
     def first(self, do: Callable[[], _Value]) -> _Value:
         """What ``do()`` returns in the first process. No other one calls it.

@@ -40,14 +40,16 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
-def begin_entry(wsn: WSN, optimizer: torch.optim.Optimizer, train_samples: int, not_captured: str) -> dict[str, Any]:
+def begin_entry(
+    wsn: WSN, optimizer: torch.optim.Optimizer, train_samples: int | None, not_captured: str
+) -> dict[str, Any]:
     """The line of ``metrics.jsonl`` for the beginning of a task: the optimizer, and which backend runs each operation
     and why.
 
     Args:
         wsn: the model, with the task in progress.
         optimizer: its guarded optimizer. It must be built already, because it changes what the layers do.
-        train_samples: the number of samples per epoch.
+        train_samples: the number of samples per epoch; None if it is not known yet.
         not_captured: why the training step is not captured in a CUDA graph; nothing if it is.
     """
     layers: dict[tuple[str, str, str], list[str]] = {}
@@ -181,11 +183,12 @@ class Console:
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python writes the rest there when it ends
 
-    def task_started(self, task: int, tasks: int, epochs: int, batches: int, done: int) -> None:
+    def task_started(self, task: int, tasks: int, epochs: int, batches: int | None, done: int) -> None:
         """A task of ``epochs`` times ``batches`` steps begins, or continues after ``done`` epochs."""
         if not self._quiet and sys.stderr.isatty():
+            total, initial = (None, 0) if batches is None else (epochs * batches, done * batches)
             self._bar = tqdm(
-                total=epochs * batches, initial=done * batches, desc=f"task {task} ({task + 1}/{tasks})", unit="batch",
+                total=total, initial=initial, desc=f"task {task} ({task + 1}/{tasks})", unit="batch",
                 leave=False, dynamic_ncols=True,
             )  # fmt: skip
 

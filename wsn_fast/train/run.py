@@ -26,17 +26,11 @@ from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
 from wsn_fast.train.folder import append_metrics, check_same_run, check_unused, read_config, write_json
 from wsn_fast.train.lock import FolderLock
-from wsn_fast.train.loop import (
-    epoch_batches,
-    evaluate,
-    make_graph,
-    make_optimizer,
-    train_epoch,
-    train_epoch_in_parts,
-)  # fmt: skip
+from wsn_fast.train.loop import evaluate, make_graph, make_optimizer, train_epoch, train_epoch_in_parts
 from wsn_fast.train.processes import ALONE, Processes
 from wsn_fast.train.progress import Progress
 from wsn_fast.train.report import Console, begin_entry, masks_of, plot, summarize, versions
+from wsn_fast.train.samples import Epoch, Samples
 
 PROBE = 32
 """The number of samples that a task is probed with: see :meth:`wsn_fast.WSN.verify`."""
@@ -189,7 +183,7 @@ class Run:
         Raises:
             ForgottenError, UnmaskedReadError: it is not, or it does.
         """
-        x = {task: self.stream.test_data(int(task))[0][:PROBE].to(self.device) for task in self.wsn.tasks}
+        x = {task: self.stream.test(int(task)).to(self.device).first(PROBE) for task in self.wsn.tasks}
         with self.processes.together():
             self.wsn.verify(probe=lambda task: self.wsn(x[task]))
 
@@ -218,25 +212,25 @@ class Run:
     def _train_task(self) -> None:
         task, started = self.progress.task, time.perf_counter()
         with self._clock.measures("data"):
-            train_x, train_y, val_x, val_y = (part.to(self.device) for part in self.stream.training_data(task))
+            train, val = (samples.to(self.device) for samples in self.stream.training(task))
         if not self.progress.training:
             self.wsn.begin_task(task)
             self._optimizer = make_optimizer(self.wsn, self.settings)
             self.progress.begin_task(self.settings.lr)
             self._graph, obstacle = make_graph(self.wsn, self._optimizer, self.settings, self.processes)
-            entry = begin_entry(self.wsn, self._optimizer, len(train_x), obstacle)
+            entry = begin_entry(self.wsn, self._optimizer, train.count, obstacle)
             self._log(kind="begin", task=task, processes=self.processes.size, **entry)
         progress = self.progress
-        batches = math.ceil(len(train_x) / self.settings.batch_size)
+        batches = train.batches(self.settings.batch_size)
         self.console.task_started(task, len(self.stream), self.settings.epochs, batches, progress.epoch)
         while progress.epoch < self.settings.epochs and progress.lr >= self.settings.lr_min:
-            self._train_epoch(train_x, train_y, val_x, val_y)
+            self._train_epoch(train, val)
             if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:
                 self.save()
         with self.processes.together():
             self.wsn.load_trainable_state(self._best)
         with self.processes.together():
-            self.wsn.end_task(probe=val_x[:PROBE])
+            self.wsn.end_task(probe=val.first(PROBE))
         self._end_task(time.perf_counter() - started)
 
     def _end_task(self, seconds: float) -> None:
@@ -253,20 +247,21 @@ class Run:
         self._best, self._optimizer, self._graph = {}, None, None
         self.save()
 
-    def _train_epoch(self, train_x: Tensor, train_y: Tensor, val_x: Tensor, val_y: Tensor) -> None:
-        progress, started = self.progress, time.perf_counter()
+    def _train_epoch(self, train: Samples, val: Samples) -> None:
+        progress, settings, started = self.progress, self.settings, time.perf_counter()
         assert self._optimizer is not None
-        epoch = self.settings.seed, progress.task, progress.epoch
+        epoch = Epoch(settings.seed, progress.task, progress.epoch)
+        augment, share = settings.augment == "crops", self.processes.share
         with self._clock.measures("training"):
-            batches = epoch_batches(self.settings, train_x, train_y, epoch)
-            part = self.wsn, self._optimizer, batches, self.console.step
+            loaded = train.epoch(settings.batch_size, epoch, augment=augment, share=share)
+            part = self.wsn, self._optimizer, self._clock.measures_each("data", loaded), self.console.step
             if self.processes.size > 1:
                 train_loss = train_epoch_in_parts(*part, self.processes, epoch)
             else:
                 train_loss = train_epoch(*part, self._graph, self._note_split)
         progress.epoch += 1
         with self._clock.measures("evaluation"):
-            val_loss, val_acc = evaluate(self.wsn, val_x, val_y, self.processes)
+            val_loss, val_acc = evaluate(self.wsn, val, self.processes)
         with self.processes.together():
             self._check_finite(train_loss, val_loss)
         used_lr = progress.lr
@@ -314,9 +309,9 @@ class Run:
     # --- measuring ----------------------------------------------------------------------------------------
     def _test(self, task: int) -> float:
         with self._clock.measures("data"):
-            x, y = (part.to(self.device) for part in self.stream.test_data(task))
+            samples = self.stream.test(task).to(self.device)
         with self._clock.measures("evaluation"):
-            return evaluate(self.wsn, x, y, self.processes)[1]
+            return evaluate(self.wsn, samples, self.processes)[1]
 
     def measure_random_init(self) -> list[float]:
         """The accuracy on every task, in percent, with the present values. Call this before training."""

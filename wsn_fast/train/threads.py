@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ import torch
 
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
-from wsn_fast.train.loop import epoch_batches, make_optimizer, train_epoch
+from wsn_fast.train.loop import make_optimizer, train_epoch
+from wsn_fast.train.samples import Epoch
 
 _ROUNDS, _STEPS = 3, 3
 _CLEARLY = 0.95  # more threads have to take less than this part of the time
@@ -32,16 +34,14 @@ def with_fastest_threads(settings: TrainConfig) -> tuple[TrainConfig, Mapping[in
         return settings, {}
     wsn.begin_task(0)
     optimizer = make_optimizer(wsn, settings)
-    x, y, *_ = stream.training_data(0)
-    first, several = (
-        epoch_batches(settings, x[:samples], y[:samples], (settings.seed, 0, 0))
-        for samples in (settings.batch_size, settings.batch_size * _STEPS)
-    )
+    samples, augment = stream.training(0)[0], settings.augment == "crops"
+    loaded = samples.epoch(settings.batch_size, Epoch(settings.seed, 0, 0), augment=augment)
+    several = list(itertools.islice(loaded, _STEPS))
     seconds: dict[int, float] = {}
     for _ in range(_ROUNDS):  # in turns, so that all of them meet the same load of the machine
         for threads in _numbers():
             torch.set_num_threads(threads)
-            for batches in (first, several):  # the first step of a number starts its threads
+            for batches in (several[:1], several):  # the first step of a number starts its threads
                 began = time.perf_counter()
                 train_epoch(wsn, optimizer, batches, lambda: None)
             taken = (time.perf_counter() - began) / len(several)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from wsn_fast.train.data import Dataset
+from wsn_fast.train.samples import SamplesInMemory
 from wsn_fast.train.streams.images import channel_statistics
+from wsn_fast.train.streams.interface import Stream
 from wsn_fast.train.streams.kinds import generator, parts
 
 
@@ -44,7 +46,7 @@ class TaskData:
     classes: int
 
 
-class TaskStream(Sequence[TaskData]):
+class TaskStream(Stream, Sequence[TaskData]):
     """A sequence of tasks. A task is built when the stream is indexed.
 
     Inputs are normalised with the mean and the standard deviation of each channel over the whole training set of their
@@ -163,6 +165,15 @@ class TaskStream(Sequence[TaskData]):
             self._inputs(dataset.train_x, val, task),
             labels[dataset.train_y[val]],
         )
+
+    def training(self, task: int) -> tuple[SamplesInMemory, SamplesInMemory]:
+        """See :meth:`Stream.training`."""
+        train_x, train_y, val_x, val_y = self.training_data(task)
+        return SamplesInMemory(train_x, train_y), SamplesInMemory(val_x, val_y)
+
+    def test(self, task: int) -> SamplesInMemory:
+        """See :meth:`Stream.test`."""
+        return SamplesInMemory(*self.test_data(task))
 
     def test_data(self, task: int) -> tuple[Tensor, Tensor]:
         """The test inputs and labels of one task, as in its `TaskData`. This is cheaper than building the whole task.
