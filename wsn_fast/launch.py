@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import time
 from collections.abc import Iterator
+
+_TO_SPEAK = 10.0  # seconds for the first process to say what is wrong; torchrun ends the others when it has
 
 
 def world_size() -> int:
@@ -39,12 +42,18 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def said_once() -> Iterator[None]:
-    """What is printed in the block is printed by the first process alone."""
+    """What is printed in the block is printed by the first process alone. If the block exits with an error, the others
+    wait for the first one, because torchrun ends all processes as soon as one has failed."""
     if is_first():
         yield
         return
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except SystemExit as ended:
+        if ended.code:
+            time.sleep(_TO_SPEAK)
+        raise
 
 
 def _number(name: str, least: int, otherwise: int | None = None, most: int = 2**31) -> int:

@@ -67,6 +67,11 @@ def plain(rank: int, eval_batch: int = 100) -> None:
     memory.EVAL_BATCH = eval_batch
 
 
+def own(rank: int) -> None:
+    """A net in float64 for images of 24 pixels."""
+    nets.build = lambda name, shape, classes: Small(24, classes, torch.float64)  # type: ignore[assignment]
+
+
 def stateful(rank: int) -> None:
     """A net with batch norm and dropout. All processes have to measure with the same statistics. The validation loss
     has its sign changed, so that an early epoch is the best and the learning rate falls."""

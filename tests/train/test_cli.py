@@ -94,7 +94,7 @@ ERRORS = [
     (["train", "superclass", "--out", "{new}"], "data: 'digits' has no superclasses"),
     (["train", "split", "--class-order", "2,1,2", "--out", "{new}"], "class_order: expected each number once, got 2"),
     (["train", "split", "--class-order", "2;1", "--out", "{new}"], "class_order: expected random, given, or numbers"),
-    (["train", "--class-order", "given", "--out", "{new}"], "class_order: expected random for a permuted stream"),
+    (["train", "--class-order", "given", "--out", "{new}"], "class_order: expected random for the stream permuted"),
     (["train", "rotated", "--classes-per-task", "2", "--out", "{new}"], "classes_per_task: expected 0 for a rotated"),
     (["train", "--resume", "{new}"], "{new} holds no run"),
     (["train", "--resume", "{used}", "--epochs", "9"], "epochs"),

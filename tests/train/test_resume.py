@@ -240,7 +240,7 @@ def test_changed_data_are_refused(
     digits = data.load("digits")
     digits.test_x[0, 0, 0, 0] += 1
     changed = data.Dataset("digits", digits.train_x, digits.train_y, digits.test_x, digits.test_y, 10)
-    monkeypatch.setattr(data, "load", lambda name, folder: changed)
+    monkeypatch.setattr(data, "load", lambda name, folder, shows: changed)
     with pytest.raises(ValueError, match=f"data: .*got {changed.fingerprint}"):
         Run.resume(folder, Console(quiet=True))
 

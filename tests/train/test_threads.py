@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsn_fast.train import config, experiment, nets, threads
+from wsn_fast.train import config, experiment, machine, nets, threads
 from wsn_fast.train.checkpoint import load_from
 from wsn_fast.train.command_line import main
 from wsn_fast.train.config import TrainConfig
@@ -27,7 +27,7 @@ def test_more_threads_have_to_be_clearly_faster() -> None:
 def test_numbers_of_threads_double_up_to_the_cores(
     most: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threads, "cores", lambda: most)
+    monkeypatch.setattr(machine, "cores", lambda: most)
     assert threads._numbers() == tried
 
 
@@ -43,7 +43,7 @@ def test_a_run_with_measured_threads_is_the_run_with_that_number(
         return epoch(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(threads, "train_epoch", noted)
-    monkeypatch.setattr(threads, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setattr(threads, "best", lambda seconds: max(seconds))
     measured, given = tmp_path / "measured", tmp_path / "given"
     assert main([*SMALL, "--threads", "auto", "--out", str(measured)]) == 0

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import own_tasks
 import pytest
 import torch
 from processes import needs_gloo
@@ -242,3 +243,22 @@ def test_torchrun_starts_the_driver(program: Callable[[], list[str]], tmp_path: 
     assert ran.returncode == 0, ran.stderr
     assert len(re.findall(r"\(2 processes\), in ", ran.stdout)) == 1
     assert read_config(tmp_path / "run").batch_size == BATCH
+
+
+# --- tasks with data of one's own -------------------------------------------------------------------------
+@pytest.mark.parametrize("make", ["without_noise", "shuffled_loaders"])
+def test_processes_train_data_of_ones_own_as_one(make: str, tmp_path: Path) -> None:
+    words = ["train", "own", "--data", f"{own_tasks.__file__}:{make}", "--net", "mlp", "--epochs", "2"]
+    words += ["--batch-size", "23", "--lr", "0.01", "--device", "cpu", "--quiet"]
+    tensors = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        ended = drive(folder, world, *words, "--out", folder / "run", prepare="driver_cases:own", using=[])
+        assert ended.codes == [0] * world, ended
+        tensors.append(checkpoint.load_from(folder / "run" / "checkpoint").tensors)
+    one, two = tensors
+    masks = [name for name in one if name.endswith("_masks")]
+    assert masks and all(torch.equal(one[name], two[name]) for name in masks)
+    weights = [name for name in one if name.endswith(".weight")]
+    assert all(torch.allclose(one[name], two[name], rtol=1e-9, atol=1e-11) for name in weights)

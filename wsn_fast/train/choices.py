@@ -3,7 +3,9 @@ without PyTorch."""
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "omniglot", "folder")
 KINDS = ("permuted", "split", "rotated", "superclass", "datasets")
-"""How the tasks of a stream are made."""
+"""How the tasks of a stream are made from datasets."""
+STREAMS = (*KINDS, "own")
+"""Those, and tasks that code of one's own makes."""
 ORDERED = ("split", "superclass")
 """The kinds whose tasks take classes in an order."""
 FIVE_DATASETS = "cifar10,mnist,svhn,fashion_mnist,notmnist"
@@ -31,7 +33,7 @@ def default_net(dataset_name: str, stream_kind: str) -> str:
     """
     if stream_kind == "permuted" or dataset_name == "digits":
         return "mlp"
-    if stream_kind in ("superclass", "datasets"):
-        return {"superclass": "lenet", "datasets": "resnet18"}[stream_kind]
+    if stream_kind in ("superclass", "datasets", "own"):
+        return {"superclass": "lenet", "datasets": "resnet18", "own": "resnet18"}[stream_kind]
     nets = {"cifar10": "alexnet", "cifar100": "alexnet", "omniglot": "lenet_large", "folder": "convnet4"}
     return nets.get(dataset_name, "lenet")

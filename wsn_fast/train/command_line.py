@@ -18,10 +18,10 @@ from wsn_fast.train.choices import (
     CUDA_GRAPH,
     DATASETS,
     DEVICES,
-    KINDS,
     MEMORY_FORMATS,
     NETS,
     OPTIMIZERS,
+    STREAMS,
 )
 
 _TRAIN = """\
@@ -37,6 +37,7 @@ _REPORT = """\
 Compare runs, finished or not. Prints a table beside the paper's numbers, and means with standard deviations of runs
 that differ in the seed alone. Draws the plots of finished runs again, and writes one HTML page that needs neither
 network nor script. The exit code is 2 if a folder cannot be read; the other runs are still reported."""
+_CODE = "FILE.py:FUNCTION"
 _EXAMPLES = """\
 examples:
   wsn-fast train permuted                                  the vendored digits, 5 tasks, under two minutes
@@ -44,6 +45,7 @@ examples:
   wsn-fast train split --data cifar100 --data-dir cifar/ --density 0.1
   wsn-fast train superclass --data cifar100 --data-dir cifar/       the paper's CIFAR-100 Superclass, 20 tasks
   torchrun --nproc-per-node 2 -m wsn_fast.train train permuted   two processes
+  wsn-fast train own --data my_tasks.py:make_tasks         tasks with data of your own
   wsn-fast train --resume runs/permuted-digits-paper-seed0
   wsn-fast sweep permuted --densities 0.1,0.3 --seeds 1,2,3
   wsn-fast eval runs/permuted-digits-paper-seed0
@@ -103,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     one = train.add_argument_group("one run")
     folder = "runs/STREAM-DATA-PRESET-seedN"
     one.add_argument("--out", metavar="RUN", help=f"folder of the run, new or empty (default: {folder})")
-    only = "only --data-dir and --device may change"
+    only = f"only --data-dir and --device may change, and a stream own needs --data {_CODE} again"
     one.add_argument("--resume", metavar="RUN", help=f"continue the run in this folder; {only}")
     one.add_argument(
         "--checkpoint", metavar="NAME", help="with --resume: a file in RUN/checkpoint (default: the newest)"
@@ -113,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.set_defaults(command="eval")
     evaluation.add_argument("run", metavar="RUN", help="folder of the run")
     evaluation.add_argument("--checkpoint", metavar="NAME", help="file in RUN/checkpoint (default: the newest)")
+    evaluation.add_argument("--data", metavar="CODE", help=f"of a run of the stream own: {_CODE} again")
     evaluation.add_argument("--data-dir", metavar="DIR", help="folder of the data (default: as in the run)")
     evaluation.add_argument("--device", choices=DEVICES, help="device (default: as in the run)")
     reporting = commands.add_parser("report", help="compare runs and draw their plots", description=_REPORT)
@@ -177,18 +180,21 @@ def _default(name: str) -> str:
 
 def _add_tasks(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    kinds = f"how tasks are made: {', '.join(KINDS)} (default: permuted)"
-    add("stream", nargs="?", choices=KINDS, metavar="STREAM", help=kinds)
+    kinds = f"how tasks are made: {', '.join(STREAMS)} (default: permuted)"
+    add("stream", nargs="?", choices=STREAMS, metavar="STREAM", help=kinds)
     names = (
         f"dataset, of {', '.join(DATASETS)} (default: digits, which needs no files); for the stream datasets several"
     )
-    add("--data", metavar="NAME[,NAME...]", help=f"{names}, or folders of images, one for each task")
+    own = f"for own {_CODE}, code that returns the tasks"
+    add("--data", metavar="NAME[,NAME...]", help=f"{names}, or folders of images, one for each task; {own}")
     add("--data-dir", metavar="DIR", help="folder with the files of the data; for each of several a folder in it")
     add("--tasks", type=int, metavar="T", help=f"number of tasks {_default('tasks')}")
     order = "order in which tasks of split take classes, and those of superclass superclasses: random, given or numbers"
     add("--class-order", metavar="N,N,...", help=f"{order} (default: random; given for superclass and omniglot)")
     each = "number of classes of each task of split; 0 deals all of them evenly"
     add("--classes-per-task", type=int, metavar="N", help=f"{each} {_default('classes_per_task')}")
+    loading = f"processes that load data of the stream own; 0: the run itself {_default('workers')}"
+    add("--workers", type=int, metavar="N", help=loading)
     held_out = f"fraction of the training samples for validation {_default('val_fraction')}"
     add("--val-fraction", type=float, metavar="F", help=held_out)
     add("--net", choices=NETS, help="network (default: the paper's for the data; mlp for digits)")

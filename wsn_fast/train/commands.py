@@ -77,8 +77,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
     if settings is not None:
         run = Run.start(settings, console, processes)
     else:
-        places = {"data_dir": args.data_dir, "device": args.device}
-        run = Run.resume(Path(args.resume), console, processes, name=args.checkpoint, **places)
+        other = {"data": args.data, "data_dir": args.data_dir, "device": args.device}
+        run = Run.resume(Path(args.resume), console, processes, name=args.checkpoint, **other)
     settings = run.settings
     together = f" ({processes.size} processes)" if processes.size > 1 else ""
     console.say(
@@ -108,7 +108,7 @@ def _settings(args: argparse.Namespace, console: Console, processes: Processes =
         return (
             _with_threads(given, console) if args.threads == "auto" and processes.size == 1 else config.resolve(**given)
         )
-    extra = [name for name, value in given.items() if value is not None and name not in ("data_dir", "device")]
+    extra = [name for name, value in given.items() if value is not None and name not in ("data", "data_dir", "device")]
     if extra:
         raise ValueError(f"--resume: the settings are those of the run, got {', '.join(extra)} as well")
     return None
@@ -133,7 +133,7 @@ def _sweep(args: argparse.Namespace) -> int:
 def _with_threads(given: Mapping[str, Any], console: Console) -> config.TrainConfig:
     settings = config.resolve(**{**given, "threads": None})
     check_unused(Path(settings.out))  # before anything is measured for it
-    settings, seconds = with_fastest_threads(settings)
+    settings, seconds = with_fastest_threads(settings, console.loading)
     measured = ", ".join(f"{1000 * taken:.2f} ms with {threads}" for threads, taken in seconds.items())
     console.say(f"threads: {settings.threads}" + (f" (a step takes {measured})" if measured else ""))
     return settings
@@ -141,7 +141,8 @@ def _with_threads(given: Mapping[str, Any], console: Console) -> config.TrainCon
 
 def _eval(args: argparse.Namespace, processes: Processes) -> int:
     folder = Path(args.run)
-    measured = evaluate_run(folder, processes, name=args.checkpoint, data_dir=args.data_dir, device=args.device)
+    other = {"data": args.data, "data_dir": args.data_dir, "device": args.device}
+    measured = evaluate_run(folder, processes, name=args.checkpoint, **other)
     return processes.first(lambda: _compare(folder, measured))
 
 

@@ -16,11 +16,11 @@ from wsn_fast.train.choices import (
     DATASETS,
     DEVICES,
     FIVE_DATASETS,
-    KINDS,
     MEMORY_FORMATS,
     NETS,
     OPTIMIZERS,
     ORDERED,
+    STREAMS,
     default_net,
 )
 
@@ -88,13 +88,14 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "seed": 0,
         "device": "auto",
         "data_dir": None,
+        "workers": 0,
         "checkpoint_seconds": 0.0,
     }
 )
 
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "stream": KINDS,
+        "stream": STREAMS,
         "rule": RULES,
         "score_init": SCORE_INITS,
         "net": NETS,
@@ -114,11 +115,12 @@ _POSITIVE = ("a positive number up to 1e38", lambda x: 0 < x <= 1e38)
 _NOT_NEGATIVE = ("a number from 0 to 1e38", lambda x: 0 <= x <= 1e38)
 _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
     {
-        "tasks": (f"an integer from 1 to {MOST_TASKS}", lambda x: 1 <= x <= MOST_TASKS),
+        "tasks": (f"an integer from 0 to {MOST_TASKS}", lambda x: 0 <= x <= MOST_TASKS),
         "classes_per_task": ("an integer from 0 to 10**18", lambda x: 0 <= x <= _MOST),
         "epochs": _COUNT,
         "batch_size": _COUNT,
         "lr_patience": _COUNT,
+        "workers": ("an integer from 0 to 1024", lambda x: 0 <= x <= 1024),
         "threads": ("an integer from 1 to 1024", lambda x: 1 <= x <= 1024),
         "seed": ("an integer from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63),
         "density": ("a number in (0, 1]", lambda x: 0 < x <= 1),
@@ -131,9 +133,24 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
     }
 )
 
+# What the first runs did, whose configs do not have these settings.
+_FIRST: Mapping[str, Any] = MappingProxyType(
+    {
+        "one_pass": False,
+        "cuda_graph": "off",
+        "moments": "float32",
+        "class_order": "random",
+        "classes_per_task": 0,
+        "augment": "none",
+        "memory_format": "contiguous",
+        "workers": 0,
+    }
+)
+
 _SHOWN = 500  # characters of a message
 
 _NAME = re.compile(r"\w[\w.+-]{0,99}")
+_CODE = re.compile(r"[^\n:]{1,999}:[A-Za-z_]\w{0,99}")
 _NUMBERS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 
 # The settings that only say where files are on one machine. They do not change what a run computes.
@@ -145,11 +162,13 @@ class TrainConfig:
     """All settings of a run. :func:`resolve` makes one and knows the defaults.
 
     Attributes:
-        stream: ``permuted``, ``split``, ``rotated``, ``superclass`` or ``datasets``.
+        stream: ``permuted``, ``split``, ``rotated``, ``superclass``, ``datasets`` or ``own``.
         data: name of the dataset. For the stream ``datasets`` there are several, with commas between them; one that is
-            not in ``DATASETS`` is a folder of images in ``data_dir``.
+            not in ``DATASETS`` is a folder of images in ``data_dir``. For ``own`` it is the code that makes the tasks,
+            ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION``, which is called with ``data_dir``.
         data_dir: folder of its files; None for ``digits``.
-        tasks: number of tasks.
+        workers: number of processes that load data of a stream ``own``; 0 loads them in the process of the run.
+        tasks: number of tasks; 0 for all tasks of a stream ``own``.
         class_order: the order in which the tasks of a ``split`` or ``superclass`` stream take classes or superclasses:
             ``random``, ``given``, or numbers with commas between them.
         classes_per_task: the number of classes of each task of a ``split`` stream; 0 deals all classes evenly.
@@ -191,6 +210,7 @@ class TrainConfig:
     stream: str
     data: str
     data_dir: str | None
+    workers: int
     tasks: int
     class_order: str
     classes_per_task: int
@@ -245,7 +265,10 @@ class TrainConfig:
 
     def _check_data(self) -> None:
         known = f"one of {', '.join(DATASETS)}"
-        if self.stream == "datasets":
+        if self.stream == "own":
+            if not isinstance(self.data, str) or not _CODE.fullmatch(self.data):
+                raise self._error("data", "FILE.py:FUNCTION or MODULE:FUNCTION, the code that makes the tasks")
+        elif self.stream == "datasets":
             known += ", or folders of images, with commas between them"
             if not isinstance(self.data, str) or not all(_NAME.fullmatch(name) for name in self.data.split(",")):
                 raise self._error("data", known)
@@ -255,9 +278,13 @@ class TrainConfig:
         if not isinstance(order, str) or not (order in ("random", "given") or _NUMBERS.fullmatch(order)):
             raise self._error("class_order", "random, given, or numbers with commas between them")
         if order != "random" and self.stream not in ORDERED:
-            raise self._error("class_order", f"random for a {self.stream} stream, which has no such order")
+            raise self._error("class_order", f"random for the stream {self.stream}, which has no such order")
         if self.classes_per_task != 0 and self.stream != "split":
-            raise self._error("classes_per_task", f"0 for a {self.stream} stream")
+            raise self._error("classes_per_task", f"0 for the stream {self.stream}")
+        if self.tasks == 0 and self.stream != "own":
+            raise self._error("tasks", f"an integer from 1 to {MOST_TASKS}")
+        if self.workers != 0 and self.stream != "own":
+            raise self._error("workers", f"0 for the stream {self.stream}, whose data are in memory")
 
     def _error(self, name: str, expected: str) -> ValueError:
         return ValueError(f"{name}: expected {expected}, got {_short(getattr(self, name))}")
@@ -293,14 +320,21 @@ def resolve(
     settings |= {**FALLBACK, **_of_stream(stream, data), **table, **PRESETS[preset], **explicit}
     if "threads" not in settings:
         settings["threads"] = _default_threads(settings["net"])
-    settings.setdefault("out", f"runs/{stream}-{str(data).replace(',', '+')}-{preset}-seed{settings['seed']}")
+    settings.setdefault("out", f"runs/{stream}-{short_name(str(data))}-{preset}-seed{settings['seed']}")
     return from_dict(settings)
+
+
+def short_name(data: str) -> str:
+    """The name of data in names of folders."""
+    return re.sub(r"[^\w.+-]+", "+", data.replace("\\", "/").rpartition("/")[2])
 
 
 def _of_stream(stream: str, data: str) -> dict[str, Any]:
     """The defaults that come with the kind of the stream."""
     if stream == "datasets":
         return {"tasks": str(data).count(",") + 1}
+    if stream == "own":
+        return {"tasks": 0}
     return {"class_order": "given"} if stream == "superclass" else {}
 
 
@@ -316,9 +350,7 @@ def from_dict(settings: Mapping[str, Any]) -> TrainConfig:
     """The inverse of ``dataclasses.asdict``. Raises ``ValueError`` for missing, unknown or wrong settings."""
     if not isinstance(settings, Mapping):
         raise ValueError(f"settings: expected a mapping, got {type(settings).__name__}")
-    # The first runs did not have these settings.
-    first = {"one_pass": False, "cuda_graph": "off", "moments": "float32", "class_order": "random"}
-    settings = {**first, "classes_per_task": 0, "augment": "none", "memory_format": "contiguous", **settings}
+    settings = {**_FIRST, **settings}
     names = {field.name for field in fields(TrainConfig)}
     for problem, wrong in (("missing", names - settings.keys()), ("unknown", settings.keys() - names)):
         if wrong:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wsn_fast.train.folder import read_config
+from wsn_fast.train.folder import config_to_go_on
 from wsn_fast.train.processes import ALONE, Processes
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
@@ -16,8 +16,7 @@ def evaluate_run(
     processes: Processes = ALONE,
     *,
     name: str | None = None,
-    data_dir: str | None = None,
-    device: str | None = None,
+    **other: str | None,
 ) -> dict[str, Any]:
     """Measure a run again from its checkpoint. Nothing is written.
 
@@ -36,7 +35,7 @@ def evaluate_run(
         UnmaskedReadError: a task reads something outside of its mask.
         ValueError: the data are not those of the run, or no task has been finished yet.
     """
-    settings = processes.first(lambda: read_config(folder, data_dir=data_dir, device=device))
+    settings = processes.first(lambda: config_to_go_on(folder, **other))
     run = Run(settings, folder, Console(quiet=True), processes=processes)
     random_init = run.measure_random_init()
     if not run.restore_newest(name) or not run.progress.matrix:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,8 @@ def check_unused(folder: Path) -> None:
         )
 
 
-def read_config(folder: Path, *, data_dir: str | None = None, device: str | None = None) -> TrainConfig:
-    """The config of the run in ``folder``, with another ``data_dir`` or ``device`` if one is given.
+def read_config(folder: Path) -> TrainConfig:
+    """The config of the run in ``folder``.
 
     Raises:
         FileNotFoundError: there is none.
@@ -46,7 +47,39 @@ def read_config(folder: Path, *, data_dir: str | None = None, device: str | None
         settings = config.from_dict(read_json(path)["config"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return replace(settings, data_dir=data_dir or settings.data_dir, device=device or settings.device)
+    return settings
+
+
+def config_to_go_on(
+    folder: Path, *, data: str | None = None, data_dir: str | None = None, device: str | None = None
+) -> TrainConfig:
+    """The config of the run in ``folder``, with what is given in the place of what it says.
+
+    Args:
+        folder: the folder of the run.
+        data: the code that makes the tasks of a stream ``own``. It has to be given then, since the folder may come from
+            anywhere, and no code runs because a file in it says so.
+        data_dir: another folder of the data; None means the same.
+        device: another device; None means the same.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: ``config.json`` is damaged, or ``data`` is missing or may not be given.
+    """
+    settings = read_config(folder)
+    if settings.stream == "own" and data is None:
+        raise ValueError(
+            f"data: expected --data {shlex.quote(settings.data)} or other code that makes the same tasks, because the "
+            "folder of a run cannot decide which code is run"
+        )
+    if settings.stream != "own" and data is not None:
+        raise ValueError(f"data: expected none, since those of the run are {settings.data!r}, got {data!r}")
+    return replace(
+        settings,
+        data=data or settings.data,
+        data_dir=data_dir or settings.data_dir,
+        device=device or settings.device,
+    )
 
 
 def check_same_run(loaded: Checkpoint, settings: TrainConfig, folder: Path, fingerprint: str) -> None:
@@ -69,7 +102,8 @@ def check_same_run(loaded: Checkpoint, settings: TrainConfig, folder: Path, fing
     except checkpoint.NONSENSE as error:
         raise CheckpointError(f"{loaded.path} holds no settings of a run: {error}") from error
     own = config.portable(settings)
-    changed = [name for name, x in config.portable(saved).items() if own[name] != x and name != "device"]
+    free = ("device", "data") if settings.stream == "own" else ("device",)
+    changed = [name for name, x in config.portable(saved).items() if own[name] != x and name not in free]
     if changed:
         raise ValueError(
             f"{folder / 'config.json'}: expected the settings of {loaded.path.name}, but these were "

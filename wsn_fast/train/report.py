@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -24,6 +24,7 @@ NUMBERS = (
     "accuracy_matrix", "acc", "bwt", "fwt", "forgetting", "capacity", "capacity_paper", "union_density",
     "compression", "reuse", "random_init", "before_training",
 )  # fmt: skip
+_Item = TypeVar("_Item")
 _SHOWN = 2000  # characters of a measurement in a message
 # The entries that the first runs did not have.
 DETAILS = ("layers", "overlap")
@@ -182,6 +183,13 @@ class Console:
             self._quiet = True
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())  # Python writes the rest there when it ends
+
+    def loading(self, items: Iterable[_Item], total: int, what: str) -> Iterable[_Item]:
+        """See :class:`wsn_fast.train.data.loading.Shows`. A bar comes up on a terminal after a second."""
+        if self._quiet or not sys.stderr.isatty():
+            return items
+        bar: Iterable[_Item] = tqdm(items, total=total, desc=what, unit="", delay=1, leave=False, dynamic_ncols=True)
+        return bar
 
     def task_started(self, task: int, tasks: int, epochs: int, batches: int | None, done: int) -> None:
         """A task of ``epochs`` times ``batches`` steps begins, or continues after ``done`` epochs."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from wsn_fast.train.checkpoint import Checkpoint, CheckpointError
 from wsn_fast.train.clock import Clock
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
-from wsn_fast.train.folder import append_metrics, check_same_run, check_unused, read_config, write_json
+from wsn_fast.train.folder import append_metrics, check_same_run, check_unused, config_to_go_on, write_json
 from wsn_fast.train.lock import FolderLock
 from wsn_fast.train.loop import evaluate, make_graph, make_optimizer, train_epoch, train_epoch_in_parts
 from wsn_fast.train.processes import ALONE, Processes
@@ -58,12 +58,13 @@ class Run:
         lock: FolderLock | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.settings, self.folder, self.console, self.processes = settings, folder, console, processes
+        self.folder, self.console, self.processes = folder, console, processes
         self._lock = lock or FolderLock(folder, processes)  # held from start or resume until finish returns
         gpu = launch.local_rank() if processes.size > 1 else None
         self._clock = Clock()
         with processes.together(), self._clock.measures("data"):
-            self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings, gpu)
+            self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings, gpu, console.loading)
+        self.settings = replace(settings, tasks=len(self.stream))  # they were 0 for as many as there are
         self.progress = Progress()
         self._best: Mapping[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
@@ -107,8 +108,7 @@ class Run:
         processes: Processes = ALONE,
         *,
         name: str | None = None,
-        data_dir: str | None = None,
-        device: str | None = None,
+        **other: str | None,
     ) -> Run:
         """Continue from the newest checkpoint in ``folder``, or from the one called ``name``.
 
@@ -117,8 +117,7 @@ class Run:
             console: shows the progress.
             processes: those that make the run. It may have been made by more or fewer of them before.
             name: the file name of a checkpoint; None means the newest.
-            data_dir: another folder of the data than before; None means the same.
-            device: another device than before; None means the same.
+            other: what may be other than before (see :func:`wsn_fast.train.folder.config_to_go_on`).
 
         Raises:
             CheckpointError: the checkpoint cannot be read.
@@ -126,7 +125,7 @@ class Run:
             RunInUseError: another process works on the run.
             ValueError: config or data are not those of the checkpoint.
         """
-        settings = processes.first(lambda: read_config(folder, data_dir=data_dir, device=device))
+        settings = processes.first(lambda: config_to_go_on(folder, **other))
         lock = FolderLock(folder, processes)
         with lock.held_unless_failed():
             run = cls(settings, folder, console, lock, processes)

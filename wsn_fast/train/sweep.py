@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from wsn_fast import launch
-from wsn_fast.train import config
+from wsn_fast.train import config, machine
 from wsn_fast.train.children import Job, Pool
 from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.folder import write_json
 from wsn_fast.train.lock import FolderLock
 from wsn_fast.train.safe_files import read_json
 from wsn_fast.train.sweep_display import Display, Log
-from wsn_fast.train.threads import cores
 
 _EVERY = 0.3  # seconds between two looks at the runs
 _GRID = ("density", "seed")
@@ -71,7 +70,7 @@ def make_sweep(
         if values is not None and (not values or len({*values}) < len(values)):
             raise ValueError(f"{plural}: expected each value once, got {','.join(map(str, values))}")
     first = config.resolve(**given)
-    settings = f"{first.stream}-{first.data.replace(',', '+')}-{first.preset}"
+    settings = f"{first.stream}-{config.short_name(first.data)}-{first.preset}"
     folder = Path(given.get("out") or Path("sweeps", settings))
     densities, seeds = densities or [first.density], seeds or [first.seed]
     runs = {}
@@ -124,7 +123,7 @@ def _train(sweep: Sweep, jobs: int | None, quiet: bool) -> dict[str, str]:
         else:
             waiting.append(Job(name, Path(run.out), _words(run), sweep.folder / f"{name}.log"))
     gpus = _gpus(sweep.settings.device)
-    size = jobs or len(gpus) or max(1, cores() // sweep.settings.threads)
+    size = jobs or len(gpus) or max(1, machine.cores() // sweep.settings.threads)
     environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]
     with Pool(waiting, min(size, max(1, len(waiting))), environments) as pool:
         while True:
@@ -147,7 +146,7 @@ def _train(sweep: Sweep, jobs: int | None, quiet: bool) -> dict[str, str]:
 def _words(run: TrainConfig) -> list[str]:
     """What ``wsn-fast`` is called with to begin a run, or to continue it."""
     if (Path(run.out) / "config.json").is_file():
-        words = ["train", "--resume", run.out]
+        words = ["train", "--resume", run.out, *(["--data", run.data] if run.stream == "own" else [])]
     else:
         words = [*shlex.split(config.command_line(run))[1:], "--out", run.out]
     return words if run.data_dir is None else [*words, "--data-dir", run.data_dir]

@@ -27,7 +27,7 @@ class Log:
         for line in self._new_lines():
             try:
                 entry = json_text.parse(line)
-                where = f"task {entry['task'] + 1}/{self._tasks}"
+                where = f"task {entry['task'] + 1}/{self._tasks or '?'}"
                 if entry["kind"] == "epoch":
                     self.says = f"{where}, epoch {entry['epoch']}/{self._epochs}, validation {entry['val_acc']:.1f} %"
                 elif entry["kind"] == "task":

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
+from wsn_fast.train import machine
 from wsn_fast.train.config import TrainConfig
+from wsn_fast.train.data.loading import Shows, unseen
 from wsn_fast.train.experiment import make_experiment
 from wsn_fast.train.loop import make_optimizer, train_epoch
 from wsn_fast.train.samples import Epoch
@@ -19,17 +20,21 @@ _ROUNDS, _STEPS = 3, 3
 _CLEARLY = 0.95  # more threads have to take less than this part of the time
 
 
-def with_fastest_threads(settings: TrainConfig) -> tuple[TrainConfig, Mapping[int, float]]:
+def with_fastest_threads(settings: TrainConfig, shows: Shows = unseen) -> tuple[TrainConfig, Mapping[int, float]]:
     """The settings with the number of threads that is fastest in a few training steps now, and what was measured:
     seconds of a step by number of threads. Numbers are tried that double up to the number of cores.
 
     The steps train a model of their own, which is thrown away, and a run seeds its random numbers when it starts. So it
     computes what it would with that number given by hand. On a GPU nothing is measured.
 
+    Args:
+        settings: the settings of the run.
+        shows: shows how far the reading of the data is.
+
     Raises:
         ValueError: see :func:`wsn_fast.train.experiment.make_experiment`.
     """
-    stream, wsn, device, _ = make_experiment(settings)
+    stream, wsn, device, _ = make_experiment(settings, shows=shows)
     if device.type != "cpu":
         return settings, {}
     wsn.begin_task(0)
@@ -58,14 +63,6 @@ def best(seconds: Mapping[int, float]) -> int:
     return chosen
 
 
-def cores() -> int:
-    """The number of CPU cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
-
-
 def _numbers() -> list[int]:
-    most = cores()
+    most = machine.cores()
     return sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})

@@ -18,12 +18,13 @@ from wsn_fast.train.data.dataset import Dataset
 from wsn_fast.train.data.files import DataError
 from wsn_fast.train.data.idx import load_idx
 from wsn_fast.train.data.image_folder import load_image_folder
+from wsn_fast.train.data.loading import Shows, unseen
 from wsn_fast.train.data.omniglot import load_omniglot
 
 __all__ = ["DATASETS", "DataError", "Dataset", "load", "load_several"]
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, shows: Shows = unseen) -> Dataset:
     """Load a dataset.
 
     Args:
@@ -32,6 +33,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
             zip archives, any of them), or `folder` (`train/<class>/*.png|jpg|jpeg`, and `val` or `test` alike; also
             TinyImageNet's layout). Folder images become RGB and must share one size.
         data_dir: Folder that holds the files. Not used for `digits`.
+        shows: Shows how far the images are, where each is in a file of its own.
 
     Returns:
         The dataset, uint8 images [N, C, H, W] and int64 labels [N].
@@ -51,13 +53,13 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     if not root.is_dir():
         raise DataError(f"{root}: not a folder (data_dir of dataset {name!r})")
     if name == "folder":
-        return load_image_folder(root)
+        return load_image_folder(root, shows)
     if name == "omniglot":
-        return load_omniglot(root)
+        return load_omniglot(root, shows)
     return load_cifar(name, root) if name.startswith("cifar") else load_idx(name, root)
 
 
-def load_several(names: str, data_dir: str | os.PathLike[str] | None = None) -> list[Dataset]:
+def load_several(names: str, data_dir: str | os.PathLike[str] | None = None, shows: Shows = unseen) -> list[Dataset]:
     """Load several datasets.
 
     Args:
@@ -65,6 +67,7 @@ def load_several(names: str, data_dir: str | os.PathLike[str] | None = None) -> 
             `data_dir`.
         data_dir: Folder that holds the files. If it has a folder with the name of a dataset, the files of that dataset
             are there.
+        shows: See :func:`load`.
 
     Raises:
         ValueError, DataError, ImportError: See :func:`load`.
@@ -73,9 +76,9 @@ def load_several(names: str, data_dir: str | os.PathLike[str] | None = None) -> 
     for name in names.split(","):
         inner = None if data_dir is None else Path(data_dir, name)
         if name in DATASETS:
-            datasets.append(load(name, inner if inner is not None and inner.is_dir() else data_dir))
+            datasets.append(load(name, inner if inner is not None and inner.is_dir() else data_dir, shows))
         else:
-            datasets.append(replace(load("folder", inner), name=name))
+            datasets.append(replace(load("folder", inner, shows), name=name))
     return datasets
 
 

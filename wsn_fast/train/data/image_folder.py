@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wsn_fast.train import machine
 from wsn_fast.train.data.dataset import Dataset
 from wsn_fast.train.data.decoding import decode
 from wsn_fast.train.data.files import ALWAYS, DataError, read_bytes
+from wsn_fast.train.data.loading import Shows, unseen
 
 _EXPANDS = 160  # a byte of a PNG in black and white, such as Omniglot's, can stand for a hundred bytes of RGB
 
 
-def load_image_folder(root: Path) -> Dataset:
+def load_image_folder(root: Path, shows: Shows = unseen) -> Dataset:
     """The images below ``root``, in ``train`` and in ``val`` or ``test``. Classes are numbered in the order of
     TinyImageNet's ``wnids.txt``, or by their names where there is no such file."""
     train = root / "train"
@@ -35,7 +37,8 @@ def load_image_folder(root: Path) -> Dataset:
     if not test_files:
         raise DataError(f"{annotations if annotations.is_file() else test}: no images")
     size = decode(train_files[0][0], str(train_files[0][0])).shape
-    train_x, test_x = _decode_all(train_files, size), _decode_all(test_files, size)
+    _check_room(root, len(train_files) + len(test_files), size)
+    train_x, test_x = _decode_all(train_files, size, shows), _decode_all(test_files, size, shows)
     train_y, test_y = (torch.tensor([label for _, label in files]) for files in (train_files, test_files))
     return Dataset("folder", train_x, train_y, test_x, test_y, len(names))
 
@@ -81,7 +84,17 @@ def _annotated(annotations: Path, labels: dict[str, int]) -> Iterator[tuple[Path
         yield path, labels[columns[1]]
 
 
-def _decode_all(files: list[tuple[Path, int]], size: tuple[int, ...]) -> Tensor:
+def _check_room(root: Path, count: int, size: tuple[int, ...]) -> None:
+    """Raise ``DataError`` if so many images do not fit into the memory of this machine."""
+    wanted, memory = count * math.prod(size), machine.memory()
+    if memory is not None and wanted > memory:
+        raise DataError(
+            f"{root}: {count} images of (height, width) {size[:2]} take {wanted / 2**30:.1f} GiB, this machine has "
+            f"{memory / 2**30:.1f} GiB; the stream own loads images when they are needed"
+        )
+
+
+def _decode_all(files: list[tuple[Path, int]], size: tuple[int, ...], shows: Shows) -> Tensor:
     """Image files -> uint8 [N, 3, H, W]; every image must have the given (H, W, 3)."""
     wanted, stored = len(files) * math.prod(size), sum(path.stat().st_size for path in {path for path, _ in files})
     if wanted > ALWAYS + _EXPANDS * stored:
@@ -90,7 +103,7 @@ def _decode_all(files: list[tuple[Path, int]], size: tuple[int, ...]) -> Tensor:
             f"of {stored} bytes may expand to {ALWAYS + _EXPANDS * stored} at most"
         )
     images = torch.empty((len(files), 3, *size[:2]), dtype=torch.uint8)
-    for row, (path, _) in enumerate(files):
+    for row, (path, _) in enumerate(shows(files, len(files), f"reading {files[0][0].parents[1].name}")):
         pixels = decode(path, str(path))
         if pixels.shape != size:
             raise DataError(f"{path}: (height, width) {pixels.shape[:2]}, the first image's {size[:2]}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from wsn_fast.train.data.dataset import Dataset
 from wsn_fast.train.data.decoding import decode
 from wsn_fast.train.data.files import DataError
+from wsn_fast.train.data.loading import Shows, unseen
 
 _ARCHIVES = ("images_background.zip", "images_background_small1.zip", "images_background_small2.zip",
              "images_evaluation.zip")  # fmt: skip
@@ -27,7 +28,7 @@ _LARGEST = 1 << 16  # bytes of one image; the published ones have some hundred
 _SIDE = 32
 
 
-def load_omniglot(root: Path) -> Dataset:
+def load_omniglot(root: Path, shows: Shows = unseen) -> Dataset:
     """The dataset ``omniglot`` from the archives in ``root``. Classes are characters, in the order of archives,
     alphabets and characters. An alphabet that two archives hold counts once."""
     archives = [root / name for name in _ARCHIVES if (root / name).is_file()]
@@ -36,7 +37,7 @@ def load_omniglot(root: Path) -> Dataset:
     known: set[str] = set()
     images: list[Tensor] = []
     for archive in archives:
-        drawings = _drawings(archive, known)
+        drawings = _drawings(archive, known, shows)
         known |= {alphabet for alphabet, _ in drawings}
         images += map(torch.stack, drawings.values())
     if not images:
@@ -45,10 +46,10 @@ def load_omniglot(root: Path) -> Dataset:
     return Dataset("omniglot", *_labelled(train), *_labelled(test), len(images))
 
 
-def _drawings(archive: Path, without: set[str]) -> dict[tuple[str, str], list[Tensor]]:
+def _drawings(archive: Path, without: set[str], shows: Shows) -> dict[tuple[str, str], list[Tensor]]:
     """By alphabet and character: the drawings uint8 [1, 32, 32] of an archive, but for some alphabets."""
     found: dict[tuple[str, str], list[Tensor]] = {}
-    for name, content in _members(archive, without):
+    for name, content in _members(archive, without, shows):
         match = _MEMBER.fullmatch(name)
         assert match is not None
         pixels = decode(io.BytesIO(content), f"{archive}:{name}", "L", (_SIDE, _SIDE))
@@ -56,11 +57,12 @@ def _drawings(archive: Path, without: set[str]) -> dict[tuple[str, str], list[Te
     return found
 
 
-def _members(archive: Path, without: set[str]) -> Iterator[tuple[str, bytes]]:
+def _members(archive: Path, without: set[str], shows: Shows) -> Iterator[tuple[str, bytes]]:
     """The names and contents of the images in an archive, sorted by name."""
     try:
         with zipfile.ZipFile(archive) as opened:
-            for member in sorted(opened.infolist(), key=lambda member: member.filename):
+            members = sorted(opened.infolist(), key=lambda member: member.filename)
+            for member in shows(members, len(members), f"reading {archive.name}"):
                 match = _MEMBER.fullmatch(member.filename)
                 if match is None or match["alphabet"] in without:
                     continue

@@ -1,0 +1,247 @@
+"""Samples that are loaded when they are needed, by a :class:`~torch.utils.data.DataLoader`."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from wsn_fast.train.data.files import DataError
+from wsn_fast.train.samples.augmentation import Augmentation
+from wsn_fast.train.samples.batch import ALL, Batch, Epoch, Share
+from wsn_fast.train.samples.randomness import Randomness
+from wsn_fast.train.samples.samples import EVAL_BATCH, Samples
+
+_MEASURED = 1 << 24  # numbers in the inputs of a batch that is measured: 64 MB in float32
+_CPU = torch.device("cpu")
+_END = object()
+_Item = TypeVar("_Item")
+
+
+class Kind(NamedTuple):
+    """What samples have to be like.
+
+    Attributes:
+        where: what messages call them.
+        shape: the shape of one input; None takes any.
+        classes: the number of classes.
+    """
+
+    where: str
+    shape: tuple[int, ...] | None
+    classes: int
+
+    def check(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Inputs, float32 [B, *shape], and labels, int64 [B], of a batch that was loaded.
+
+        Raises:
+            DataError: it is something else.
+        """
+        if not isinstance(batch, list | tuple) or [isinstance(part, Tensor) for part in batch] != [True, True]:
+            raise DataError(f"{self.where}: expected batches of two tensors, inputs and labels, got {described(batch)}")
+        x, y = batch
+        if y.ndim != 1 or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+            raise DataError(f"{self.where}: expected one integer label for each sample, got {described(y)}")
+        shape = x.shape[1:] if self.shape is None else self.shape
+        if not x.is_floating_point() or x.shape != (len(y), *shape):
+            raise DataError(
+                f"{self.where}: expected inputs of floating point and the shape {[len(y), *shape]}, got {described(x)}"
+            )
+        low, high = (int(end) for end in y.aminmax()) if len(y) else (0, 0)
+        if low < 0 or high >= self.classes:
+            raise DataError(
+                f"{self.where}: expected labels from 0 to {self.classes - 1}, got {low if low < 0 else high}"
+            )
+        return x.float(), y.long()
+
+
+def described(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {', '.join(map(described, value[:4])) or 'nothing'}"[:200]
+    return type(value).__name__
+
+
+class LoadedSamples(Samples):
+    """Samples that are loaded when they are needed. What loading draws at random follows from the epoch alone."""
+
+    kind: Kind
+
+    @abstractmethod
+    def loaded(self, batch_size: int, epoch: Epoch, share: Share) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """The batches of an epoch: how many samples a batch has, at which of them the loaded part begins, and the
+        inputs and labels of that part."""
+
+    def epoch(self, batch_size: int, epoch: Epoch, *, augment: bool = False, share: Share = ALL) -> Iterator[Batch]:
+        """See :meth:`Samples.epoch`.
+
+        Raises:
+            DataError: there are no batches, or they are not of this kind.
+        """
+        number, changes = -1, Augmentation(*epoch) if augment else None
+        for number, (size, start, x, y) in enumerate(self.loaded(batch_size, epoch, share)):
+            yield Batch(size, *share.of(size), partial(self._take, x, y, start, changes, number, size))
+        if number < 0:
+            raise DataError(f"{self.kind.where}: no batches")
+
+    def _take(
+        self, x: Tensor, y: Tensor, start: int, changes: Augmentation | None, number: int, size: int, part: slice
+    ) -> tuple[Tensor, Tensor]:
+        loaded = slice(part.start - start, part.stop - start)
+        x, y = self._placed((x[loaded], y[loaded]))
+        return (x if changes is None else changes(x, number, part, size)), y
+
+    def _placed(self, loaded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = (values.to(self.device, non_blocking=True) for values in loaded)
+        return x, y
+
+
+@dataclass(frozen=True, eq=False)
+class SamplesOfDataset(LoadedSamples):
+    """Samples of a map-style dataset.
+
+    Attributes:
+        dataset: gives an input and its label for an index.
+        rows: the indices of the samples, int64 [N].
+        kind: what they have to be like.
+        workers: the number of processes that load them; 0 loads them in this one.
+        device: the device of the batches.
+    """
+
+    dataset: Dataset[Any]
+    rows: Tensor
+    kind: Kind
+    workers: int = 0
+    device: torch.device = _CPU
+
+    def to(self, device: torch.device) -> SamplesOfDataset:
+        """See :meth:`Samples.to`."""
+        return replace(self, device=device)
+
+    @property
+    def count(self) -> int:
+        """See :attr:`Samples.count`."""
+        return len(self.rows)
+
+    def batches(self, batch_size: int) -> int:
+        """See :meth:`Samples.batches`."""
+        return -(-self.count // batch_size)
+
+    def loaded(self, batch_size: int, epoch: Epoch, share: Share) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """See :meth:`LoadedSamples.loaded`. Only what this process trains is loaded."""
+        whole = self.rows[epoch.order(self.count)].split(batch_size)
+        own = [share.of(len(rows))[0] for rows in whole]
+        parts = self._load([rows[part] for rows, part in zip(whole, own, strict=True)], epoch.number(share.rank))
+        for rows, part, (x, y) in zip(whole, own, parts, strict=True):
+            yield len(rows), part.start, x, y
+
+    def in_order(self, share: Share = ALL) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """See :meth:`Samples.in_order`. Batches of large inputs have fewer samples."""
+        size = min(EVAL_BATCH, max(1, _MEASURED // math.prod(self.kind.shape or ())))
+        batches = self.rows.split(size) if self.count else ()
+        measured = self._load([rows for number, rows in enumerate(batches) if share.measures(number)], share.rank)
+        for number in range(len(batches)):
+            yield self._placed(next(measured)) if share.measures(number) else None
+
+    def first(self, count: int) -> Tensor:
+        """See :meth:`Samples.first`."""
+        ((x, _),) = replace(self, workers=0)._load([self.rows[:count]], 0)
+        return x.to(self.device)
+
+    def _load(self, batches: list[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[rows.tolist() for rows in batches],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        return map(self.kind.check, _drawn(seed, loader))
+
+
+@dataclass(frozen=True, eq=False)
+class SamplesOfLoader(LoadedSamples):
+    """Samples in the batches of a loader, which decides their size and their order.
+
+    Attributes:
+        loader: gives batches, inputs and labels, whenever it is iterated.
+        kind: what they have to be like.
+        device: the device of the batches.
+    """
+
+    loader: Iterable[Any]
+    kind: Kind
+    device: torch.device = _CPU
+
+    def to(self, device: torch.device) -> SamplesOfLoader:
+        """See :meth:`Samples.to`."""
+        return replace(self, device=device)
+
+    @property
+    def count(self) -> int | None:
+        """See :attr:`Samples.count`."""
+        sampler = getattr(self.loader, "sampler", None)
+        return len(sampler) if isinstance(sampler, Sized) else None
+
+    def batches(self, batch_size: int) -> int | None:
+        """See :meth:`Samples.batches`. The loader's batches have the size that it gives them."""
+        try:
+            return len(self.loader) if isinstance(self.loader, Sized) else None
+        except TypeError:  # a DataLoader of an IterableDataset that has no length
+            return None
+
+    def loaded(self, batch_size: int, epoch: Epoch, share: Share) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """See :meth:`LoadedSamples.loaded`. Each process loads all."""
+        sampler = getattr(self.loader, "sampler", None)
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch.epoch)
+        for x, y in self._load(epoch.number()):
+            yield len(y), 0, x, y
+
+    def in_order(self, share: Share = ALL) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """See :meth:`Samples.in_order`."""
+        for number, batch in enumerate(self._load(0)):
+            yield self._placed(batch) if share.measures(number) else None
+
+    def first(self, count: int) -> Tensor:
+        """See :meth:`Samples.first`."""
+        found: list[Tensor] = []
+        for x, _ in self._load(0):
+            found.append(x[: count - sum(map(len, found))])
+            if sum(map(len, found)) == count:
+                break
+        return torch.cat(found).to(self.device)
+
+    def _load(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(getattr(self.loader, "sampler", None), DistributedSampler):
+            raise DataError(
+                f"{self.kind.where}: expected a loader that gives whole batches, got one with a DistributedSampler: "
+                "several processes take their parts of each batch"
+            )
+        for owner in (self.loader, getattr(self.loader, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        return map(self.kind.check, _drawn(seed, self.loader))
+
+
+def _drawn(seed: int, loader: Iterable[_Item]) -> Iterator[_Item]:
+    """The items of a loader, with random numbers of their own."""
+    randomness = Randomness(seed)
+    with randomness.in_use():
+        iterator = iter(loader)
+    while True:
+        with randomness.in_use():
+            item: Any = next(iterator, _END)
+        if item is _END:
+            return
+        yield item

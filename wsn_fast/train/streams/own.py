@@ -1,0 +1,130 @@
+"""A stream of tasks of one's own: each brings its data, which need not fit into memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from wsn_fast.train.data.files import DataError
+from wsn_fast.train.data.loading import Shows, unseen
+from wsn_fast.train.samples.loading import Kind, LoadedSamples, SamplesOfDataset, SamplesOfLoader, described
+from wsn_fast.train.streams.interface import Stream
+from wsn_fast.train.streams.kinds import generator
+from wsn_fast.train.task import Task
+
+
+class OwnStream(Stream):
+    """Tasks with data of one's own. A task is taken out of ``made`` whenever it is needed, so that a sequence of one's
+    own can open its data then.
+
+    Args:
+        made: the tasks.
+        tasks: how many of them, from the first on; None takes all.
+        seed: decides what is held out for validation.
+        val_fraction: the fraction that is held out of a dataset whose task brings no data for validation.
+        workers: the number of processes that load from datasets; 0 loads in this one.
+        name: what messages call the tasks.
+        shows: shows how many tasks have been opened once.
+
+    Attributes:
+        fingerprint: Identifies what is known without loading all data: of each task the number of classes and of
+            samples, and the first input to test on.
+
+    Raises:
+        DataError: a task is none, or its data are of no kind that can be used.
+        ValueError: there are fewer tasks than ``tasks``.
+    """
+
+    def __init__(
+        self,
+        made: Sequence[Task],
+        seed: int,
+        *,
+        tasks: int | None = None,
+        val_fraction: float,
+        workers: int = 0,
+        name: str = "tasks",
+        shows: Shows = unseen,
+    ) -> None:
+        if not isinstance(made, Sized) or not hasattr(made, "__getitem__") or not len(made):
+            raise DataError(f"{name}: expected a sequence of at least one task, got {described(made)}")
+        if tasks is not None and tasks > len(made):
+            raise ValueError(f"tasks: expected at most the {len(made)} tasks of {name}, got {tasks}")
+        self._made, self._name, self._workers = made, name, workers
+        self._seed, self._val_fraction = seed, val_fraction
+        self.task_ids = list(range(len(made) if tasks is None else tasks))
+        self.classes = {number: self._task(number).classes for number in self.task_ids}
+        train = self._task(0).train
+        self.input_shape = tuple(
+            _samples(train, Kind(f"{name}: task 0, train", None, self.classes[0])).first(1).shape[1:]
+        )
+        digest = hashlib.blake2b(digest_size=16)
+        for number in shows(self.task_ids, len(self.task_ids), "opening the data of tasks"):
+            parts = *self.training(number), self.test(number)
+            digest.update(str((self.classes[number], [part.count for part in parts])).encode())
+            digest.update(parts[-1].first(1).numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def training(self, task: int) -> tuple[LoadedSamples, LoadedSamples]:
+        """See :meth:`Stream.training`."""
+        number = self.task_ids[task]
+        data = self._task(number)
+        train = _samples(data.train, self._kind(number, "train"), self._workers)
+        if data.validation is not None:
+            return train, _samples(data.validation, self._kind(number, "validation"), self._workers)
+        if not isinstance(train, SamplesOfDataset):
+            raise DataError(
+                f"{train.kind.where}: expected a dataset, of which a part is held out for validation, or validation= "
+                f"beside it, got {described(data.train)}"
+            )
+        return self._held_out(number, train)
+
+    def test(self, task: int) -> LoadedSamples:
+        """See :meth:`Stream.test`."""
+        number = self.task_ids[task]
+        return _samples(self._task(number).test, self._kind(number, "test"), self._workers)
+
+    def _task(self, number: int) -> Task:
+        task = self._made[number]
+        where = f"{self._name}: task {number}"
+        if not isinstance(task, Task):
+            raise DataError(f"{where}: expected a wsn_fast.train.Task, got {described(task)}")
+        if isinstance(task.classes, bool) or not isinstance(task.classes, int) or task.classes < 1:
+            raise DataError(f"{where}: expected classes to be an integer of at least 1, got {task.classes!r}")
+        return task
+
+    def _kind(self, number: int, part: str) -> Kind:
+        return Kind(f"{self._name}: task {number}, {part}", self.input_shape, self.classes[number])
+
+    def _held_out(self, number: int, whole: SamplesOfDataset) -> tuple[SamplesOfDataset, SamplesOfDataset]:
+        """What is left to train on, and what is held out for validation."""
+        held_out = round(whole.count * self._val_fraction)
+        if not 0 < held_out < whole.count:
+            raise DataError(
+                f"{whole.kind.where}: val_fraction {self._val_fraction} of {whole.count} samples leaves "
+                f"{whole.count - held_out} to train on, {held_out} to validate on"
+            )
+        order = torch.randperm(whole.count, generator=generator(self._seed, f"validation of task {number}"))
+        return replace(whole, rows=order[held_out:]), replace(whole, rows=order[:held_out])
+
+
+def _samples(data: Any, kind: Kind, workers: int = 0) -> LoadedSamples:
+    if isinstance(data, DataLoader):
+        return SamplesOfLoader(data, kind)
+    if isinstance(data, IterableDataset):
+        raise DataError(f"{kind.where}: expected an IterableDataset to be in a DataLoader, got {described(data)}")
+    if hasattr(data, "__getitem__") and isinstance(data, Sized):
+        if not len(data):
+            raise DataError(f"{kind.where}: no samples")
+        return SamplesOfDataset(data, torch.arange(len(data)), kind, workers)  # type: ignore[arg-type]
+    if isinstance(data, Iterable) and iter(data) is not data:
+        return SamplesOfLoader(data, kind)
+    raise DataError(
+        f"{kind.where}: expected a Dataset, a DataLoader, or what gives its batches again and again, got "
+        f"{described(data)}"
+    )

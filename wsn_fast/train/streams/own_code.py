@@ -1,0 +1,49 @@
+"""Code of one's own that makes the tasks of a stream, by its name ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wsn_fast.train.data.files import DataError
+from wsn_fast.train.task import Task
+
+
+def call(name: str, data_dir: str | None) -> Sequence[Task]:
+    """What the function returns for the folder of the data, which may be None.
+
+    Raises:
+        DataError: there is no such file, module or function. What the code itself raises comes up as it is.
+    """
+    place, _, function = name.rpartition(":")
+    module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    made = getattr(module, function, None)
+    if not callable(made):
+        raise DataError(f"data: {place} has no function {function!r} (of {name!r})")
+    tasks: Sequence[Task] = made(data_dir)
+    return tasks
+
+
+def _file(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"data: there is no file {path}")
+    # A process that loads data imports the file by its name, so its folder is where modules are looked for.
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = _module(path.stem)
+    if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
+        raise DataError(f"data: another module is called {path.stem!r} already: give {path} another name")
+    return module
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0] and error.name != name:  # it is there, and misses something itself
+            raise
+        raise DataError(f"data: there is no module {name!r}") from error
