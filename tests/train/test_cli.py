@@ -37,7 +37,7 @@ def test_every_option_reaches_the_config(tmp_path: Path) -> None:
         "lr": 0.02, "weight_decay": 0.003, "one_pass": True, "moments": "8bit", "lr_patience": 4, "lr_factor": 5.0,
         "lr_min": 1e-5, "cuda_graph": "off", "memory_format": "channels_last", "augment": "crops",
         "val_fraction": 0.2, "threads": 1, "seed": 6, "device": "cpu", "checkpoint_seconds": 7.0, "preset": "paper",
-        "data_dir": str(tmp_path), "out": str(tmp_path / "run"),
+        "data_dir": str(tmp_path), "workers": 0, "out": str(tmp_path / "run"),
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "stream"]
     flags = ["--reinit-scores", "--one-pass"]
@@ -95,7 +95,10 @@ ERRORS = [
     (["train", "split", "--class-order", "2,1,2", "--out", "{new}"], "class_order: expected each number once, got 2"),
     (["train", "split", "--class-order", "2;1", "--out", "{new}"], "class_order: expected random, given, or numbers"),
     (["train", "--class-order", "given", "--out", "{new}"], "class_order: expected random for the stream permuted"),
-    (["train", "rotated", "--classes-per-task", "2", "--out", "{new}"], "classes_per_task: expected 0 for a rotated"),
+    (
+        ["train", "rotated", "--classes-per-task", "2", "--out", "{new}"],
+        "classes_per_task: expected 0 for the stream rotated",
+    ),
     (["train", "--resume", "{new}"], "{new} holds no run"),
     (["train", "--resume", "{used}", "--epochs", "9"], "epochs"),
     (["train", "--resume", "{used}", "--checkpoint", "000099.safetensors"], "'000099.safetensors'"),

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_errors import error_of
+from seen_loading import Seen
 
+from wsn_fast.train import machine
 from wsn_fast.train.data import load
 
 RNG = np.random.default_rng(0)
@@ -154,3 +156,20 @@ def test_missing_pillow_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=re.escape("wsn-fast[images]")):
         load("folder", tmp_path)
+
+
+def test_images_are_shown_while_they_are_read(tmp_path: Path) -> None:
+    seen = Seen()
+    tiny_imagenet(tmp_path)
+    load("folder", tmp_path, seen)
+    assert seen.counts == {f"reading {tmp_path / 'train'}": (2, 2), f"reading {tmp_path / 'val'}": (3, 3)}
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_tree(tmp_path)
+    monkeypatch.setattr(machine, "memory", lambda: 6 * 4 * 3 * 3)
+    assert len(load("folder", tmp_path).train_x) == 4
+    monkeypatch.setattr(machine, "memory", lambda: 6 * 4 * 3 * 3 - 1)
+    message = error_of("folder", tmp_path)
+    assert f"{tmp_path}: 6 images of (height, width) (4, 3) take 0.0 GiB, this machine has 0.0 GiB" in message
+    assert "the stream own loads images when they are needed" in message

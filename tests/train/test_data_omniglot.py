@@ -12,6 +12,7 @@ import torch
 from data_errors import error_of
 from fuzz import damaged, fuzzed
 from hypothesis import strategies as st
+from seen_loading import Seen
 
 from wsn_fast.train.data import DataError, Dataset, load
 
@@ -115,3 +116,10 @@ def test_damaged_archive(tmp_path_factory: pytest.TempPathFactory, data: st.Data
         assert str(archive) in str(error)
         return
     assert len(found.train_x) == len(found.train_y) > 0
+
+
+def test_archives_are_shown_while_they_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "images_evaluation.zip", {"Greek": [5, 40]})
+    seen = Seen()
+    load("omniglot", tmp_path, seen)
+    assert seen.counts == {"reading images_evaluation.zip": (42, 42)}  # and what is no image

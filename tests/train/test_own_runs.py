@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,8 @@ def test_images_are_augmented_on_request(tmp_path: Path) -> None:
 # --- the command -----------------------------------------------------------------------------------
 def test_the_command_trains_measures_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, run = f"{CODE}:datasets", str(tmp_path / "run")
-    assert main(["train", "own", "--data", code, *WORDS, "--tasks", "2", "--out", run]) == 0
+    assert main(["train", "own", "--data", code, *WORDS, "--tasks", "2", "--workers", "1", "--out", run]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["workers"] == 1
     assert "own_tasks.py:datasets: 2 tasks, mlp" in capsys.readouterr().out
     assert main(["eval", run, "--data", code]) == 0
     assert main(["report", run]) == 0
@@ -161,3 +164,16 @@ def test_a_damaged_sample_stops_the_run_and_keeps_it(tmp_path: Path, capsys: pyt
     assert main(["train", "own", "--data", f"{file}:make", *WORDS, "--out", str(run), "--quiet"]) == 2
     assert "damaged_tasks.py:make: task 1, train: expected labels from 0 to 3, got 4" in capsys.readouterr().err
     assert checkpoint.load_from(run / "checkpoint").state["progress"]["task"] == 1
+
+
+@pytest.mark.ci
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/own-data.md").read_text("utf-8")
+    section = page.partition("## With the driver and your own code")[2]
+    code, commands = re.findall(r"```(?:python|sh)\n(.*?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("my_tasks.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for line in commands.splitlines():
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert json.loads(Path("runs/own/results.json").read_text())["acc"] > 60

@@ -123,6 +123,7 @@ def test_plots_touch_no_global_state(tmp_path: Path) -> None:
 
 
 def show(console: report.Console) -> None:
+    assert list(console.loading(range(7), 7, "reading images")) == [*range(7)]
     console.task_started(0, 2, 3, 10, 1)
     for _ in range(20):
         console.step()
@@ -137,6 +138,17 @@ def test_a_terminal_gets_bars(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "task 0 (1/2)" in err
     assert "30/30" in err
     assert out == "task 0 (1/2): test accuracy 91.23 % (best epoch 2, 1.5 s: training 80 %, evaluation 20 %)\n"
+
+
+def test_long_loads_get_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    loading: Any = report.Console().loading(range(3), 3, "reading images")
+    assert loading.delay == 1  # seconds
+    loading.delay = loading.mininterval = 0
+    assert list(loading) == [0, 1, 2]
+    assert "reading images: " in capsys.readouterr().err
 
 
 def test_elsewhere_there_are_only_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ The memory for all images is bounded by the sizes of their files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,7 +38,10 @@ def load_image_folder(root: Path, shows: Shows = unseen) -> Dataset:
         raise DataError(f"{annotations if annotations.is_file() else test}: no images")
     size = decode(train_files[0][0], str(train_files[0][0])).shape
     _check_room(root, len(train_files) + len(test_files), size)
-    train_x, test_x = _decode_all(train_files, size, shows), _decode_all(test_files, size, shows)
+    train_x, test_x = (
+        _decode_all(shows(files, len(files), f"reading {folder}"), files, size)
+        for folder, files in ((train, train_files), (test, test_files))
+    )
     train_y, test_y = (torch.tensor([label for _, label in files]) for files in (train_files, test_files))
     return Dataset("folder", train_x, train_y, test_x, test_y, len(names))
 
@@ -94,7 +97,7 @@ def _check_room(root: Path, count: int, size: tuple[int, ...]) -> None:
         )
 
 
-def _decode_all(files: list[tuple[Path, int]], size: tuple[int, ...], shows: Shows) -> Tensor:
+def _decode_all(shown: Iterable[tuple[Path, int]], files: list[tuple[Path, int]], size: tuple[int, ...]) -> Tensor:
     """Image files -> uint8 [N, 3, H, W]; every image must have the given (H, W, 3)."""
     wanted, stored = len(files) * math.prod(size), sum(path.stat().st_size for path in {path for path, _ in files})
     if wanted > ALWAYS + _EXPANDS * stored:
@@ -103,7 +106,7 @@ def _decode_all(files: list[tuple[Path, int]], size: tuple[int, ...], shows: Sho
             f"of {stored} bytes may expand to {ALWAYS + _EXPANDS * stored} at most"
         )
     images = torch.empty((len(files), 3, *size[:2]), dtype=torch.uint8)
-    for row, (path, _) in enumerate(shows(files, len(files), f"reading {files[0][0].parents[1].name}")):
+    for row, (path, _) in enumerate(shown):
         pixels = decode(path, str(path))
         if pixels.shape != size:
             raise DataError(f"{path}: (height, width) {pixels.shape[:2]}, the first image's {size[:2]}")
