@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from wsn_fast.train import run
 from wsn_fast.train.command_line import main
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _there_is_a_checkpoint_after_each_epoch() -> Iterator[None]:
+    """Tests count on it. In processes of their own runs have ``--checkpoint-seconds 0``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "RARELY", 0)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -97,7 +97,7 @@ ERRORS = [
     (["train", "--class-order", "given", "--out", "{new}"], "class_order: expected random for the stream permuted"),
     (
         ["train", "rotated", "--classes-per-task", "2", "--out", "{new}"],
-        "classes_per_task: expected 0 for the stream rotated",
+        "classes_per_task: expected 0 for the stream",
     ),
     (["train", "--resume", "{new}"], "{new} holds no run"),
     (["train", "--resume", "{used}", "--epochs", "9"], "epochs"),

@@ -102,6 +102,7 @@ BAD = [
     ("lr_factor", 1.0),
     ("weight_decay", -0.1),
     ("checkpoint_seconds", -1),
+    ("checkpoint_seconds", "often"),
     ("reinit_scores", 1),
     ("one_pass", "yes"),
     ("moments", "4bit"),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -372,3 +374,27 @@ def test_fewer_checkpoints_change_no_number(settings: Callable[..., TrainConfig]
     assert {name: first[name] for name in NUMBERS} == {name: second[name] for name in NUMBERS}
     assert checkpoint.load_from(Path(often.out) / "checkpoint").number == 1 + 3 * (3 + 1)
     assert checkpoint.load_from(Path(seldom.out) / "checkpoint").number == 1 + 3
+
+
+def test_checkpoints_take_a_small_part_of_the_time(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a checkpoint of 1 s and epochs of 4 s, ten seconds pass before the next one: after the epochs 3, 6, 9."""
+    now, save, train_epoch = [0.0], checkpoint.save, loop.train_epoch
+
+    def saved(*arguments: Any) -> Path:
+        now[0] += 1
+        return save(*arguments)
+
+    def trained(*arguments: Any) -> float:
+        now[0] += 4
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", saved)
+    monkeypatch.setattr(run, "train_epoch", trained)
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+    monkeypatch.setattr(run, "RARELY", 10)
+    s = settings(tasks=1, epochs=10)
+    assert s.checkpoint_seconds == "auto"
+    start(s).finish()
+    assert checkpoint.load_from(Path(s.out) / "checkpoint").number == 1 + 3 + 1

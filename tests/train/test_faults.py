@@ -41,7 +41,7 @@ from wsn_fast.train.samples import Batch
 
 ROOT = Path(__file__).parents[2]
 DYING_RUN = ROOT / "tests" / "support" / "dying_run.py"
-SMALL = ["--epochs", "3", "--batch-size", "128", "--device", "cpu", "--quiet"]
+SMALL = ["--checkpoint-seconds", "0", "--epochs", "3", "--batch-size", "128", "--device", "cpu", "--quiet"]
 OPTIONS = ["permuted", "--tasks", "3", *SMALL, "--preset", "clarena", "--optimizer", "adamw", "--weight-decay", "0.01"]
 
 

@@ -30,7 +30,7 @@ from wsn_fast.train.samples import Samples
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--tasks", "3", "--epochs", "4", "--batch-size", "64", "--preset", "clarena", "--optimizer", "adamw"]
-OPTIONS += ["--weight-decay", "0.01", "--lr-patience", "1", "--device", "cpu", "--quiet"]
+OPTIONS += ["--checkpoint-seconds", "0", "--weight-decay", "0.01", "--lr-patience", "1", "--device", "cpu", "--quiet"]
 
 
 # --- real kills, in processes of their own ----------------------------------------------------------------

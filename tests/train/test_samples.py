@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, WeightedRandomSampler
 
 from wsn_fast.train.data import DataError
-from wsn_fast.train.samples import Batch, Epoch, Samples, SamplesInMemory, Share
+from wsn_fast.train.samples import Batch, Epoch, KeptSamples, Samples, SamplesInMemory, Share
+from wsn_fast.train.samples import kept as of_keeping
 from wsn_fast.train.samples import loading as of_loading
 from wsn_fast.train.samples.loading import Kind, SamplesOfDataset, SamplesOfLoader
 from wsn_fast.train.samples.randomness import Randomness
@@ -287,3 +288,20 @@ def test_nothing_is_loaded_before_it_is_needed() -> None:
     assert loaded == []
     list(islice(batches, 1))
     assert len(loaded) == 16
+
+
+# --- what is kept ----------------------------------------------------------------------------------
+def test_small_samples_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def make(task: int) -> Samples:
+        made.append(task)
+        return of_dataset() if task == 3 else SamplesInMemory(*samples(task, 50))
+
+    size = 50 * (24 * 4 + 8)
+    monkeypatch.setattr(of_keeping, "MOST", 2 * size)
+    kept = KeptSamples(make)
+    for _ in range(2):
+        for task in range(4):
+            assert torch.equal(kept[task].first(50), samples(0 if task == 3 else task, 50)[0])
+    assert made == [0, 1, 2, 3, 2, 3]  # the third one is too much, and those of a dataset are not in memory

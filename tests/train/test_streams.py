@@ -12,6 +12,7 @@ from torch import Tensor
 from wsn_fast.train.choices import KINDS, ORDERED
 from wsn_fast.train.data import Dataset
 from wsn_fast.train.streams import TaskData, TaskStream
+from wsn_fast.train.streams import stream as of_streams
 
 CLASSES = 6
 SUPERCLASSES = torch.tensor([1, 7, 4, 7, 1, 4])
@@ -103,6 +104,13 @@ def test_the_dataset_is_left_alone(kind: str) -> None:
 def test_the_seed_matters(kind: str) -> None:
     first, second = (stream_of(kind, dataset(), seed)[1] for seed in (0, 1))
     assert not torch.equal(first.train_x, second.train_x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_made_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = parts(stream_of(kind, dataset(), seed=1)[1])
+    monkeypatch.setattr(of_streams, "_AT_ONCE", 3)
+    assert all(map(torch.equal, whole, parts(stream_of(kind, dataset(), seed=1)[1])))
 
 
 @pytest.mark.parametrize("kind", KINDS)

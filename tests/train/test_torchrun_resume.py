@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = needs_gloo
 # 7 steps in an epoch, the last one of 20 samples: three processes have 7, 7 and 6 of it.
 SMALL = ["permuted", "--tasks", "2", "--epochs", "3", "--batch-size", "213", "--device", "cpu", "--lr", "0.01"]
-SMALL += ["--lr-patience", "1", "--preset", "clarena"]
+SMALL += ["--checkpoint-seconds", "0", "--lr-patience", "1", "--preset", "clarena"]
 LOST = "wsn-fast: error: another process of this run has failed or was killed; what started the processes says which"
 STEPS = 2 * 3 * 7
 NETS = {"float64": "driver_cases:plain", "stateful": "driver_cases:stateful"}

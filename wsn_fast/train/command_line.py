@@ -158,8 +158,12 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return numbers
 
 
-def _number_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def _or_auto(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        return text if text == "auto" else kind(text)
+
+    number.__name__ = f"{kind.__name__} or auto"
+    return number
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -250,11 +254,11 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--device", choices=DEVICES, help="auto takes a GPU if there is one (default: auto)")
     add(
         "--threads",
-        type=_number_or_auto,
+        type=_or_auto(int),
         metavar="N",
         help="number of CPU threads, or auto: measure which is fastest before the run starts, for train alone "
         "(default: 1 for mlp, else the number that torch chooses)",
     )
-    seconds = f"least time in seconds between two checkpoints of a task {_default('checkpoint_seconds')}"
-    add("--checkpoint-seconds", type=float, metavar="S", help=seconds)
+    seconds = "least time in seconds between two checkpoints of a task; auto: they take a few percent (default: auto)"
+    add("--checkpoint-seconds", type=_or_auto(float), metavar="S", help=seconds)
     add("--quiet", action="store_true", help="print nothing but errors")

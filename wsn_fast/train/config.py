@@ -52,7 +52,6 @@ PAPER: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
                 "net": "lenet_large",
                 "class_order": "given",
                 "classes_per_task": 12,
-                "checkpoint_seconds": 60.0,  # one has 780 MB, and takes as long as some steps of training
             }
         ),
         ("datasets", FIVE_DATASETS): MappingProxyType(
@@ -89,7 +88,7 @@ FALLBACK: Mapping[str, Any] = MappingProxyType(
         "device": "auto",
         "data_dir": None,
         "workers": 0,
-        "checkpoint_seconds": 0.0,
+        "checkpoint_seconds": "auto",
     }
 )
 
@@ -129,7 +128,6 @@ _RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = MappingProxyType(
         "lr_min": _POSITIVE,
         "lr_factor": ("a number above 1, up to 1e38", lambda x: 1 < x <= 1e38),
         "weight_decay": _NOT_NEGATIVE,
-        "checkpoint_seconds": _NOT_NEGATIVE,
     }
 )
 
@@ -199,7 +197,8 @@ class TrainConfig:
         seed: decides the initialisation, the stream, the validation split and the order of the samples.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: the number of CPU threads of torch. Another number rounds sums differently.
-        checkpoint_seconds: the least time between two checkpoints inside a task. 0 writes one after every epoch.
+        checkpoint_seconds: the least time between two checkpoints inside a task: 0 writes one after every epoch, and
+            ``auto`` so many that they take a few percent of the time.
         preset: the preset that the settings started from.
         out: folder of the run.
 
@@ -236,7 +235,7 @@ class TrainConfig:
     seed: int
     device: str
     threads: int
-    checkpoint_seconds: float
+    checkpoint_seconds: float | str
     preset: str
     out: str
 
@@ -246,11 +245,9 @@ class TrainConfig:
             if getattr(self, name) not in known:
                 raise self._error(name, f"one of {', '.join(known)}")
         for name, (expected, accept) in _RANGES.items():
-            value = getattr(self, name)
-            kind = numbers.Integral if expected.startswith("an integer") else numbers.Real
-            too_large = isinstance(value, int) and value >= 2**63
-            if isinstance(value, bool) or not isinstance(value, kind) or too_large or not accept(value):
-                raise self._error(name, expected)
+            self._check_number(name, expected, accept)
+        if self.checkpoint_seconds != "auto":
+            self._check_number("checkpoint_seconds", f"auto or {_NOT_NEGATIVE[0]}", _NOT_NEGATIVE[1])
         if self.lr < self.lr_min:
             raise self._error("lr_min", f"at most lr, {self.lr!r}")
         for name in ("reinit_scores", "one_pass"):
@@ -262,6 +259,13 @@ class TrainConfig:
             raise self._error("out", "the name of a folder")
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise self._error("data_dir", "the name of a folder or None")
+
+    def _check_number(self, name: str, expected: str, accept: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        kind = numbers.Integral if expected.startswith("an integer") else numbers.Real
+        too_large = isinstance(value, int) and value >= 2**63
+        if isinstance(value, bool) or not isinstance(value, kind) or too_large or not accept(value):
+            raise self._error(name, expected)
 
     def _check_data(self) -> None:
         known = f"one of {', '.join(DATASETS)}"

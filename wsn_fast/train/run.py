@@ -30,10 +30,12 @@ from wsn_fast.train.loop import evaluate, make_graph, make_optimizer, train_epoc
 from wsn_fast.train.processes import ALONE, Processes
 from wsn_fast.train.progress import Progress
 from wsn_fast.train.report import Console, begin_entry, masks_of, plot, summarize, versions
-from wsn_fast.train.samples import Epoch, Samples
+from wsn_fast.train.samples import Epoch, KeptSamples, Samples
 
 PROBE = 32
 """The number of samples that a task is probed with: see :meth:`wsn_fast.WSN.verify`."""
+RARELY = 30
+"""With ``checkpoint_seconds`` auto, so many times as long as a checkpoint takes passes before the next one."""
 
 
 class Run:
@@ -65,12 +67,13 @@ class Run:
         with processes.together(), self._clock.measures("data"):
             self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings, gpu, console.loading)
         self.settings = replace(settings, tasks=len(self.stream))  # they were 0 for as many as there are
+        self._tests = KeptSamples(lambda task: self.stream.test(task).to(self.device))
         self.progress = Progress()
         self._best: Mapping[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._graph: CapturedStep | None = None
         self._number = 0
-        self._saved_at = -math.inf
+        self._saved_at, self._save_took = -math.inf, 0.0
         self._parts = 1  # the largest number of parts that a batch had to be split into
 
     @classmethod
@@ -182,7 +185,7 @@ class Run:
         Raises:
             ForgottenError, UnmaskedReadError: it is not, or it does.
         """
-        x = {task: self.stream.test(int(task)).to(self.device).first(PROBE) for task in self.wsn.tasks}
+        x = {task: self._tests[int(task)].first(PROBE) for task in self.wsn.tasks}
         with self.processes.together():
             self.wsn.verify(probe=lambda task: self.wsn(x[task]))
 
@@ -224,7 +227,7 @@ class Run:
         self.console.task_started(task, len(self.stream), self.settings.epochs, batches, progress.epoch)
         while progress.epoch < self.settings.epochs and progress.lr >= self.settings.lr_min:
             self._train_epoch(train, val)
-            if time.monotonic() - self._saved_at >= self.settings.checkpoint_seconds:
+            if self._checkpoint_is_due():
                 self.save()
         with self.processes.together():
             self.wsn.load_trainable_state(self._best)
@@ -308,7 +311,7 @@ class Run:
     # --- measuring ----------------------------------------------------------------------------------------
     def _test(self, task: int) -> float:
         with self._clock.measures("data"):
-            samples = self.stream.test(task).to(self.device)
+            samples = self._tests[task]
         with self._clock.measures("evaluation"):
             return evaluate(self.wsn, samples, self.processes)[1]
 
@@ -332,7 +335,12 @@ class Run:
             with self._clock.measures("checkpoints"):
                 self._save()
 
+    def _checkpoint_is_due(self) -> bool:
+        given = self.settings.checkpoint_seconds
+        return time.monotonic() - self._saved_at >= (self._save_took * RARELY if isinstance(given, str) else given)
+
     def _save(self) -> None:
+        began = time.monotonic()
         self.progress.time = self._clock.so_far()
         tensors = {f"model/{name}": tensor for name, tensor in self.wsn.state_dict().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self._best.items()}
@@ -351,6 +359,7 @@ class Run:
         self._number += 1
         checkpoint.save(self.folder / "checkpoint", self._number, state, tensors)
         self._saved_at = time.monotonic()
+        self._save_took = self._saved_at - began
 
     def restore(self, loaded: Checkpoint) -> None:
         """Set the run to the state in which it wrote a checkpoint.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +22,13 @@ class Part(NamedTuple):
     Attributes:
         dataset: where the samples come from.
         classes: int64 [C], the classes of the dataset that belong to the task, in the order of the task's labels.
-        change: makes the images of the task from uint8 [N, C, H, W]; values keep the scale of raw pixels.
+        change: makes the images of the task, uint8 or float32, from uint8 [N, C, H, W]; values keep the scale of raw
+            pixels.
     """
 
     dataset: Dataset
     classes: Tensor
-    change: Callable[[Tensor], Tensor] = Tensor.float
+    change: Callable[[Tensor], Tensor] = Tensor.contiguous
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
@@ -67,7 +69,8 @@ def parts(
 def _permuted(seed: int, task: int, images: Tensor) -> Tensor:
     pixels = images.shape[2] * images.shape[3]
     order = torch.randperm(pixels, generator=generator(seed, f"pixels of task {task}"))
-    return images.flatten(2)[:, :, order].view(images.shape).float()
+    # NumPy takes a third of the time of torch's indexing.
+    return torch.from_numpy(np.take(images.flatten(2).numpy(), order.numpy(), axis=2)).view(images.shape)
 
 
 def _rotated(tasks: int, task: int, images: Tensor) -> Tensor:

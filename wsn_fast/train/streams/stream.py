@@ -20,6 +20,8 @@ from wsn_fast.train.streams.images import channel_statistics
 from wsn_fast.train.streams.interface import Stream
 from wsn_fast.train.streams.kinds import generator, parts
 
+_AT_ONCE = 512  # images, which stay in the processor's cache from one pass to the next
+
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
@@ -195,8 +197,12 @@ class TaskStream(Stream, Sequence[TaskData]):
         return labels
 
     def _inputs(self, images: Tensor, rows: Tensor, task: int) -> Tensor:
-        x = self._parts[task].change(images.index_select(0, rows))  # a third of the time of images[rows]
-        return x.sub_(self.mean[task]).div_(self.std[task])
+        x = torch.empty(len(rows), *images.shape[1:])
+        change, mean, std = self._parts[task].change, self.mean[task], self.std[task]
+        for part, of_images in zip(x.split(_AT_ONCE), rows.split(_AT_ONCE), strict=True):
+            changed = change(images.index_select(0, of_images))  # a third of the time of images[of_images]
+            torch.sub(changed, mean, out=part).div_(std)  # bytes become float32 in the same pass
+        return x
 
     def _held_out(self, count: int) -> int:
         return round(count * self._val_fraction)

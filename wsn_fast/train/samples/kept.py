@@ -1,0 +1,34 @@
+"""Samples that are measured again after every task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from wsn_fast.train.samples.memory import SamplesInMemory
+from wsn_fast.train.samples.samples import Samples
+
+MOST = 1 << 28  # bytes
+
+
+class KeptSamples:
+    """Gives the samples of tasks, and keeps those in memory as long as they are small together.
+
+    Args:
+        make: makes the samples of a task.
+    """
+
+    def __init__(self, make: Callable[[int], Samples]) -> None:
+        self._make = make
+        self._kept: dict[int, Samples] = {}
+        self._left = MOST
+
+    def __getitem__(self, task: int) -> Samples:
+        """The samples of a task."""
+        if task in self._kept:
+            return self._kept[task]
+        samples = self._make(task)
+        size = samples.x.nbytes + samples.y.nbytes if isinstance(samples, SamplesInMemory) else 0
+        if 0 < size <= self._left:
+            self._kept[task] = samples
+            self._left -= size
+        return samples
