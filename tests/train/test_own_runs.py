@@ -15,7 +15,7 @@ from same_end import assert_same_end
 from stopping_console import Stop, StoppingConsole
 
 from wsn_fast import WSN
-from wsn_fast.train import checkpoint
+from wsn_fast.train import checkpoint, records
 from wsn_fast.train.command_line import main
 from wsn_fast.train.config import resolve
 from wsn_fast.train.report import Console
@@ -42,6 +42,7 @@ def test_a_run_learns_and_forgets_nothing(make: str, tmp_path: Path) -> None:
     begun = [line["train_samples"] for line in log if line["kind"] == "begin"]
     assert begun == {"datasets": [190] * 3, "loaders": [190] * 3, "of_unknown_length": [None] * 2}[make]
     assert all(line["time"]["data"] > 0 for line in log if line["kind"] == "task")
+    assert records.read(str(tmp_path / "run")).notes == []
 
 
 @pytest.mark.parametrize(

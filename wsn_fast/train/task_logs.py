@@ -38,7 +38,7 @@ class TaskLog:
         epochs: the number of finished epochs.
         best_epoch: the epoch with the smallest validation loss; None while the task is in training.
         seconds: the time of all finished epochs, with their validation.
-        train_samples: the number of samples per epoch; None if the run did not log it.
+        train_samples: the number of samples per epoch; None if the run did not log it or did not know it.
         optimizer: the package and the class of the optimizer; None if the run did not log it.
         paths: which backend ran each operation (see :func:`wsn_fast.train.report.begin_entry`).
         curve: the finished epochs, in order.
@@ -180,7 +180,12 @@ def _checked_begin(entry: Mapping[str, Any]) -> dict[str, Any]:
         {**{word: str(path[word]) for word in words}, "layers": [str(layer) for layer in path["layers"]]}
         for path in entry["paths"]
     ]
-    return {"train_samples": _number(entry["train_samples"]), "optimizer": str(entry["optimizer"]), "paths": paths}
+    samples = entry["train_samples"]
+    return {
+        "train_samples": None if samples is None else _number(samples),
+        "optimizer": str(entry["optimizer"]),
+        "paths": paths,
+    }
 
 
 def _checked_epoch(number: int, entry: Mapping[str, Any]) -> Epoch | None:
