@@ -77,10 +77,10 @@ def stateful(rank: int) -> None:
     has its sign changed, so that an early epoch is the best and the learning rate falls."""
     from wsn_fast.train import run
 
-    def evaluate(wsn: WSN, samples: Samples, processes: Processes) -> tuple[float, float]:
+    def evaluate(wsn: WSN, samples: Samples, processes: Processes, *rest: Any) -> tuple[float, float]:
         mean = wsn.model.features[2].running_mean
         assert len({*collectives.texts_of(processes.group, str(mean.tolist()))}) == 1, "they have other statistics"
-        loss, accuracy = loop.evaluate(wsn, samples, processes)
+        loss, accuracy = loop.evaluate(wsn, samples, processes, *rest)
         return -loss, accuracy
 
     run.evaluate = evaluate

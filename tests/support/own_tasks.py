@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,3 +89,36 @@ def shuffled_loaders(folder: str | None) -> list[Task]:
         Task(DataLoader(task.train, 23, shuffle=True), DataLoader(task.test, 25), CLASSES, DataLoader(task.test, 25))
         for task in without_noise(folder)
     ]
+
+
+def cut_by_chance(folder: str | None) -> list[Task]:
+    """Tasks that each process cuts up in another way."""
+    order = np.random.default_rng().permutation(200)
+    x, y = (part[order] for part in samples(0, 200))
+    return [Task(TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:]), CLASSES)] * 2
+
+
+class OfTheRank:
+    """Batches that are other ones in each process from the second on."""
+
+    def __init__(self, *, in_number: bool) -> None:
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._in_number = in_number
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = samples(0, 64)
+        yield x, y
+        for _ in range(1 + self._in_number * self._rank):
+            yield x, y if self._in_number else (y + self._rank) % CLASSES
+
+
+def other_numbers_of_batches(folder: str | None) -> list[Task]:
+    """A task whose loader gives more batches in a later process."""
+    held_out = TensorDataset(*samples(0, 60))
+    return [Task(OfTheRank(in_number=True), held_out, CLASSES, held_out)]
+
+
+def other_labels(folder: str | None) -> list[Task]:
+    """A task whose loader gives other labels in a later process."""
+    held_out = TensorDataset(*samples(0, 60))
+    return [Task(OfTheRank(in_number=False), held_out, CLASSES, held_out)]

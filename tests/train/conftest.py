@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsn_fast.train import run
+from wsn_fast.train import pace
 from wsn_fast.train.command_line import main
 
 
@@ -17,7 +17,7 @@ from wsn_fast.train.command_line import main
 def _there_is_a_checkpoint_after_each_epoch() -> Iterator[None]:
     """Tests count on it. In processes of their own runs have ``--checkpoint-seconds 0``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "RARELY", 0)
+        patch.setattr(pace, "RARELY", 0)
         yield
 
 

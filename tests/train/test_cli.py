@@ -186,7 +186,7 @@ def test_eval_names_a_number_that_differs(copy: Path, capsys: pytest.CaptureFixt
 def test_eval_measures_and_does_not_copy(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("wsn_fast.train.run.evaluate", lambda wsn, samples, processes: (0.0, 12.5))
+    monkeypatch.setattr("wsn_fast.train.run.evaluate", lambda wsn, samples, *rest: (0.0, 12.5))
     assert cli.main(["eval", str(copy)]) == 1
     named = {line.split(": ")[2] for line in capsys.readouterr().err.splitlines()}
     assert {"accuracy_matrix", "acc", "random_init"} <= named

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from wsn_fast import ForgottenError
 from wsn_fast.continual.wsn import WSN
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
-from wsn_fast.train import checkpoint, loop, run
+from wsn_fast.train import checkpoint, loop, pace, run
 from wsn_fast.train.config import TrainConfig, resolve
 from wsn_fast.train.data import DataError
-from wsn_fast.train.processes import Processes
 from wsn_fast.train.report import NUMBERS, Console
 from wsn_fast.train.run import Run
 from wsn_fast.train.samples import Epoch, Samples, SamplesInMemory
@@ -45,8 +43,8 @@ def script_validation(monkeypatch: pytest.MonkeyPatch, losses: list[float], samp
     """Let the validation losses (of a set with so many samples) be these, in this order."""
     upcoming = iter(losses)
 
-    def evaluate(wsn: WSN, given: Samples, processes: Processes) -> tuple[float, float]:
-        loss, accuracy = loop.evaluate(wsn, given, processes)
+    def evaluate(wsn: WSN, given: Samples, *rest: Any) -> tuple[float, float]:
+        loss, accuracy = loop.evaluate(wsn, given, *rest)
         return (next(upcoming) if given.count == samples else loss), accuracy
 
     monkeypatch.setattr(run, "evaluate", evaluate)
@@ -392,8 +390,8 @@ def test_checkpoints_take_a_small_part_of_the_time(
 
     monkeypatch.setattr(checkpoint, "save", saved)
     monkeypatch.setattr(run, "train_epoch", trained)
-    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
-    monkeypatch.setattr(run, "RARELY", 10)
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(pace, "RARELY", 10)
     s = settings(tasks=1, epochs=10)
     assert s.checkpoint_seconds == "auto"
     start(s).finish()

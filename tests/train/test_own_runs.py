@@ -20,6 +20,7 @@ from wsn_fast.train.command_line import main
 from wsn_fast.train.config import resolve
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
+from wsn_fast.train.samples.loading import LoadingError
 from wsn_fast.train.streams import own_code
 
 CODE = own_tasks.__file__
@@ -102,7 +103,10 @@ def test_no_code_runs_because_a_folder_says_so(
     monkeypatch.setattr(own_code, "call", lambda *_: pytest.fail("the code has run"))
     for words in (["train", "--resume"], ["eval"]):
         assert main([*words, str(run)]) == 2
-        assert f"data: expected --data {code} or other code" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "data: expected --data FILE.py:FUNCTION, the code that makes the tasks, because the folder" in said
+        assert main([*words, str(run), "--data", ""]) == 2
+        assert "data: expected FILE.py:FUNCTION or MODULE:FUNCTION" in capsys.readouterr().err
     assert main(["report", str(run)]) == 0
 
 
@@ -147,7 +151,7 @@ def test_a_sweep_over_tasks_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_code_that_fails_shows_where(tmp_path: Path) -> None:
     (tmp_path / "failing_tasks.py").write_text("def make(folder): return [1 / 0]")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(LoadingError, match=r"failing_tasks.py:make: .*: ZeroDivisionError: division by zero"):
         main(["train", "own", "--data", f"{tmp_path / 'failing_tasks.py'}:make", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 

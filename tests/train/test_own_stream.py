@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import own_tasks
 import pytest
 import torch
 from own_tasks import CLASSES, Endless, datasets, loaders, samples
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, random_split
 
 from wsn_fast.train import Task
-from wsn_fast.train.config import from_dict, resolve
+from wsn_fast.train.config import command_line, from_dict, resolve
 from wsn_fast.train.data import DataError
 from wsn_fast.train.experiment import make_experiment
-from wsn_fast.train.samples.loading import SamplesOfDataset
+from wsn_fast.train.samples.loading import LoadingError, SamplesOfDataset
 from wsn_fast.train.streams import OwnStream, own_code
 
 CODE = own_tasks.__file__
@@ -92,10 +95,31 @@ def test_tasks_are_opened_when_they_are_needed() -> None:
 
     tasks = Lazy()
     stream = stream_of(tasks)
-    tasks.opened.clear()
+    assert tasks.opened == [0, 1, 2]
     stream.training(1)
     stream.test(2)
-    assert tasks.opened == [1, 2]
+    assert tasks.opened == [0, 1, 2, 1, 2]
+
+
+def test_a_task_that_is_cut_at_random_is_the_same_each_time() -> None:
+    """Else samples to test on would be trained."""
+
+    class Lazy(list[None]):
+        def __getitem__(self, task: Any) -> Task:
+            train, test = random_split(TensorDataset(torch.arange(80.0).view(-1, 1), torch.zeros(80).long()), [60, 20])
+            return Task(train, test, CLASSES)
+
+    stream = stream_of(Lazy([None] * 2), val_fraction=0.2)
+    state = torch.get_rng_state()
+    for task in (0, 1, 0):
+        parts = [part.first(99).flatten().tolist() for part in (*stream.training(task), stream.test(task))]
+        assert sorted(itertools.chain(*parts)) == list(range(80))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(stream.test(0).first(20), stream.test(1).first(20))
+
+
+def test_classes_may_be_a_number_of_numpy() -> None:
+    assert stream_of([Task(data(), data(), np.int64(4))]).classes == {0: 4}  # type: ignore[arg-type]
 
 
 def test_the_fingerprint_is_of_what_is_known() -> None:
@@ -109,8 +133,9 @@ def test_the_fingerprint_is_of_what_is_known() -> None:
         (first, first), (first._replace(classes=5),), (first._replace(train=data(30)),),
         (first._replace(test=data(30)),), (first._replace(test=data(task=1)),), (first._replace(validation=data()),),
         (first._replace(train=wider, test=wider),),
+        (first._replace(train=data(task=1)),),
     ]  # fmt: skip
-    assert len({fingerprint(first), *(fingerprint(*tasks) for tasks in others)}) == 8
+    assert len({fingerprint(first), *(fingerprint(*tasks) for tasks in others)}) == 9
 
 
 def test_there_is_no_such_task() -> None:
@@ -151,11 +176,8 @@ def test_what_is_no_task_is_refused(tasks: Any, message: str) -> None:
 
 def test_other_inputs_of_a_later_task_are_refused() -> None:
     wider = TensorDataset(torch.randn(20, 1, 4, 7), torch.zeros(20).long())
-    stream = stream_of([Task(data(), data(), CLASSES), Task(wider, data(), CLASSES)])
-    with pytest.raises(
-        DataError, match=r"tasks: task 1, train: .*shape \[2, 1, 4, 6\], got torch.float32 \[2, 1, 4, 7\]"
-    ):
-        list(stream.training(1)[1].in_order())
+    with pytest.raises(DataError, match=r"tasks: task 1, train: .*shape \[1, 1, 4, 6\], got .* \[1, 1, 4, 7\]"):
+        stream_of([Task(data(), data(), CLASSES), Task(wider, data(), CLASSES)])
 
 
 # --- the code that makes it ------------------------------------------------------------------------
@@ -172,8 +194,8 @@ def file(tmp_path: Path) -> Iterator[Path]:
 def test_code_is_called_with_the_folder_of_the_data(file: Path) -> None:
     file.write_text("import helper_of_a_test\ndef make(folder): return [folder, helper_of_a_test.NUMBER]")
     file.with_name("helper_of_a_test.py").write_text("NUMBER = 5")
-    assert own_code.call(f"{file}:make", "/data") == ["/data", 5]
-    assert own_code.call("code_of_a_test:make", None) == [None, 5]
+    assert own_code.call(f"{file}:make", "/data", 0) == ["/data", 5]
+    assert own_code.call("code_of_a_test:make", None, 0) == [None, 5]
 
 
 @pytest.mark.parametrize(
@@ -191,13 +213,27 @@ def test_code_that_is_not_there(file: Path, name: str, message: str) -> None:
     file.write_text("NUMBER = 1")
     file.with_name("json.py").write_text("def make(folder): return []")
     with pytest.raises(DataError, match=message):
-        own_code.call(name.format(folder=file.parent, file=file), None)
+        own_code.call(name.format(folder=file.parent, file=file), None, 0)
 
 
-def test_an_error_in_code_comes_up_as_it_is(file: Path) -> None:
+def test_an_error_in_code_says_where_and_has_its_cause(file: Path) -> None:
     file.write_text("import no_such_module_here\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
-        own_code.call(f"{file}:make", None)
+    with pytest.raises(
+        LoadingError, match=r"code_of_a_test.py:make: the code that makes the data has failed: Mod"
+    ) as error:
+        own_code.call(f"{file}:make", None, 0)
+    assert isinstance(error.value.__cause__, ModuleNotFoundError)
+
+
+def test_what_code_draws_is_decided_by_the_seed(file: Path) -> None:
+    file.write_text(
+        "import random, numpy, torch\ndef make(folder): return torch.rand(1), numpy.random.rand(), random.random()"
+    )
+    state = torch.get_rng_state()
+    first, again, other = (own_code.call(f"{file}:make", None, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 # --- its settings ----------------------------------------------------------------------------------
@@ -205,6 +241,10 @@ def test_settings_of_a_stream_of_ones_own() -> None:
     settings = resolve(stream="own", data="some/my tasks.py:make")
     assert (settings.tasks, settings.net, settings.workers) == (0, "resnet18", 0)
     assert settings.out == "runs/own-my+tasks.py+make-paper-seed0"
+    assert shlex.split(command_line(settings))[3:5] == ["--data", "some/my tasks.py:make"]
+    windows = resolve(stream="own", data=r"C:\me\my_tasks.py:make")
+    assert windows.out == "runs/own-my_tasks.py+make-paper-seed0"
+    assert shlex.split(command_line(windows))[4] == r"C:\me\my_tasks.py:make"
 
 
 @pytest.mark.parametrize(
@@ -214,6 +254,8 @@ def test_settings_of_a_stream_of_ones_own() -> None:
         ({"stream": "own", "data": "file.py"}, "data: expected FILE.py:FUNCTION"),
         ({"stream": "own", "data": "file.py:f()"}, "data: expected FILE.py:FUNCTION"),
         ({"stream": "own", "data": "file.py:f\n"}, "data: expected FILE.py:FUNCTION"),
+        ({"stream": "own", "data": "\x1b[2Jfile.py:f"}, "data: expected FILE.py:FUNCTION"),
+        ({"stream": "own", "data": ""}, "data: expected FILE.py:FUNCTION"),
         ({"stream": "own", "data": 7}, "data: expected FILE.py:FUNCTION"),
         ({"stream": "own", "data": "f:g", "workers": -1}, "workers: expected an integer from 0 to 1024, got -1"),
         ({"stream": "own", "data": "f:g", "tasks": -1}, "tasks: expected an integer from 0 to"),

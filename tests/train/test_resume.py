@@ -135,8 +135,8 @@ def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
     The validation loss has its sign changed, so that an early epoch is the best and lr falls.
     """
 
-    def evaluate(wsn: WSN, samples: Samples, processes: Processes) -> tuple[float, float]:
-        loss, accuracy = loop.evaluate(wsn, samples, processes)
+    def evaluate(wsn: WSN, samples: Samples, processes: Processes, *rest: Any) -> tuple[float, float]:
+        loss, accuracy = loop.evaluate(wsn, samples, processes, *rest)
         return -loss, accuracy
 
     with pytest.MonkeyPatch.context() as patch:

@@ -12,13 +12,20 @@ import pytest
 import torch
 from own_tasks import CLASSES, Endless, Noisy, samples
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from wsn_fast.train.data import DataError
 from wsn_fast.train.samples import Batch, Epoch, KeptSamples, Samples, SamplesInMemory, Share
 from wsn_fast.train.samples import kept as of_keeping
 from wsn_fast.train.samples import loading as of_loading
-from wsn_fast.train.samples.loading import Kind, SamplesOfDataset, SamplesOfLoader
+from wsn_fast.train.samples.loading import Kind, LoadingError, SamplesOfDataset, SamplesOfLoader
 from wsn_fast.train.samples.randomness import Randomness
 
 KIND = Kind("task 0, train", (1, 4, 6), CLASSES)
@@ -100,9 +107,9 @@ def test_batches_for_measuring_are_shared(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_batches_for_measuring_have_fewer_large_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_loading, "_MEASURED", 24 * 7)
+    monkeypatch.setattr(of_loading, "_MOST_NUMBERS", 24 * 7)
     assert [len(batch[1]) for batch in of_dataset().in_order() if batch] == [7] * 7 + [1]
-    monkeypatch.setattr(of_loading, "_MEASURED", 1)
+    monkeypatch.setattr(of_loading, "_MOST_NUMBERS", 1)
     assert [len(batch[1]) for batch in of_dataset().in_order() if batch] == [1] * 50
 
 
@@ -169,11 +176,64 @@ def test_a_sampler_hears_of_the_epoch() -> None:
     assert sampler[0] == 7
 
 
-def test_a_loader_that_gives_parts_is_refused() -> None:
-    data = TensorDataset(X, Y)
-    loader = DataLoader(data, 16, sampler=DistributedSampler(data, num_replicas=2, rank=0))
-    with pytest.raises(DataError, match="task 0, train: expected a loader that gives whole batches, got one with a D"):
-        list(of_loader(loader).epoch(5, EPOCH))
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"batch_size": 16, "sampler": DistributedSampler(TensorDataset(X), 2, 0)}, "a DistributedSampler"),
+        (
+            {"batch_sampler": BatchSampler(DistributedSampler(TensorDataset(X), 2, 0), 16, False)},
+            "a DistributedSampler",
+        ),
+        ({"batch_size": 16, "num_workers": 1, "persistent_workers": True}, "persistent_workers: they go on with"),
+        ({"batch_size": 16, "num_workers": 1, "in_order": False}, "in_order=False: the order"),
+    ],
+)
+def test_a_loader_that_cannot_be_repeated_is_refused(more: dict[str, Any], why: str) -> None:
+    with pytest.raises(DataError, match=f"task 0, train: expected a loader without {why}"):
+        of_loader(DataLoader(TensorDataset(X, Y), **more))
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        ({"batch_size": 16}, 50),
+        ({"batch_size": 16, "drop_last": True}, 48),
+        ({"batch_sampler": BatchSampler(RandomSampler(range(20)), 8, True)}, None),
+        ({"batch_size": None}, None),
+    ],
+)
+def test_the_number_of_samples_of_a_loader(more: dict[str, Any], count: int | None) -> None:
+    assert of_loader(DataLoader(TensorDataset(X, Y), **more)).count == count
+
+
+def test_a_generator_inside_a_batch_sampler_is_seeded() -> None:
+    def order(number: int) -> Tensor:
+        sampler = BatchSampler(RandomSampler(range(50), generator=torch.Generator()), 16, False)
+        loader = DataLoader(TensorDataset(X, Y), batch_sampler=sampler)
+        return torch.cat([x for x, _ in taken(of_loader(loader).epoch(5, Epoch(1, 2, number)))])
+
+    assert torch.equal(order(3), order(3)) and not torch.equal(order(3), order(4))
+
+
+def test_batches_of_a_loader_have_a_mark_and_others_do_not() -> None:
+    marks = [batch.mark for batch in of_loader().epoch(5, EPOCH)]
+    assert len({*marks}) == 4 and min(marks) > 0
+    assert marks == [batch.mark for batch in of_loader().epoch(5, Epoch(3, 3, 3))]
+    for given in (of_dataset(), SamplesInMemory(X, Y)):
+        assert {batch.mark for batch in given.epoch(16, EPOCH)} == {0}
+
+
+@pytest.mark.parametrize("of", ["dataset", "loader"])
+def test_an_error_of_the_data_says_whose_it_is(of: str) -> None:
+    class Broken(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            raise ValueError("file 7 is damaged")
+
+    given: Samples = of_dataset(Broken(X, Y)) if of == "dataset" else of_loader(DataLoader(Broken(X, Y), 16))
+    for use in (lambda: list(given.epoch(5, EPOCH)), lambda: list(given.in_order()), lambda: given.first(1)):
+        with pytest.raises(LoadingError, match=r"^task 0, train: .* failed: ValueError: file 7 is damaged") as error:
+            use()
+        assert isinstance(error.value.__cause__, ValueError)
 
 
 # --- what loading draws -------------------------------------------------------------------------------------
@@ -258,6 +318,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "label too large": (wrong(y=Y + 1), "expected labels from 0 to 3, got 4"),
     "label too small": (wrong(y=Y - 1), "expected labels from 0 to 3, got -1"),
     "no batches": ([], "no batches"),
+    "no samples": (
+        wrong(X[:0], Y[:0]),
+        "at least one sample in each batch, got tuple of torch",
+    ),
 }
 
 
@@ -266,13 +330,15 @@ def test_batches_of_another_kind_are_refused(name: str) -> None:
     batches, message = BAD[name]
     with pytest.raises(DataError, match=f"^task 0, train: .*{message}"):
         list(of_loader(batches).epoch(5, EPOCH))
-    if batches:
-        with pytest.raises(DataError, match=message):
-            list(of_loader(batches).in_order())
+    with pytest.raises(DataError, match=message):
+        list(of_loader(batches).in_order())
+    with pytest.raises(DataError, match=message):
+        of_loader(batches).first(3)
 
 
-def test_other_numbers_become_float32_and_int64() -> None:
-    ((x, y),) = taken(of_loader(wrong(X.double(), Y.to(torch.uint8))).epoch(5, EPOCH))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16])
+def test_other_numbers_become_float32_and_int64(dtype: torch.dtype) -> None:
+    ((x, y),) = taken(of_loader(wrong(X.double(), Y.to(dtype))).epoch(5, EPOCH))
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
     assert torch.equal(x, X) and torch.equal(y, Y)
 
@@ -300,7 +366,7 @@ def test_small_samples_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return of_dataset() if task == 3 else SamplesInMemory(*samples(task, 50))
 
     size = 50 * (24 * 4 + 8)
-    monkeypatch.setattr(of_keeping, "MOST", 2 * size)
+    monkeypatch.setattr(of_keeping, "MOST_BYTES", 2 * size)
     kept = KeptSamples(make)
     for _ in range(2):
         for task in range(4):

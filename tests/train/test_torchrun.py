@@ -262,3 +262,17 @@ def test_processes_train_data_of_ones_own_as_one(make: str, tmp_path: Path) -> N
     assert masks and all(torch.equal(one[name], two[name]) for name in masks)
     weights = [name for name in one if name.endswith(".weight")]
     assert all(torch.allclose(one[name], two[name], rtol=1e-9, atol=1e-11) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        ("cut_by_chance", "data: the processes do not have the same data"),
+        ("other_numbers_of_batches", "data: the loader of each process has to give the same batches"),
+        ("other_labels", "data: the loader of each process has to give the same batches"),
+    ],
+)
+def test_processes_with_other_data_stop(make: str, says: str, tmp_path: Path) -> None:
+    words = ["train", "own", "--data", f"{own_tasks.__file__}:{make}", "--net", "mlp", "--device", "cpu", "--quiet"]
+    ended = drive(tmp_path, 2, *words, "--out", tmp_path / "run", prepare="driver_cases:own", using=[])
+    assert says in one_error(ended)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
@@ -148,7 +149,7 @@ _FIRST: Mapping[str, Any] = MappingProxyType(
 _SHOWN = 500  # characters of a message
 
 _NAME = re.compile(r"\w[\w.+-]{0,99}")
-_CODE = re.compile(r"[^\n:]{1,999}:[A-Za-z_]\w{0,99}")
+_CODE = re.compile(r".{1,999}:[A-Za-z_]\w{0,99}")
 _NUMBERS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 
 # The settings that only say where files are on one machine. They do not change what a run computes.
@@ -193,7 +194,7 @@ class TrainConfig:
         lr_min: the training of a task stops when lr falls below this.
         val_fraction: fraction of the training samples held out for validation.
         augment: ``crops`` crops and mirrors training images at random
-            (:class:`wsn_fast.train.augmentation.Augmentation`), ``none`` leaves them as they are.
+            (:class:`wsn_fast.train.samples.augmentation.Augmentation`), ``none`` leaves them as they are.
         seed: decides the initialisation, the stream, the validation split and the order of the samples.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: the number of CPU threads of torch. Another number rounds sums differently.
@@ -270,7 +271,7 @@ class TrainConfig:
     def _check_data(self) -> None:
         known = f"one of {', '.join(DATASETS)}"
         if self.stream == "own":
-            if not isinstance(self.data, str) or not _CODE.fullmatch(self.data):
+            if not isinstance(self.data, str) or not self.data.isprintable() or not _CODE.fullmatch(self.data):
                 raise self._error("data", "FILE.py:FUNCTION or MODULE:FUNCTION, the code that makes the tasks")
         elif self.stream == "datasets":
             known += ", or folders of images, with commas between them"
@@ -379,4 +380,4 @@ def command_line(config: TrainConfig) -> str:
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, str(value)]
-    return " ".join(words)
+    return shlex.join(words)

@@ -10,7 +10,7 @@ from wsn_fast import WSN
 from wsn_fast.convert.to_subnet import convert
 from wsn_fast.train import data, machine, nets, streams
 from wsn_fast.train.config import TrainConfig
-from wsn_fast.train.data.loading import Shows, unseen
+from wsn_fast.train.data.loading import Shows, shows_nothing
 from wsn_fast.train.streams import own_code
 
 
@@ -30,7 +30,7 @@ class Experiment(NamedTuple):
     fingerprint: str
 
 
-def make_experiment(settings: TrainConfig, gpu: int | None = None, shows: Shows = unseen) -> Experiment:
+def make_experiment(settings: TrainConfig, gpu: int | None = None, shows: Shows = shows_nothing) -> Experiment:
     """Load the data, make the stream, and build, convert and place the model, initialised from the seed.
 
     Sets torch's global seed and its number of threads.
@@ -77,7 +77,7 @@ def _stream_of_datasets(settings: TrainConfig, shows: Shows) -> streams.TaskStre
 
 def _own_stream(settings: TrainConfig, shows: Shows) -> streams.OwnStream:
     made = streams.OwnStream(
-        own_code.call(settings.data, settings.data_dir),
+        own_code.call(settings.data, settings.data_dir, settings.seed),
         settings.seed,
         tasks=settings.tasks or None,
         val_fraction=settings.val_fraction,

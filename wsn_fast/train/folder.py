@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -69,16 +68,16 @@ def config_to_go_on(
     settings = read_config(folder)
     if settings.stream == "own" and data is None:
         raise ValueError(
-            f"data: expected --data {shlex.quote(settings.data)} or other code that makes the same tasks, because the "
-            "folder of a run cannot decide which code is run"
+            "data: expected --data FILE.py:FUNCTION, the code that makes the tasks, because the folder of a run cannot "
+            f"decide which code is run; it was {settings.data!r}"
         )
     if settings.stream != "own" and data is not None:
         raise ValueError(f"data: expected none, since those of the run are {settings.data!r}, got {data!r}")
     return replace(
         settings,
-        data=data or settings.data,
-        data_dir=data_dir or settings.data_dir,
-        device=device or settings.device,
+        data=settings.data if data is None else data,
+        data_dir=settings.data_dir if data_dir is None else data_dir,
+        device=settings.device if device is None else device,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from wsn_fast import WSN, CapturedStep, capture_step
 from wsn_fast.optim.capture import obstacle_of
 from wsn_fast.optim.optimizers import SubnetAdamW, SubnetSGD
 from wsn_fast.train.config import TrainConfig
+from wsn_fast.train.data.files import DataError
 from wsn_fast.train.processes import ALONE, Processes
 from wsn_fast.train.samples import Batch, Epoch, Samples, parts_of
 
@@ -166,6 +167,28 @@ def train_epoch_in_parts(
     return total.item() / samples
 
 
+def agreeing(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
+    """The batches of loaders, of which each process has its own.
+
+    Raises:
+        DataError: not all processes have loaded the same labels, or some of them have no batch any more.
+    """
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        marks = torch.zeros(processes.size, dtype=torch.int64)
+        marks[processes.rank] = 0 if batch is None else batch.mark
+        processes.sum(marks)
+        if (marks != marks[0]).any():
+            raise DataError(
+                "data: the loader of each process has to give the same batches in the same order, and they differ: "
+                "draw what is random with the generators of torch, NumPy or Python, and do not cut the data up yourself"
+            )
+        if batch is None:
+            return
+        yield batch
+
+
 def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, batch: Batch, parts: int) -> Tensor:
     """Compute the gradients of the mean loss over a batch, in parts. Returns that loss, detached."""
     optimizer.zero_grad(set_to_none=True)
@@ -181,7 +204,9 @@ def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, batch: Batch, parts: 
 
 
 @torch.no_grad()
-def evaluate(wsn: WSN, samples: Samples, processes: Processes = ALONE) -> tuple[float, float]:
+def evaluate(
+    wsn: WSN, samples: Samples, processes: Processes = ALONE, waits: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> tuple[float, float]:
     """Measure the mean cross-entropy and the accuracy in percent, in eval mode, with the mask and head in use.
 
     The processes take the batches in turn, and the sums are the same to the bit for any number of them.
@@ -190,6 +215,7 @@ def evaluate(wsn: WSN, samples: Samples, processes: Processes = ALONE) -> tuple[
         wsn: the model.
         samples: those to measure on, on the device of the model.
         processes: those that measure, with the same model.
+        waits: gives the batches on, and may measure the time until they are there.
 
     Raises:
         ValueError: there are no samples.
@@ -197,7 +223,7 @@ def evaluate(wsn: WSN, samples: Samples, processes: Processes = ALONE) -> tuple[
     wsn.eval()
     nothing, correct = torch.zeros((), device=samples.device), torch.zeros((), dtype=torch.int64, device=samples.device)
     losses, count = [], 0
-    for batch in samples.in_order(processes.share):
+    for batch in waits(samples.in_order(processes.share)):
         losses.append(nothing)
         if batch is not None:
             inputs, labels = batch

@@ -18,6 +18,7 @@ from torch import Tensor
 from wsn_fast import launch
 from wsn_fast.backends import collectives, meeting
 from wsn_fast.continual.parallel import OtherFailedError
+from wsn_fast.train.data.files import DataError
 from wsn_fast.train.samples import Share
 
 if TYPE_CHECKING:
@@ -108,6 +109,14 @@ class Processes:
             raise StoppedError from failed
         if failed is not None:  # whoever has told of its failure has recovered from it
             raise failed
+
+    def agree(self, fingerprint: str) -> None:
+        """Raise ``DataError`` in all processes if they do not have data of the same fingerprint."""
+        if len({*collectives.texts_of(self.group, fingerprint)}) > 1:
+            raise DataError(
+                "data: the processes do not have the same data: their files differ, or the code that makes the tasks "
+                "draws what the seed does not decide"
+            )
 
     def sum(self, tensor: Tensor) -> None:
         """In place, ``tensor`` becomes the sum of those of all processes."""

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from wsn_fast.train.config import TrainConfig
 from wsn_fast.train.experiment import make_experiment
 from wsn_fast.train.folder import append_metrics, check_same_run, check_unused, config_to_go_on, write_json
 from wsn_fast.train.lock import FolderLock
-from wsn_fast.train.loop import evaluate, make_graph, make_optimizer, train_epoch, train_epoch_in_parts
+from wsn_fast.train.loop import agreeing, evaluate, make_graph, make_optimizer, train_epoch, train_epoch_in_parts
+from wsn_fast.train.pace import Pace
 from wsn_fast.train.processes import ALONE, Processes
 from wsn_fast.train.progress import Progress
 from wsn_fast.train.report import Console, begin_entry, masks_of, plot, summarize, versions
@@ -34,8 +36,6 @@ from wsn_fast.train.samples import Epoch, KeptSamples, Samples
 
 PROBE = 32
 """The number of samples that a task is probed with: see :meth:`wsn_fast.WSN.verify`."""
-RARELY = 30
-"""With ``checkpoint_seconds`` auto, so many times as long as a checkpoint takes passes before the next one."""
 
 
 class Run:
@@ -64,8 +64,10 @@ class Run:
         self._lock = lock or FolderLock(folder, processes)  # held from start or resume until finish returns
         gpu = launch.local_rank() if processes.size > 1 else None
         self._clock = Clock()
+        self._waits = partial(self._clock.measures_each, "data")
         with processes.together(), self._clock.measures("data"):
             self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings, gpu, console.loading)
+        processes.agree(self.fingerprint)
         self.settings = replace(settings, tasks=len(self.stream))  # they were 0 for as many as there are
         self._tests = KeptSamples(lambda task: self.stream.test(task).to(self.device))
         self.progress = Progress()
@@ -73,7 +75,7 @@ class Run:
         self._optimizer: torch.optim.Optimizer | None = None
         self._graph: CapturedStep | None = None
         self._number = 0
-        self._saved_at, self._save_took = -math.inf, 0.0
+        self._pace = Pace(settings.checkpoint_seconds)
         self._parts = 1  # the largest number of parts that a batch had to be split into
 
     @classmethod
@@ -227,7 +229,7 @@ class Run:
         self.console.task_started(task, len(self.stream), self.settings.epochs, batches, progress.epoch)
         while progress.epoch < self.settings.epochs and progress.lr >= self.settings.lr_min:
             self._train_epoch(train, val)
-            if self._checkpoint_is_due():
+            if self._pace.is_due():
                 self.save()
         with self.processes.together():
             self.wsn.load_trainable_state(self._best)
@@ -255,15 +257,17 @@ class Run:
         epoch = Epoch(settings.seed, progress.task, progress.epoch)
         augment, share = settings.augment == "crops", self.processes.share
         with self._clock.measures("training"):
-            loaded = train.epoch(settings.batch_size, epoch, augment=augment, share=share)
-            part = self.wsn, self._optimizer, self._clock.measures_each("data", loaded), self.console.step
+            batches = self._waits(train.epoch(settings.batch_size, epoch, augment=augment, share=share))
+            if train.each_process_loads_all and self.processes.size > 1:
+                batches = agreeing(batches, self.processes)
+            part = self.wsn, self._optimizer, batches, self.console.step
             if self.processes.size > 1:
                 train_loss = train_epoch_in_parts(*part, self.processes, epoch)
             else:
                 train_loss = train_epoch(*part, self._graph, self._note_split)
         progress.epoch += 1
         with self._clock.measures("evaluation"):
-            val_loss, val_acc = evaluate(self.wsn, val, self.processes)
+            val_loss, val_acc = evaluate(self.wsn, val, self.processes, self._waits)
         with self.processes.together():
             self._check_finite(train_loss, val_loss)
         used_lr = progress.lr
@@ -313,7 +317,7 @@ class Run:
         with self._clock.measures("data"):
             samples = self._tests[task]
         with self._clock.measures("evaluation"):
-            return evaluate(self.wsn, samples, self.processes)[1]
+            return evaluate(self.wsn, samples, self.processes, self._waits)[1]
 
     def measure_random_init(self) -> list[float]:
         """The accuracy on every task, in percent, with the present values. Call this before training."""
@@ -332,15 +336,10 @@ class Run:
     def save(self) -> None:
         """Write the next checkpoint, if this is the first process. ``CheckpointError`` if it cannot be written."""
         if self.processes.is_first:
-            with self._clock.measures("checkpoints"):
+            with self._clock.measures("checkpoints"), self._pace.saves():
                 self._save()
 
-    def _checkpoint_is_due(self) -> bool:
-        given = self.settings.checkpoint_seconds
-        return time.monotonic() - self._saved_at >= (self._save_took * RARELY if isinstance(given, str) else given)
-
     def _save(self) -> None:
-        began = time.monotonic()
         self.progress.time = self._clock.so_far()
         tensors = {f"model/{name}": tensor for name, tensor in self.wsn.state_dict().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self._best.items()}
@@ -358,8 +357,6 @@ class Run:
             tensors |= {f"optimizer/{name}": tensor for name, tensor in packed.items()}
         self._number += 1
         checkpoint.save(self.folder / "checkpoint", self._number, state, tensors)
-        self._saved_at = time.monotonic()
-        self._save_took = self._saved_at - began
 
     def restore(self, loaded: Checkpoint) -> None:
         """Set the run to the state in which it wrote a checkpoint.
@@ -375,7 +372,8 @@ class Run:
             raise CheckpointError(f"{loaded.path} cannot be restored: {type(error).__name__}: {error}") from error
 
     def _take_over(self, loaded: Checkpoint) -> None:
-        self._number, self._saved_at = loaded.number, time.monotonic()
+        self._number = loaded.number
+        self._pace.resumes()
         self.progress = Progress.from_json(loaded.state["progress"], len(self.stream))
         self._clock.add(self.progress.time)
         self.wsn.load_state_dict(loaded.part("model/"))

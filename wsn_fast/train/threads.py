@@ -11,7 +11,7 @@ import torch
 
 from wsn_fast.train import machine
 from wsn_fast.train.config import TrainConfig
-from wsn_fast.train.data.loading import Shows, unseen
+from wsn_fast.train.data.loading import Shows, shows_nothing
 from wsn_fast.train.experiment import make_experiment
 from wsn_fast.train.loop import make_optimizer, train_epoch
 from wsn_fast.train.samples import Epoch
@@ -20,7 +20,9 @@ _ROUNDS, _STEPS = 3, 3
 _CLEARLY = 0.95  # more threads have to take less than this part of the time
 
 
-def with_fastest_threads(settings: TrainConfig, shows: Shows = unseen) -> tuple[TrainConfig, Mapping[int, float]]:
+def with_fastest_threads(
+    settings: TrainConfig, shows: Shows = shows_nothing
+) -> tuple[TrainConfig, Mapping[int, float]]:
     """The settings with the number of threads that is fastest in a few training steps now, and what was measured:
     seconds of a step by number of threads. Numbers are tried that double up to the number of cores.
 

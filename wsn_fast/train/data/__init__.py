@@ -18,13 +18,13 @@ from wsn_fast.train.data.dataset import Dataset
 from wsn_fast.train.data.files import DataError
 from wsn_fast.train.data.idx import load_idx
 from wsn_fast.train.data.image_folder import load_image_folder
-from wsn_fast.train.data.loading import Shows, unseen
+from wsn_fast.train.data.loading import Shows, shows_nothing
 from wsn_fast.train.data.omniglot import load_omniglot
 
 __all__ = ["DATASETS", "DataError", "Dataset", "load", "load_several"]
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None, shows: Shows = unseen) -> Dataset:
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, shows: Shows = shows_nothing) -> Dataset:
     """Load a dataset.
 
     Args:
@@ -59,7 +59,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, shows: Shows
     return load_cifar(name, root) if name.startswith("cifar") else load_idx(name, root)
 
 
-def load_several(names: str, data_dir: str | os.PathLike[str] | None = None, shows: Shows = unseen) -> list[Dataset]:
+def load_several(
+    names: str, data_dir: str | os.PathLike[str] | None = None, shows: Shows = shows_nothing
+) -> list[Dataset]:
     """Load several datasets.
 
     Args:

@@ -16,12 +16,12 @@ from wsn_fast.train import machine
 from wsn_fast.train.data.dataset import Dataset
 from wsn_fast.train.data.decoding import decode
 from wsn_fast.train.data.files import ALWAYS, DataError, read_bytes
-from wsn_fast.train.data.loading import Shows, unseen
+from wsn_fast.train.data.loading import Shows, shows_nothing
 
 _EXPANDS = 160  # a byte of a PNG in black and white, such as Omniglot's, can stand for a hundred bytes of RGB
 
 
-def load_image_folder(root: Path, shows: Shows = unseen) -> Dataset:
+def load_image_folder(root: Path, shows: Shows = shows_nothing) -> Dataset:
     """The images below ``root``, in ``train`` and in ``val`` or ``test``. Classes are numbered in the order of
     TinyImageNet's ``wnids.txt``, or by their names where there is no such file."""
     train = root / "train"

@@ -15,6 +15,6 @@ class Shows(Protocol):
         """The items, and show meanwhile how many of ``total`` are done. ``what`` says in a few words what is done."""
 
 
-def unseen(items: Iterable[_Item], total: int, what: str) -> Iterable[_Item]:
+def shows_nothing(items: Iterable[_Item], total: int, what: str) -> Iterable[_Item]:
     """Shows nothing."""
     return items

@@ -19,7 +19,7 @@ from torch import Tensor
 from wsn_fast.train.data.dataset import Dataset
 from wsn_fast.train.data.decoding import decode
 from wsn_fast.train.data.files import DataError
-from wsn_fast.train.data.loading import Shows, unseen
+from wsn_fast.train.data.loading import Shows, shows_nothing
 
 _ARCHIVES = ("images_background.zip", "images_background_small1.zip", "images_background_small2.zip",
              "images_evaluation.zip")  # fmt: skip
@@ -28,7 +28,7 @@ _LARGEST = 1 << 16  # bytes of one image; the published ones have some hundred
 _SIDE = 32
 
 
-def load_omniglot(root: Path, shows: Shows = unseen) -> Dataset:
+def load_omniglot(root: Path, shows: Shows = shows_nothing) -> Dataset:
     """The dataset ``omniglot`` from the archives in ``root``. Classes are characters, in the order of archives,
     alphabets and characters. An alphabet that two archives hold counts once."""
     archives = [root / name for name in _ARCHIVES if (root / name).is_file()]

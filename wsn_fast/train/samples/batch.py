@@ -46,12 +46,14 @@ class Batch:
             a sample of another one.
         share: the part of the batch that counts for this process; 0.0 for a sample of another one.
         take: gives inputs and labels of a part of ``own``. What is drawn for a sample does not depend on the part.
+        mark: a number above 0 that other labels hardly have; 0 where all processes surely have the same batch.
     """
 
     size: int
     own: slice
     share: float
     take: Callable[[slice], tuple[Tensor, Tensor]]
+    mark: int = 0
 
 
 class Share(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from wsn_fast.train.samples.memory import SamplesInMemory
 from wsn_fast.train.samples.samples import Samples
 
-MOST = 1 << 28  # bytes
+MOST_BYTES = 1 << 28
 
 
 class KeptSamples:
@@ -20,7 +20,7 @@ class KeptSamples:
     def __init__(self, make: Callable[[int], Samples]) -> None:
         self._make = make
         self._kept: dict[int, Samples] = {}
-        self._left = MOST
+        self._left = MOST_BYTES
 
     def __getitem__(self, task: int) -> Samples:
         """The samples of a task."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import zlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +21,7 @@ from wsn_fast.train.samples.batch import ALL, Batch, Epoch, Share
 from wsn_fast.train.samples.randomness import Randomness
 from wsn_fast.train.samples.samples import EVAL_BATCH, Samples
 
-_MEASURED = 1 << 24  # numbers in the inputs of a batch that is measured: 64 MB in float32
+_MOST_NUMBERS = 1 << 24  # numbers in the inputs of a batch that is measured: 64 MB in float32
 _CPU = torch.device("cpu")
 _END = object()
 _Item = TypeVar("_Item")
@@ -47,6 +49,8 @@ class Kind(NamedTuple):
         if not isinstance(batch, list | tuple) or [isinstance(part, Tensor) for part in batch] != [True, True]:
             raise DataError(f"{self.where}: expected batches of two tensors, inputs and labels, got {described(batch)}")
         x, y = batch
+        if not x.numel():
+            raise DataError(f"{self.where}: expected at least one sample in each batch, got {described(batch)}")
         if y.ndim != 1 or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
             raise DataError(f"{self.where}: expected one integer label for each sample, got {described(y)}")
         shape = x.shape[1:] if self.shape is None else self.shape
@@ -54,12 +58,13 @@ class Kind(NamedTuple):
             raise DataError(
                 f"{self.where}: expected inputs of floating point and the shape {[len(y), *shape]}, got {described(x)}"
             )
-        low, high = (int(end) for end in y.aminmax()) if len(y) else (0, 0)
+        y = y.long()
+        low, high = (int(end) for end in y.aminmax())
         if low < 0 or high >= self.classes:
             raise DataError(
                 f"{self.where}: expected labels from 0 to {self.classes - 1}, got {low if low < 0 else high}"
             )
-        return x.float(), y.long()
+        return x.float(), y
 
 
 def described(value: Any) -> str:
@@ -87,11 +92,11 @@ class LoadedSamples(Samples):
         Raises:
             DataError: there are no batches, or they are not of this kind.
         """
-        number, changes = -1, Augmentation(*epoch) if augment else None
+        changes = Augmentation(*epoch) if augment else None
         for number, (size, start, x, y) in enumerate(self.loaded(batch_size, epoch, share)):
-            yield Batch(size, *share.of(size), partial(self._take, x, y, start, changes, number, size))
-        if number < 0:
-            raise DataError(f"{self.kind.where}: no batches")
+            take = partial(self._take, x, y, start, changes, number, size)
+            mark = 1 + zlib.crc32(y.numpy().tobytes()) if self.each_process_loads_all else 0
+            yield Batch(size, *share.of(size), take, mark)
 
     def _take(
         self, x: Tensor, y: Tensor, start: int, changes: Augmentation | None, number: int, size: int, part: slice
@@ -146,7 +151,7 @@ class SamplesOfDataset(LoadedSamples):
 
     def in_order(self, share: Share = ALL) -> Iterator[tuple[Tensor, Tensor] | None]:
         """See :meth:`Samples.in_order`. Batches of large inputs have fewer samples."""
-        size = min(EVAL_BATCH, max(1, _MEASURED // math.prod(self.kind.shape or ())))
+        size = min(EVAL_BATCH, max(1, _MOST_NUMBERS // math.prod(self.kind.shape or ())))
         batches = self.rows.split(size) if self.count else ()
         measured = self._load([rows for number, rows in enumerate(batches) if share.measures(number)], share.rank)
         for number in range(len(batches)):
@@ -164,7 +169,7 @@ class SamplesOfDataset(LoadedSamples):
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )
-        return map(self.kind.check, _drawn(seed, loader))
+        return map(self.kind.check, _with_own_randomness(seed, loader, self.kind.where))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +185,31 @@ class SamplesOfLoader(LoadedSamples):
     loader: Iterable[Any]
     kind: Kind
     device: torch.device = _CPU
+    each_process_loads_all = True
+
+    def __post_init__(self) -> None:
+        """Refuse a loader whose batches would not be the same in each process, or after a resume."""
+        wrong = {
+            "a DistributedSampler: several processes take their parts of each batch": any(
+                isinstance(owner, DistributedSampler) for owner in self._owners
+            ),
+            "persistent_workers: they go on with their random numbers, which a resumed run does not know": getattr(
+                self.loader, "persistent_workers", False
+            ),
+            "in_order=False: the order of its batches is a matter of chance": not getattr(
+                self.loader, "in_order", True
+            ),
+        }
+        for why, is_so in wrong.items():
+            if is_so:
+                raise DataError(f"{self.kind.where}: expected a loader without {why}")
+
+    @property
+    def _owners(self) -> list[Any]:
+        """The loader and its samplers, where a generator can be."""
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        samplers = getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+        return [self.loader, *samplers]
 
     def to(self, device: torch.device) -> SamplesOfLoader:
         """See :meth:`Samples.to`."""
@@ -188,8 +218,11 @@ class SamplesOfLoader(LoadedSamples):
     @property
     def count(self) -> int | None:
         """See :attr:`Samples.count`."""
-        sampler = getattr(self.loader, "sampler", None)
-        return len(sampler) if isinstance(sampler, Sized) else None
+        size, sampler = getattr(self.loader, "batch_size", None), getattr(self.loader, "sampler", None)
+        if not isinstance(size, int) or not isinstance(sampler, Sized):
+            return None
+        count = len(sampler)
+        return count - count % size if getattr(self.loader, "drop_last", False) else count
 
     def batches(self, batch_size: int) -> int | None:
         """See :meth:`Samples.batches`. The loader's batches have the size that it gives them."""
@@ -200,10 +233,9 @@ class SamplesOfLoader(LoadedSamples):
 
     def loaded(self, batch_size: int, epoch: Epoch, share: Share) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See :meth:`LoadedSamples.loaded`. Each process loads all."""
-        sampler = getattr(self.loader, "sampler", None)
-        set_epoch = getattr(sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch.epoch)
+        for owner in self._owners:
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(epoch.epoch)
         for x, y in self._load(epoch.number()):
             yield len(y), 0, x, y
 
@@ -222,26 +254,43 @@ class SamplesOfLoader(LoadedSamples):
         return torch.cat(found).to(self.device)
 
     def _load(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(getattr(self.loader, "sampler", None), DistributedSampler):
-            raise DataError(
-                f"{self.kind.where}: expected a loader that gives whole batches, got one with a DistributedSampler: "
-                "several processes take their parts of each batch"
-            )
-        for owner in (self.loader, getattr(self.loader, "sampler", None)):
+        for owner in self._owners:
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(seed)
-        return map(self.kind.check, _drawn(seed, self.loader))
+        nothing = True
+        for batch in _with_own_randomness(seed, self.loader, self.kind.where):
+            nothing = False
+            yield self.kind.check(batch)
+        if nothing:
+            raise DataError(f"{self.kind.where}: no batches")
 
 
-def _drawn(seed: int, loader: Iterable[_Item]) -> Iterator[_Item]:
-    """The items of a loader, with random numbers of their own."""
+class LoadingError(RuntimeError):
+    """The user's code has failed while it made or loaded data. The message says for what; the cause says why."""
+
+
+def _with_own_randomness(seed: int, loader: Iterable[_Item], where: str) -> Iterator[_Item]:
+    """The items of a loader, which draws random numbers of its own. ``LoadingError`` if it fails."""
     randomness = Randomness(seed)
-    with randomness.in_use():
+    with in_users_code(where, randomness):
         iterator = iter(loader)
     while True:
-        with randomness.in_use():
+        with in_users_code(where, randomness):
             item: Any = next(iterator, _END)
         if item is _END:
             return
         yield item
+
+
+@contextmanager
+def in_users_code(where: str, randomness: Randomness) -> Iterator[None]:
+    """The block calls code of the user, with these random numbers. ``LoadingError`` if it fails."""
+    try:
+        with randomness.in_use():
+            yield
+    except (DataError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise LoadingError(f"{where}: the code that makes the data has failed: {what}") from error

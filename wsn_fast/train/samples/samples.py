@@ -17,6 +17,9 @@ EVAL_BATCH = 1024
 class Samples(ABC):
     """The samples of one part of a task: for training, for validation or for testing."""
 
+    each_process_loads_all = False
+    """Whether each process loads whole batches by itself, so that they might differ."""
+
     @property
     @abstractmethod
     def device(self) -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence, Sized
+import operator
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,16 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from wsn_fast.train.data.files import DataError
-from wsn_fast.train.data.loading import Shows, unseen
-from wsn_fast.train.samples.loading import Kind, LoadedSamples, SamplesOfDataset, SamplesOfLoader, described
+from wsn_fast.train.data.loading import Shows, shows_nothing
+from wsn_fast.train.samples.loading import (
+    Kind,
+    LoadedSamples,
+    SamplesOfDataset,
+    SamplesOfLoader,
+    described,
+    in_users_code,
+)
+from wsn_fast.train.samples.randomness import Randomness
 from wsn_fast.train.streams.interface import Stream
 from wsn_fast.train.streams.kinds import generator
 from wsn_fast.train.task import Task
@@ -33,10 +42,11 @@ class OwnStream(Stream):
 
     Attributes:
         fingerprint: Identifies what is known without loading all data: of each task the number of classes and of
-            samples, and the first input to test on.
+            samples, and the first inputs to train on, to validate and to test on.
 
     Raises:
         DataError: a task is none, or its data are of no kind that can be used.
+        LoadingError: the code that makes a task, or loads its first inputs, has failed.
         ValueError: there are fewer tasks than ``tasks``.
     """
 
@@ -49,7 +59,7 @@ class OwnStream(Stream):
         val_fraction: float,
         workers: int = 0,
         name: str = "tasks",
-        shows: Shows = unseen,
+        shows: Shows = shows_nothing,
     ) -> None:
         if not isinstance(made, Sized) or not hasattr(made, "__getitem__") or not len(made):
             raise DataError(f"{name}: expected a sequence of at least one task, got {described(made)}")
@@ -58,48 +68,72 @@ class OwnStream(Stream):
         self._made, self._name, self._workers = made, name, workers
         self._seed, self._val_fraction = seed, val_fraction
         self.task_ids = list(range(len(made) if tasks is None else tasks))
-        self.classes = {number: self._task(number).classes for number in self.task_ids}
-        train = self._task(0).train
-        self.input_shape = tuple(
-            _samples(train, Kind(f"{name}: task 0, train", None, self.classes[0])).first(1).shape[1:]
-        )
+        self.input_shape = ()  # not known before the first input is
+        self.classes: dict[int, int] = {}
         digest = hashlib.blake2b(digest_size=16)
         for number in shows(self.task_ids, len(self.task_ids), "opening the data of tasks"):
-            parts = *self.training(number), self.test(number)
-            digest.update(str((self.classes[number], [part.count for part in parts])).encode())
-            digest.update(parts[-1].first(1).numpy().tobytes())
+            task = self._task(number)
+            self.classes[number] = task.classes
+            if number == 0:
+                self.input_shape = tuple(self._samples(task.train, 0, "train").first(1).shape[1:])
+            parts = *self._training(number, task), self._samples(task.test, number, "test")
+            digest.update(str((task.classes, [part.count for part in parts])).encode())
+            for part in parts:
+                digest.update(part.first(1).numpy().tobytes())
         self.fingerprint = digest.hexdigest()
 
     def training(self, task: int) -> tuple[LoadedSamples, LoadedSamples]:
         """See :meth:`Stream.training`."""
         number = self.task_ids[task]
-        data = self._task(number)
-        train = _samples(data.train, self._kind(number, "train"), self._workers)
-        if data.validation is not None:
-            return train, _samples(data.validation, self._kind(number, "validation"), self._workers)
-        if not isinstance(train, SamplesOfDataset):
-            raise DataError(
-                f"{train.kind.where}: expected a dataset, of which a part is held out for validation, or validation= "
-                f"beside it, got {described(data.train)}"
-            )
-        return self._held_out(number, train)
+        return self._training(number, self._task(number))
 
     def test(self, task: int) -> LoadedSamples:
         """See :meth:`Stream.test`."""
         number = self.task_ids[task]
-        return _samples(self._task(number).test, self._kind(number, "test"), self._workers)
+        return self._samples(self._task(number).test, number, "test")
 
     def _task(self, number: int) -> Task:
-        task = self._made[number]
         where = f"{self._name}: task {number}"
+        # What a lazy sequence draws, to cut its data up for example, is the same whenever it makes the task.
+        with in_users_code(where, Randomness(generator(self._seed, f"making of task {number}").initial_seed())):
+            task = self._made[number]
         if not isinstance(task, Task):
             raise DataError(f"{where}: expected a wsn_fast.train.Task, got {described(task)}")
-        if isinstance(task.classes, bool) or not isinstance(task.classes, int) or task.classes < 1:
+        try:
+            classes = -1 if isinstance(task.classes, bool) else operator.index(task.classes)
+        except TypeError:
+            classes = -1
+        if classes < 1:
             raise DataError(f"{where}: expected classes to be an integer of at least 1, got {task.classes!r}")
-        return task
+        return task._replace(classes=classes)
 
-    def _kind(self, number: int, part: str) -> Kind:
-        return Kind(f"{self._name}: task {number}, {part}", self.input_shape, self.classes[number])
+    def _training(self, number: int, task: Task) -> tuple[LoadedSamples, LoadedSamples]:
+        train = self._samples(task.train, number, "train")
+        if task.validation is not None:
+            return train, self._samples(task.validation, number, "validation")
+        if not isinstance(train, SamplesOfDataset):
+            raise DataError(
+                f"{train.kind.where}: expected a dataset, of which a part is held out for validation, or validation= "
+                f"beside it, got {described(task.train)}"
+            )
+        return self._held_out(number, train)
+
+    def _samples(self, data: Any, number: int, part: str) -> LoadedSamples:
+        kind = Kind(f"{self._name}: task {number}, {part}", self.input_shape or None, self.classes[number])
+        if isinstance(data, DataLoader):
+            return SamplesOfLoader(data, kind)
+        if isinstance(data, IterableDataset):
+            raise DataError(f"{kind.where}: expected an IterableDataset to be in a DataLoader, got {described(data)}")
+        if hasattr(data, "__getitem__") and isinstance(data, Sized):
+            if not len(data):
+                raise DataError(f"{kind.where}: no samples")
+            return SamplesOfDataset(data, torch.arange(len(data)), kind, self._workers)  # type: ignore[arg-type]
+        if isinstance(data, Iterable) and not isinstance(data, Iterator):
+            return SamplesOfLoader(data, kind)
+        raise DataError(
+            f"{kind.where}: expected a Dataset, a DataLoader, or what gives its batches again and again, got "
+            f"{described(data)}"
+        )
 
     def _held_out(self, number: int, whole: SamplesOfDataset) -> tuple[SamplesOfDataset, SamplesOfDataset]:
         """What is left to train on, and what is held out for validation."""
@@ -111,20 +145,3 @@ class OwnStream(Stream):
             )
         order = torch.randperm(whole.count, generator=generator(self._seed, f"validation of task {number}"))
         return replace(whole, rows=order[held_out:]), replace(whole, rows=order[:held_out])
-
-
-def _samples(data: Any, kind: Kind, workers: int = 0) -> LoadedSamples:
-    if isinstance(data, DataLoader):
-        return SamplesOfLoader(data, kind)
-    if isinstance(data, IterableDataset):
-        raise DataError(f"{kind.where}: expected an IterableDataset to be in a DataLoader, got {described(data)}")
-    if hasattr(data, "__getitem__") and isinstance(data, Sized):
-        if not len(data):
-            raise DataError(f"{kind.where}: no samples")
-        return SamplesOfDataset(data, torch.arange(len(data)), kind, workers)  # type: ignore[arg-type]
-    if isinstance(data, Iterable) and iter(data) is not data:
-        return SamplesOfLoader(data, kind)
-    raise DataError(
-        f"{kind.where}: expected a Dataset, a DataLoader, or what gives its batches again and again, got "
-        f"{described(data)}"
-    )

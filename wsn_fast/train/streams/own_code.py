@@ -9,21 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from wsn_fast.train.data.files import DataError
+from wsn_fast.train.samples.loading import in_users_code
+from wsn_fast.train.samples.randomness import Randomness
+from wsn_fast.train.streams.kinds import generator
 from wsn_fast.train.task import Task
 
 
-def call(name: str, data_dir: str | None) -> Sequence[Task]:
+def call(name: str, data_dir: str | None, seed: int) -> Sequence[Task]:
     """What the function returns for the folder of the data, which may be None.
 
+    Args:
+        name: the name of the function.
+        data_dir: its argument.
+        seed: decides what it draws from the generators of torch, NumPy and Python.
+
     Raises:
-        DataError: there is no such file, module or function. What the code itself raises comes up as it is.
+        DataError: there is no such file, module or function.
+        LoadingError: the code has failed.
     """
     place, _, function = name.rpartition(":")
-    module = _file(Path(place)) if place.endswith(".py") else _module(place)
-    made = getattr(module, function, None)
-    if not callable(made):
-        raise DataError(f"data: {place} has no function {function!r} (of {name!r})")
-    tasks: Sequence[Task] = made(data_dir)
+    with in_users_code(name, Randomness(generator(seed, "making of all tasks").initial_seed())):
+        module = _file(Path(place)) if place.endswith(".py") else _module(place)
+        made = getattr(module, function, None)
+        if not callable(made):
+            raise DataError(f"data: {place} has no function {function!r} (of {name!r})")
+        tasks: Sequence[Task] = made(data_dir)
     return tasks
 
 
