@@ -42,7 +42,7 @@ def drawn(x: Tensor, augmented: Tensor) -> list[tuple[int, int, bool]]:
 
 def test_each_image_is_a_crop_of_its_own() -> None:
     x = images(200)
-    draws = drawn(x, Augmentation(1, 2, 3)(x, 4))
+    draws = drawn(x, Augmentation(Epoch(1, 2, 3))(x, 4))
     assert {top for top, _, _ in draws} == {left for _, left, _ in draws} == {*range(2 * BORDER + 1)}
     assert 70 < sum(mirrored for _, _, mirrored in draws) < 130
     assert len({*draws}) > 60
@@ -51,7 +51,7 @@ def test_each_image_is_a_crop_of_its_own() -> None:
 def test_shape_dtype_and_the_global_generator_stay() -> None:
     before = torch.get_rng_state()
     x = images(4).half()
-    result = Augmentation(0, 0, 0)(x, 0)
+    result = Augmentation(Epoch(0, 0, 0))(x, 0)
     assert result.shape == x.shape and result.dtype == x.dtype and result.is_contiguous()
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -59,13 +59,13 @@ def test_shape_dtype_and_the_global_generator_stay() -> None:
 @pytest.mark.parametrize("other", [(2, 2, 3, 4), (1, 3, 3, 4), (1, 2, 4, 4), (1, 2, 3, 5)])
 def test_every_number_matters_and_the_same_ones_draw_the_same(other: tuple[int, int, int, int]) -> None:
     x = images(20)
-    first = Augmentation(1, 2, 3)(x, 4)
-    assert torch.equal(first, Augmentation(1, 2, 3)(x, 4))
-    assert not torch.equal(first, Augmentation(*other[:3])(x, other[3]))
+    first = Augmentation(Epoch(1, 2, 3))(x, 4)
+    assert torch.equal(first, Augmentation(Epoch(1, 2, 3))(x, 4))
+    assert not torch.equal(first, Augmentation(Epoch(*other[:3]))(x, other[3]))
 
 
 def test_parts_of_a_batch_are_drawn_as_the_whole_one() -> None:
-    x, augment = images(10), Augmentation(1, 2, 3)
+    x, augment = images(10), Augmentation(Epoch(1, 2, 3))
     whole = augment(x, 0)
     for part in (slice(0, 4), slice(4, 7), slice(7, 10)):
         assert torch.equal(augment(x[part], 0, part, 10), whole[part])
@@ -92,5 +92,5 @@ def test_a_run_trains_on_augmented_images(split: bool, tmp_path: Path, monkeypat
     expected = []
     for epoch in range(2):
         rows = Epoch(settings.seed, 0, epoch).order(len(x)).split(128)
-        expected += [Augmentation(settings.seed, 0, epoch)(x[part], number) for number, part in enumerate(rows)]
+        expected += [Augmentation(Epoch(settings.seed, 0, epoch))(x[part], number) for number, part in enumerate(rows)]
     assert torch.equal(torch.cat(seen), torch.cat(expected))

@@ -9,23 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from wsn_fast.train.samples.batch import Epoch
+
 BORDER = 4
 """Pixels on each side, as is usual for images of 32 x 32."""
 
 
 class Augmentation(NamedTuple):
-    """What is drawn for the batches of one epoch. It follows from these numbers alone, so that a resumed run, and one
-    of several processes, draws the same.
+    """What is drawn for the batches of one epoch. It follows from the epoch alone, so that a resumed run, and one of
+    several processes, draws the same.
 
     Attributes:
-        seed: that of the run.
-        task: the task, counted from 0.
-        epoch: the epoch, counted from 0.
+        epoch: the epoch, which decides what is drawn.
     """
 
-    seed: int
-    task: int
-    epoch: int
+    epoch: Epoch
 
     def __call__(self, x: Tensor, batch: int, part: slice = slice(None), whole: int | None = None) -> Tensor:
         """Crop each image at random from one with a border of ``BORDER`` zeros, and mirror half of them from left to
@@ -54,6 +52,6 @@ class Augmentation(NamedTuple):
         return bordered[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
     def _generator(self, batch: int) -> torch.Generator:
-        numbers = "/".join(map(str, (*self, batch)))
+        numbers = "/".join(map(str, (*self.epoch, batch)))
         digest = hashlib.blake2b(f"augmentation/{numbers}".encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

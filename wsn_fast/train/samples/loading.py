@@ -92,7 +92,7 @@ class LoadedSamples(Samples):
         Raises:
             DataError: there are no batches, or they are not of this kind.
         """
-        changes = Augmentation(*epoch) if augment else None
+        changes = Augmentation(epoch) if augment else None
         for number, (size, start, x, y) in enumerate(self.loaded(batch_size, epoch, share)):
             take = partial(self._take, x, y, start, changes, number, size)
             mark = 1 + zlib.crc32(y.numpy().tobytes()) if self.each_process_loads_all else 0

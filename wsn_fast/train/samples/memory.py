@@ -47,7 +47,7 @@ class SamplesInMemory(Samples):
     def epoch(self, batch_size: int, epoch: Epoch, *, augment: bool = False, share: Share = ALL) -> Iterator[Batch]:
         """See :meth:`Samples.epoch`."""
         order = epoch.order(self.count).to(self.x.device)
-        changes = Augmentation(*epoch) if augment else None
+        changes = Augmentation(epoch) if augment else None
         for number, rows in enumerate(order.split(batch_size)):
             yield Batch(len(rows), *share.of(len(rows)), partial(self._take, rows, number, changes))
 
