@@ -18,6 +18,7 @@ from wsn_fast import ForgottenError, launch
 from wsn_fast.train import config, exports, page, records, tables
 from wsn_fast.train.checkpoint import CheckpointError
 from wsn_fast.train.evaluation import evaluate_run
+from wsn_fast.train.fastest import MEASURED, with_fastest
 from wsn_fast.train.folder import check_unused
 from wsn_fast.train.processes import ALONE, PeerLostError, Processes, StoppedError, Terminated, is_lost, join
 from wsn_fast.train.report import NUMBERS, Console, differences, in_words, plot
@@ -25,7 +26,6 @@ from wsn_fast.train.run import Run
 from wsn_fast.train.safe_files import read_json, write_atomic
 from wsn_fast.train.seeds import Row, over_seeds
 from wsn_fast.train.sweep import make_sweep, run_sweep
-from wsn_fast.train.threads import with_fastest_threads
 
 _FAILURES = (
     ValueError, OSError, ImportError, CheckpointError, FloatingPointError, ForgottenError, torch.OutOfMemoryError,
@@ -105,9 +105,8 @@ def _settings(args: argparse.Namespace, console: Console, processes: Processes =
     if args.resume is None:
         if args.checkpoint is not None:
             raise ValueError("--checkpoint: expected together with --resume RUN")
-        return (
-            _with_threads(given, console) if args.threads == "auto" and processes.size == 1 else config.resolve(**given)
-        )
+        unknown = [name for name in MEASURED if given.get(name) == "auto"]
+        return _measured(given, unknown, console) if unknown and processes.size == 1 else config.resolve(**given)
     extra = [name for name, value in given.items() if value is not None and name not in ("data", "data_dir", "device")]
     if extra:
         raise ValueError(f"--resume: the settings are those of the run, got {', '.join(extra)} as well")
@@ -130,12 +129,17 @@ def _sweep(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _with_threads(given: Mapping[str, Any], console: Console) -> config.TrainConfig:
-    settings = config.resolve(**{**given, "threads": None})
+def _measured(given: Mapping[str, Any], unknown: Sequence[str], console: Console) -> config.TrainConfig:
+    """The settings, where the unknown ones are those that are fastest on this machine."""
+    settings = config.resolve(**{**given, **dict.fromkeys(unknown)})
     check_unused(Path(settings.out))  # before anything is measured for it
-    settings, seconds = with_fastest_threads(settings, console.loading)
-    measured = ", ".join(f"{1000 * taken:.2f} ms with {threads}" for threads, taken in seconds.items())
-    console.say(f"threads: {settings.threads}" + (f" (a step takes {measured})" if measured else ""))
+    settings, seconds = with_fastest(settings, unknown, console.loading)
+    chosen = ", ".join(f"{name}: {getattr(settings, name)}" for name in unknown)
+    measured = ", ".join(
+        f"{1000 * taken:.2f} ms with {' '.join(str(getattr(way, name)) for name in unknown)}"
+        for way, taken in seconds.items()
+    )
+    console.say(chosen + (f" (a step takes {measured})" if measured else ""))
     return settings
 
 

@@ -49,8 +49,7 @@ def make_experiment(settings: TrainConfig, gpu: int | None = None, shows: Shows 
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     dense = nets.build(settings.net, stream.input_shape, max(stream.classes.values()))
-    if settings.memory_format == "channels_last":
-        dense.memory_format = torch.channels_last
+    dense.memory_format = torch_memory_format(settings.memory_format)
     net = convert(
         dense,
         settings.density,
@@ -60,6 +59,11 @@ def make_experiment(settings: TrainConfig, gpu: int | None = None, shows: Shows 
     )
     wsn = WSN(net, reinit_scores=settings.reinit_scores, score_init=settings.score_init, gates_ahead=True)
     return Experiment(stream, wsn.to(device), device, stream.fingerprint)
+
+
+def torch_memory_format(name: str) -> torch.memory_format:
+    """PyTorch's memory format for one of ``MEMORY_FORMATS``."""
+    return torch.channels_last if name == "channels_last" else torch.contiguous_format
 
 
 def _stream_of_datasets(settings: TrainConfig, shows: Shows) -> streams.TaskStream:
