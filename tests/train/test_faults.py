@@ -71,7 +71,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped") / "run"
     settings = {"tasks": 3, "epochs": 3, "batch_size": 128, "device": "cpu", "preset": "clarena"}
     with pytest.raises(Stop):
-        given = resolve(**settings, optimizer="adamw", weight_decay=0.01, out=str(folder))
+        given = resolve(**settings, optimizer="adamw", weight_decay=0.01, checkpoint_seconds=0.0, out=str(folder))
         Run.start(given, StoppingConsole(95)).finish()
     return folder
 
