@@ -237,4 +237,5 @@ def evaluate(
     processes.sum(sums)  # all but one process have 0 for each batch
     processes.sum(right)
     loss = functools.reduce(torch.add, sums.unbind())
-    return loss.item() / right[1].item(), 100 * right[0].item() / right[1].item()
+    hits, total = right.tolist()
+    return loss.item() / total, 100 * hits / total
