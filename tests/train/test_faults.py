@@ -7,6 +7,7 @@ test_resume.py (real processes killed by the clock, torn writes) and test_checkp
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import pickle
@@ -312,6 +313,46 @@ def test_the_lock_is_given_back_at_the_end(nearly_done: Path) -> None:
         Run.resume(nearly_done, Console(quiet=True))
     resumed.finish()
     Run.resume(nearly_done, Console(quiet=True))
+
+
+def test_a_run_that_nobody_holds_gives_its_lock_back_at_once(tmp_path: Path) -> None:
+    settings = resolve(tasks=2, epochs=1, device="cpu", out=str(tmp_path))
+    gc.collect()
+    gc.disable()  # what refers to itself would wait for the garbage collector, and hold the lock as long
+    try:
+        Run.start(settings, Console(quiet=True))
+        Run.resume(tmp_path, Console(quiet=True))
+        Run.resume(tmp_path, Console(quiet=True))
+    finally:
+        gc.enable()
+
+
+END_BESIDE_A_CHILD = """
+import os, sys, time
+from pathlib import Path
+from wsn_fast.train.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+lock.acquire()
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+os.write(1, str(child).encode())
+os._exit(9)
+"""
+
+
+def test_the_children_of_a_killed_run_do_not_hold_its_lock(tmp_path: Path) -> None:
+    """The workers of a DataLoader live on for seconds, and a run is resumed at once."""
+    command = [sys.executable, "-c", END_BESIDE_A_CHILD, str(tmp_path)]
+    ended = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    assert ended.stdout is not None
+    assert ended.wait() == 9
+    child = int(os.read(ended.stdout.fileno(), 20))
+    try:
+        FolderLock(tmp_path).acquire()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        ended.stdout.close()
 
 
 @pytest.mark.parametrize("method", ["restore", "_train_task"])

@@ -367,7 +367,7 @@ def test_small_samples_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     size = 50 * (24 * 4 + 8)
     monkeypatch.setattr(of_keeping, "MOST_BYTES", 2 * size)
-    kept = KeptSamples(make)
+    kept = KeptSamples(make, torch.device("cpu"))
     for _ in range(2):
         for task in range(4):
             assert torch.equal(kept[task].first(50), samples(0 if task == 3 else task, 50)[0])

@@ -69,7 +69,7 @@ class Run:
             self.stream, self.wsn, self.device, self.fingerprint = make_experiment(settings, gpu, console.loading)
         processes.agree(self.fingerprint)
         self.settings = replace(settings, tasks=len(self.stream))  # they were 0 for as many as there are
-        self._tests = KeptSamples(lambda task: self.stream.test(task).to(self.device))
+        self._tests = KeptSamples(self.stream.test, self.device)
         self.progress = Progress()
         self._best: Mapping[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None

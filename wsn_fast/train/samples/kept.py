@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from wsn_fast.train.samples.memory import SamplesInMemory
 from wsn_fast.train.samples.samples import Samples
 
@@ -15,10 +17,11 @@ class KeptSamples:
 
     Args:
         make: makes the samples of a task.
+        device: where they are kept.
     """
 
-    def __init__(self, make: Callable[[int], Samples]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[int], Samples], device: torch.device) -> None:
+        self._make, self._device = make, device
         self._kept: dict[int, Samples] = {}
         self._left = MOST_BYTES
 
@@ -26,7 +29,7 @@ class KeptSamples:
         """The samples of a task."""
         if task in self._kept:
             return self._kept[task]
-        samples = self._make(task)
+        samples = self._make(task).to(self._device)
         size = samples.x.nbytes + samples.y.nbytes if isinstance(samples, SamplesInMemory) else 0
         if 0 < size <= self._left:
             self._kept[task] = samples
