@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from wsn_fast.train import Task
 
@@ -70,6 +70,22 @@ class Endless(IterableDataset[Any]):
         return zip(self.x, self.y, strict=True)
 
 
+class Shuffled(Sampler[int]):
+    """A sampler of 50 samples, which draws when it hears of an epoch."""
+
+    def __init__(self) -> None:
+        self.order = [*range(50)]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order = (np.random.permutation(50) + epoch - epoch).tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return 50
+
+
 def of_unknown_length(folder: str | None) -> list[Task]:
     """Two tasks whose number of samples nobody knows."""
     return [
@@ -122,3 +138,9 @@ def other_labels(folder: str | None) -> list[Task]:
     """A task whose loader gives other labels in a later process."""
     held_out = TensorDataset(*samples(0, 60))
     return [Task(OfTheRank(in_number=False), held_out, CLASSES, held_out)]
+
+
+def other_numbers_to_validate(folder: str | None) -> list[Task]:
+    """A task whose loader for validation gives more batches in a later process."""
+    held_out = TensorDataset(*samples(0, 60))
+    return [Task(held_out, held_out, CLASSES, OfTheRank(in_number=True))]

@@ -269,6 +269,7 @@ def test_processes_train_data_of_ones_own_as_one(make: str, tmp_path: Path) -> N
     [
         ("cut_by_chance", "data: the processes do not have the same data"),
         ("other_numbers_of_batches", "data: the loader of each process has to give the same batches"),
+        ("other_numbers_to_validate", "data: the loader of each process has to give the same batches"),
         ("other_labels", "data: the loader of each process has to give the same batches"),
     ],
 )
