@@ -144,3 +144,21 @@ def other_numbers_to_validate(folder: str | None) -> list[Task]:
     """A task whose loader for validation gives more batches in a later process."""
     held_out = TensorDataset(*samples(0, 60))
     return [Task(held_out, held_out, CLASSES, OfTheRank(in_number=True))]
+
+
+class FailsInALaterProcess(TensorDataset):
+    """A dataset whose first samples a later process can load once, when it opens the data."""
+
+    loaded = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.loaded += 1
+        if self.loaded > 1 and os.environ.get("RANK") == "1":
+            raise ValueError("file 7 is damaged")
+        return super().__getitem__(index)
+
+
+def samples_that_one_process_cannot_load(folder: str | None) -> list[Task]:
+    """A task whose samples for validation the second process cannot load when the task ends."""
+    train, validation = TensorDataset(*samples(0, 60)), FailsInALaterProcess(*samples(0, 60))
+    return [Task(train, train, CLASSES, validation)]
