@@ -160,6 +160,17 @@ def test_a_sampler_that_draws_when_an_epoch_begins_is_repeated() -> None:
     assert np.random.get_state()[1].tolist() == state  # type: ignore[union-attr]
 
 
+def test_a_sampler_hears_once_of_an_epoch() -> None:
+    heard: list[int] = []
+
+    class Counting(Shuffled):
+        def set_epoch(self, epoch: int) -> None:
+            heard.append(epoch)
+
+    loaded(SamplesOfLoader(DataLoader(TensorDataset(X, Y), 16, sampler=Counting()), KIND))
+    assert heard == [3]
+
+
 def test_a_measurement_does_not_depend_on_the_epoch_before_it() -> None:
     given = SamplesOfLoader(DataLoader(TensorDataset(X, Y), 16, sampler=Shuffled()), KIND)
     before = [batch[1] for batch in given.in_order() if batch]

@@ -66,8 +66,8 @@ def known_length(of: Any, where: str) -> int | None:
 
 def prepare(owners: Iterable[Any], seed: int, epoch: int) -> None:
     """Tell objects of the user which epoch begins: call ``set_epoch`` where there is one, and seed generators of
-    theirs."""
-    for owner in owners:
+    theirs. An object that comes several times hears it once."""
+    for owner in {id(owner): owner for owner in owners}.values():
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
         generator = getattr(owner, "generator", None)
