@@ -54,19 +54,20 @@ class Calling(TensorDataset):
 def settings() -> tuple[Any, ...]:
     return (
         torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
-        Path.cwd(),
+        torch.is_autocast_enabled("cpu"), Path.cwd(),
     )  # fmt: skip
 
 
 @pytest.fixture
 def own_settings() -> Iterator[None]:
     """Settings that no other test meets, whatever happens."""
-    threads, _, _, _, folder = settings()
+    threads, *_, folder = settings()
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     torch.set_grad_enabled(True)
+    torch.set_autocast_enabled("cpu", False)
     os.chdir(folder)
 
 
@@ -75,6 +76,7 @@ CHANGES: dict[str, Callable[..., object]] = {
     "dtype": lambda *_: torch.set_default_dtype(torch.float64),
     "device": lambda *_: torch.set_default_device("meta"),
     "gradients": lambda *_: torch.set_grad_enabled(False),
+    "autocast": lambda *_: torch.autocast("cpu").__enter__(),
     "folder": lambda *_: os.chdir("/"),
 }
 

@@ -320,6 +320,8 @@ def _has_sure_length(loader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
     if type(loader) is not DataLoader:
         return False
     batches = loader.batch_sampler
+    if batches is None:  # the dataset gives whole batches
+        return type(loader.sampler) in _SAMPLERS
     return isinstance(batches, list) or (type(batches) is BatchSampler and type(batches.sampler) in _SAMPLERS)
 
 

@@ -13,6 +13,8 @@ import torch
 from wsn_fast.train.data.files import DataError
 from wsn_fast.train.samples.randomness import Randomness
 
+_AUTOCAST = ("cpu", "cuda")
+
 
 class LoadingError(RuntimeError):
     """The user's code has failed while it made or loaded data. The message says for what; the cause says why."""
@@ -84,6 +86,7 @@ class _Settings(NamedTuple):
         device: the default device.
         grad: whether gradients are computed.
         inference: whether PyTorch is in inference mode.
+        autocast: whether operations run in fewer bits, for each of ``_AUTOCAST``.
         folder: the working directory; None if it was removed.
     """
 
@@ -92,6 +95,7 @@ class _Settings(NamedTuple):
     device: torch.device
     grad: bool
     inference: bool
+    autocast: tuple[bool, ...]
     folder: str | None
 
     @classmethod
@@ -102,11 +106,14 @@ class _Settings(NamedTuple):
             torch.get_default_device(),
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
+            tuple(map(torch.is_autocast_enabled, _AUTOCAST)),
             _working_directory(),
         )
 
     def put_back(self) -> None:
         torch.set_grad_enabled(self.grad)
+        for device, enabled in zip(_AUTOCAST, self.autocast, strict=True):
+            torch.set_autocast_enabled(device, enabled)
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         if torch.get_default_dtype() != self.dtype:
