@@ -109,6 +109,19 @@ def test_code_that_ends_the_program_is_an_error(status: int | None, tmp_path: Pa
         main(["train", "own", "--data", f"{file}:make", "--out", str(tmp_path / "run")])
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "task 0, train: the memory is too small"),
+        (MemoryError("Unable to allocate 1 GiB"), "task 0, train: Unable to allocate 1 GiB"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "task 0, train: CUDA out of memory"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(error: Exception, message: str) -> None:
+    with pytest.raises(type(error), match=f"^{message}$"), in_users_code("task 0, train", Randomness(0)):
+        raise error
+
+
 class NoLength(TensorDataset):
     def __init__(self, error: Exception) -> None:
         super().__init__(X, Y)

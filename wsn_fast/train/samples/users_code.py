@@ -27,6 +27,7 @@ def in_users_code(where: str, randomness: Randomness) -> Iterator[None]:
 
     Raises:
         LoadingError: the code fails, or ends the program.
+        MemoryError, torch.OutOfMemoryError: the memory is too small. The message says for what.
     """
     settings = _Settings.now()
     try:
@@ -34,8 +35,11 @@ def in_users_code(where: str, randomness: Randomness) -> Iterator[None]:
             yield
             if torch.is_inference_mode_enabled() and not settings.inference:  # nothing can end it from outside
                 raise RuntimeError("torch.inference_mode() is on while the code waits at a yield; use torch.no_grad()")
-    except (DataError, torch.OutOfMemoryError, MemoryError):
+    except DataError:
         raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        kind = MemoryError if isinstance(error, MemoryError) else torch.OutOfMemoryError
+        raise kind(f"{where}: {error}" if str(error) else f"{where}: the memory is too small") from error
     except SystemExit as error:
         raise LoadingError(
             f"{where}: the code that makes the data has ended the program (SystemExit: {error.code}); what a file does "
