@@ -13,7 +13,7 @@ from own_tasks import CLASSES, Shuffled, samples
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from wsn_fast.train import Task
+from wsn_fast.train import Task, commands
 from wsn_fast.train.command_line import main
 from wsn_fast.train.data import DataError
 from wsn_fast.train.processes import PeerLostError, is_lost
@@ -120,6 +120,15 @@ def test_code_that_ends_the_program_is_an_error(status: int | None, tmp_path: Pa
 def test_data_that_do_not_fit_are_named(error: Exception, message: str) -> None:
     with pytest.raises(type(error), match=f"^{message}$"), in_users_code("task 0, train", Randomness(0)):
         raise error
+
+
+def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(commands.Run, "start", fail)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "wsn-fast: error: MemoryError\n"
 
 
 class NoLength(TensorDataset):
