@@ -147,7 +147,7 @@ ROWS: dict[str, dict[str, Make]] = {
     "an optimizer that delegates to several others": {
         "Several": lambda wsn: wsn.guard(foreign.Several(list(wsn.parameters())))
     },
-    "`ZeroRedundancyOptimizer` (tested with one process)": {"ZeRO": zero},
+    "`ZeroRedundancyOptimizer`": {"ZeRO": zero},
     "the optimizer that accelerate's `prepare` returns": {"accelerate": accelerated},
     "an optimizer with your hooks before or after the step": {"hooks": with_hooks},
     "an optimizer whose step `torch.compile` has compiled": {"compiled": compiled},

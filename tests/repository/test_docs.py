@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
+import wsn_fast
+from wsn_fast import distributed, presets, train
 from wsn_fast.train import command_line
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +195,26 @@ def test_the_design_says_where_things_are() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text("utf-8"))
     assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in SITE)
+
+
+def test_the_index_lists_every_how_to_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text("utf-8")
+    pages = [f"how-to/{page.name}" for page in SITE if page.parent.name == "how-to"]
+    assert [page for page in pages if f"({page})" not in index] == []
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = [page.read_text("utf-8") for page in SITE if page.parent.name == "reference"]
+    entries = {name for page in pages for name in re.findall(r"^::: [\w.]+\.(\w+)$", page, re.MULTILINE)}
+    packages = (wsn_fast, wsn_fast.optim, distributed, presets, train)
+    public = {name for package in packages for name in package.__all__} - {"__version__"}
+    assert sorted(public - entries) == []
+
+
+def test_the_table_of_benchmark_files_is_complete() -> None:
+    table = (ROOT / "benchmarks" / "README.md").read_text("utf-8").partition("\n## Files\n")[2]
+    named = {name for row in table.splitlines() if "|" in row for name in re.findall(r"`(\w+\.py)`", row.split("|")[1])}
+    assert named == {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__.py"}
 
 
 def test_the_fidelity_page_names_every_test_of_published_faults() -> None:

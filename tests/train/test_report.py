@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from wsn_fast.train import paper_numbers, report, tables
+from wsn_fast.train.choices import FIVE_DATASETS
 from wsn_fast.train.config import portable, resolve
 
 
@@ -52,6 +53,15 @@ def test_the_papers_numbers_stand_beside_its_settings(given: dict[str, Any], exp
 
 def test_the_papers_own_settings_differ_in_nothing() -> None:
     assert paper_numbers.beside_paper(results(seed=5, device="cpu", checkpoint_seconds=9)) == (96.41, 77.73, "")
+
+
+@pytest.mark.parametrize(
+    ("net", "differences"),
+    [({}, "net resnet18 (paper: resnet18_stateless)"), ({"net": "resnet18_stateless"}, "")],
+)
+def test_norms_with_statistics_are_not_the_papers(net: dict[str, str], differences: str) -> None:
+    given = {"stream": "datasets", "data": FIVE_DATASETS, "tasks": 5, "density": 0.3, **net}
+    assert paper_numbers.beside_paper(results(**given)) == (93.22, 62.3, differences)
 
 
 def test_what_a_run_does_otherwise_is_listed() -> None:

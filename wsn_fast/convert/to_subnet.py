@@ -42,10 +42,10 @@ def convert(
 ) -> nn.Module:
     """Turn a model into a subnet model, in place, and keep its weights: gate its matrices and biases.
 
-    Every Parameter with at least two dimensions longer than 1 is gated, and every one whose name contains "bias",
-    outside of heads and normalisation layers: in linear and convolution layers, embeddings, attention, recurrent
-    layers, experts and modules of any other class. Other vectors, constant Parameters (``requires_grad=False``) and
-    buffers stay as they are and need an owner (see :class:`wsn_fast.WSN`). Normalisation layers become per-task.
+    Outside of heads and normalisation layers, linear and convolution layers are gated. So is, in embeddings, attention,
+    recurrent layers, experts and modules of any other class, every Parameter with at least two dimensions longer than 1
+    and every one whose name contains "bias". There, other vectors and constant Parameters (``requires_grad=False``)
+    stay as they are and need an owner, as buffers do (see :class:`wsn_fast.WSN`). Normalisation layers become per-task.
 
     Layers that multiply with a weight get fast classes (:class:`FastSubnetLinear` and so on). Other modules compute as
     before, and get the masked tensor when they read an attribute: in a forward pass of the model, also when another
