@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from wsn_fast.train import Task
 
@@ -70,6 +70,22 @@ class Endless(IterableDataset[Any]):
         return zip(self.x, self.y, strict=True)
 
 
+class Shuffled(Sampler[int]):
+    """A sampler of 50 samples, which draws when it hears of an epoch."""
+
+    def __init__(self) -> None:
+        self.order = [*range(50)]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order = (np.random.permutation(50) + epoch - epoch).tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return 50
+
+
 def of_unknown_length(folder: str | None) -> list[Task]:
     """Two tasks whose number of samples nobody knows."""
     return [
@@ -122,3 +138,27 @@ def other_labels(folder: str | None) -> list[Task]:
     """A task whose loader gives other labels in a later process."""
     held_out = TensorDataset(*samples(0, 60))
     return [Task(OfTheRank(in_number=False), held_out, CLASSES, held_out)]
+
+
+def other_numbers_to_validate(folder: str | None) -> list[Task]:
+    """A task whose loader for validation gives more batches in a later process."""
+    held_out = TensorDataset(*samples(0, 60))
+    return [Task(held_out, held_out, CLASSES, OfTheRank(in_number=True))]
+
+
+class FailsInALaterProcess(TensorDataset):
+    """A dataset whose first samples a later process can load once, when it opens the data."""
+
+    loaded = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.loaded += 1
+        if self.loaded > 1 and os.environ.get("RANK") == "1":
+            raise ValueError("file 7 is damaged")
+        return super().__getitem__(index)
+
+
+def samples_that_one_process_cannot_load(folder: str | None) -> list[Task]:
+    """A task whose samples for validation the second process cannot load when the task ends."""
+    train, validation = TensorDataset(*samples(0, 60)), FailsInALaterProcess(*samples(0, 60))
+    return [Task(train, train, CLASSES, validation)]

@@ -20,7 +20,7 @@ from wsn_fast.train.command_line import main
 from wsn_fast.train.config import resolve
 from wsn_fast.train.report import Console
 from wsn_fast.train.run import Run
-from wsn_fast.train.samples.loading import LoadingError
+from wsn_fast.train.samples.users_code import LoadingError
 from wsn_fast.train.streams import own_code
 
 CODE = own_tasks.__file__

@@ -20,7 +20,8 @@ from wsn_fast.train import Task
 from wsn_fast.train.config import command_line, from_dict, resolve
 from wsn_fast.train.data import DataError
 from wsn_fast.train.experiment import make_experiment
-from wsn_fast.train.samples.loading import LoadingError, SamplesOfDataset
+from wsn_fast.train.samples.loading import SamplesOfDataset
+from wsn_fast.train.samples.users_code import LoadingError
 from wsn_fast.train.streams import OwnStream, own_code
 
 CODE = own_tasks.__file__

@@ -25,8 +25,9 @@ from wsn_fast.train.data import DataError
 from wsn_fast.train.samples import Batch, Epoch, KeptSamples, Samples, SamplesInMemory, Share
 from wsn_fast.train.samples import kept as of_keeping
 from wsn_fast.train.samples import loading as of_loading
-from wsn_fast.train.samples.loading import Kind, LoadingError, SamplesOfDataset, SamplesOfLoader
+from wsn_fast.train.samples.loading import Kind, SamplesOfDataset, SamplesOfLoader
 from wsn_fast.train.samples.randomness import Randomness
+from wsn_fast.train.samples.users_code import LoadingError
 
 KIND = Kind("task 0, train", (1, 4, 6), CLASSES)
 EPOCH = Epoch(1, 2, 3)

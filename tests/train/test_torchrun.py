@@ -269,6 +269,7 @@ def test_processes_train_data_of_ones_own_as_one(make: str, tmp_path: Path) -> N
     [
         ("cut_by_chance", "data: the processes do not have the same data"),
         ("other_numbers_of_batches", "data: the loader of each process has to give the same batches"),
+        ("other_numbers_to_validate", "data: the loader of each process has to give the same batches"),
         ("other_labels", "data: the loader of each process has to give the same batches"),
     ],
 )
@@ -276,3 +277,13 @@ def test_processes_with_other_data_stop(make: str, says: str, tmp_path: Path) ->
     words = ["train", "own", "--data", f"{own_tasks.__file__}:{make}", "--net", "mlp", "--device", "cpu", "--quiet"]
     ended = drive(tmp_path, 2, *words, "--out", tmp_path / "run", prepare="driver_cases:own", using=[])
     assert says in one_error(ended)
+
+
+def test_data_that_fail_in_one_process_end_all(tmp_path: Path) -> None:
+    """At the end of a task, where the processes wait for each other while its probe is taken."""
+    code = f"{own_tasks.__file__}:samples_that_one_process_cannot_load"
+    words = ["train", "own", "--data", code, "--net", "mlp", "--epochs", "1", "--device", "cpu", "--quiet"]
+    ended = drive(tmp_path, 2, *words, "--out", tmp_path / "run", prepare="driver_cases:own", using=[])
+    assert ended.codes == [2, 1], ended  # an error in the code of the user shows where it is
+    assert "task 0, validation: the code that makes the data has failed: ValueError: file 7 is dam" in ended.errors[1]
+    assert ended.errors[0] == ""

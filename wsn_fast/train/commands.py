@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         known = isinstance(error, _FAILURES) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
         if args.debug or not (known or is_lost(error)):
             raise
-        says = _LOST if is_lost(error) and not isinstance(error, PeerLostError) else error
+        says = _LOST if is_lost(error) and not isinstance(error, PeerLostError) else str(error) or type(error).__name__
         print(f"wsn-fast: error: {says}", file=sys.stderr)
         return 1 if isinstance(error, (FloatingPointError, ForgottenError)) else 2
 

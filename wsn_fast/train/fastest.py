@@ -59,8 +59,9 @@ def with_fastest(
     wsn.begin_task(0)
     optimizer = make_optimizer(wsn, settings)
     samples, augment = stream.training(0)[0], settings.augment == "crops"
-    loaded = samples.epoch(settings.batch_size, Epoch(settings.seed, 0, 0), augment=augment)
-    several = list(itertools.islice(loaded, _STEPS))
+    # Nothing refers to the epoch after this line, so processes that load end before anything is measured.
+    epoch = Epoch(settings.seed, 0, 0)
+    several = list(itertools.islice(samples.epoch(settings.batch_size, epoch, augment=augment), _STEPS))
     net: Any = wsn.model
     seconds: dict[Way, float] = {}
     for _ in range(_ROUNDS):  # in turns, so that all of them meet the same load of the machine

@@ -176,17 +176,22 @@ def agreeing(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)
-        marks = torch.zeros(processes.size, dtype=torch.int64)
-        marks[processes.rank] = 0 if batch is None else batch.mark
-        processes.sum(marks)
-        if (marks != marks[0]).any():
-            raise DataError(
-                "data: the loader of each process has to give the same batches in the same order, and they differ: "
-                "draw what is random with the generators of torch, NumPy or Python, and do not cut the data up yourself"
-            )
+        _check_same(0 if batch is None else batch.mark, processes)
         if batch is None:
             return
         yield batch
+
+
+def _check_same(number: int, processes: Processes) -> None:
+    """Raise ``DataError`` in all processes if they do not have the same number, which their loaders have given."""
+    numbers = torch.zeros(processes.size, dtype=torch.int64)
+    numbers[processes.rank] = number
+    processes.sum(numbers)
+    if (numbers != numbers[0]).any():
+        raise DataError(
+            "data: the loader of each process has to give the same batches in the same order, and they differ: draw "
+            "what is random with the generators of torch, NumPy or Python, and do not cut the data up yourself"
+        )
 
 
 def _gradients(wsn: WSN, optimizer: torch.optim.Optimizer, batch: Batch, parts: int) -> Tensor:
@@ -218,6 +223,7 @@ def evaluate(
         waits: gives the batches on, and may measure the time until they are there.
 
     Raises:
+        DataError: the loaders of the processes have not given the same number of batches.
         ValueError: there are no samples.
     """
     wsn.eval()
@@ -233,6 +239,8 @@ def evaluate(
             count += len(labels)
     if not losses:
         raise ValueError("samples: there are none to measure on")
+    if samples.each_process_loads_all and processes.size > 1:  # a sum of other lengths would never end
+        _check_same(len(losses), processes)
     sums, right = torch.stack(losses), torch.stack((correct, torch.full_like(correct, count)))
     processes.sum(sums)  # all but one process have 0 for each batch
     processes.sum(right)

@@ -20,6 +20,7 @@ from wsn_fast.backends import collectives, meeting
 from wsn_fast.continual.parallel import OtherFailedError
 from wsn_fast.train.data.files import DataError
 from wsn_fast.train.samples import Share
+from wsn_fast.train.samples.users_code import LoadingError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
@@ -168,7 +169,9 @@ def join() -> Processes:
 def is_lost(error: BaseException) -> bool:
     """Whether an error says that another process has ended or does not answer."""
     known = isinstance(error, PeerLostError | Terminated | torch.distributed.DistError)
-    return known or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    # An error in the code of the user may say anything.
+    of_gloo = isinstance(error, RuntimeError) and not isinstance(error, LoadingError) and "gloo" in str(error)
+    return known or of_gloo
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -233,8 +233,10 @@ class Run:
                 self.save()
         with self.processes.together():
             self.wsn.load_trainable_state(self._best)
+        with self.processes.together():  # a block of its own: the processes wait for each other in the next one
+            probe = val.first(PROBE)
         with self.processes.together():
-            self.wsn.end_task(probe=val.first(PROBE))
+            self.wsn.end_task(probe=probe)
         self._end_task(time.perf_counter() - started)
 
     def _end_task(self, seconds: float) -> None:

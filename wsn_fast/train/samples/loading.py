@@ -5,25 +5,36 @@ from __future__ import annotations
 import math
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from wsn_fast.train.data.files import DataError
 from wsn_fast.train.samples.augmentation import Augmentation
 from wsn_fast.train.samples.batch import ALL, Batch, Epoch, Share
 from wsn_fast.train.samples.randomness import Randomness
 from wsn_fast.train.samples.samples import EVAL_BATCH, Samples
+from wsn_fast.train.samples.users_code import in_users_code, known_length, prepare
 
 _MOST_NUMBERS = 1 << 24  # numbers in the inputs of a batch that is measured: 64 MB in float32
 _CPU = torch.device("cpu")
 _END = object()
+_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _Item = TypeVar("_Item")
 
 
@@ -58,13 +69,21 @@ class Kind(NamedTuple):
             raise DataError(
                 f"{self.where}: expected inputs of floating point and the shape {[len(y), *shape]}, got {described(x)}"
             )
-        y = y.long()
+        x, y = (_for_training(values) for values in (x.float(), y.long()))
         low, high = (int(end) for end in y.aminmax())
         if low < 0 or high >= self.classes:
             raise DataError(
                 f"{self.where}: expected labels from 0 to {self.classes - 1}, got {low if low < 0 else high}"
             )
-        return x.float(), y
+        if not x.sum().isfinite() and not x.isfinite().all():  # the sum takes less time
+            raise DataError(f"{self.where}: expected finite inputs, got NaN or infinity")
+        return x, y
+
+
+def _for_training(values: Tensor) -> Tensor:
+    """The values, as a net can train with them, whatever computed them."""
+    values = values.detach()
+    return values.clone() if values.is_inference() else values
 
 
 def described(value: Any) -> str:
@@ -95,7 +114,7 @@ class LoadedSamples(Samples):
         changes = Augmentation(epoch) if augment else None
         for number, (size, start, x, y) in enumerate(self.loaded(batch_size, epoch, share)):
             take = partial(self._take, x, y, start, changes, number, size)
-            mark = 1 + zlib.crc32(y.numpy().tobytes()) if self.each_process_loads_all else 0
+            mark = 1 + zlib.crc32(y.cpu().numpy().tobytes()) if self.each_process_loads_all else 0
             yield Batch(size, *share.of(size), take, mark)
 
     def _take(
@@ -145,7 +164,8 @@ class SamplesOfDataset(LoadedSamples):
         """See :meth:`LoadedSamples.loaded`. Only what this process trains is loaded."""
         whole = self.rows[epoch.order(self.count)].split(batch_size)
         own = [share.of(len(rows))[0] for rows in whole]
-        parts = self._load([rows[part] for rows, part in zip(whole, own, strict=True)], epoch.number(share.rank))
+        loaded = [rows[part] for rows, part in zip(whole, own, strict=True)]
+        parts = self._load(loaded, epoch.number(share.rank), epoch.epoch)
         for rows, part, (x, y) in zip(whole, own, parts, strict=True):
             yield len(rows), part.start, x, y
 
@@ -162,14 +182,20 @@ class SamplesOfDataset(LoadedSamples):
         ((x, _),) = replace(self, workers=0)._load([self.rows[:count]], 0)
         return x.to(self.device)
 
-    def _load(self, batches: list[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(
+    def _load(self, batches: list[Tensor], seed: int, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=[rows.tolist() for rows in batches],
             num_workers=self.workers,
+            collate_fn=_Loaded,
             pin_memory=self.device.type == "cuda",
         )
-        return map(self.kind.check, _with_own_randomness(seed, loader, self.kind.where))
+        where = self.kind.where
+        for loaded, rows in zip(_batches_of(loader, seed, epoch, where, [self.dataset]), batches, strict=True):
+            x, y = self.kind.check(loaded.batch)
+            if len(y) != len(rows):
+                raise DataError(f"{where}: expected {len(rows)} samples for so many indices, got {len(y)}")
+            yield x, y
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,10 +232,10 @@ class SamplesOfLoader(LoadedSamples):
 
     @property
     def _owners(self) -> list[Any]:
-        """The loader and its samplers, where a generator can be."""
+        """The loader, its dataset and its samplers, where a generator can be."""
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         samplers = getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
-        return [self.loader, *samplers]
+        return [self.loader, getattr(self.loader, "dataset", None), *samplers]
 
     def to(self, device: torch.device) -> SamplesOfLoader:
         """See :meth:`Samples.to`."""
@@ -219,24 +245,18 @@ class SamplesOfLoader(LoadedSamples):
     def count(self) -> int | None:
         """See :attr:`Samples.count`."""
         size, sampler = getattr(self.loader, "batch_size", None), getattr(self.loader, "sampler", None)
-        if not isinstance(size, int) or not isinstance(sampler, Sized):
+        count = known_length(sampler, self.kind.where)
+        if count is None or not isinstance(size, int):
             return None
-        count = len(sampler)
         return count - count % size if getattr(self.loader, "drop_last", False) else count
 
     def batches(self, batch_size: int) -> int | None:
         """See :meth:`Samples.batches`. The loader's batches have the size that it gives them."""
-        try:
-            return len(self.loader) if isinstance(self.loader, Sized) else None
-        except TypeError:  # a DataLoader of an IterableDataset that has no length
-            return None
+        return known_length(self.loader, self.kind.where)
 
     def loaded(self, batch_size: int, epoch: Epoch, share: Share) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See :meth:`LoadedSamples.loaded`. Each process loads all."""
-        for owner in self._owners:
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(epoch.epoch)
-        for x, y in self._load(epoch.number()):
+        for x, y in self._load(epoch.number(), epoch.epoch):
             yield len(y), 0, x, y
 
     def in_order(self, share: Share = ALL) -> Iterator[tuple[Tensor, Tensor] | None]:
@@ -253,44 +273,73 @@ class SamplesOfLoader(LoadedSamples):
                 break
         return torch.cat(found).to(self.device)
 
-    def _load(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for owner in self._owners:
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
+    def _load(self, seed: int, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         nothing = True
-        for batch in _with_own_randomness(seed, self.loader, self.kind.where):
+        for batch in _batches_of(self.loader, seed, epoch, self.kind.where, self._owners):
             nothing = False
             yield self.kind.check(batch)
         if nothing:
             raise DataError(f"{self.kind.where}: no batches")
 
 
-class LoadingError(RuntimeError):
-    """The user's code has failed while it made or loaded data. The message says for what; the cause says why."""
+def _batches_of(loader: Iterable[_Item], seed: int, epoch: int, where: str, owners: Iterable[Any]) -> Iterator[_Item]:
+    """The batches of a loader, which draws random numbers of its own.
 
+    Args:
+        loader: gives the batches.
+        seed: decides the random numbers.
+        epoch: the number of the epoch.
+        where: what messages call the data.
+        owners: the objects that hear of seed and epoch.
 
-def _with_own_randomness(seed: int, loader: Iterable[_Item], where: str) -> Iterator[_Item]:
-    """The items of a loader, which draws random numbers of its own. ``LoadingError`` if it fails."""
+    Raises:
+        DataError: there are fewer batches than there surely are.
+        LoadingError: code of the user fails.
+    """
     randomness = Randomness(seed)
     with in_users_code(where, randomness):
+        prepare(owners, seed, epoch)
         iterator = iter(loader)
+    number = 0
     while True:
         with in_users_code(where, randomness):
             item: Any = next(iterator, _END)
         if item is _END:
-            return
+            break
+        number += 1
         yield item
+    if _has_sure_length(loader) and number < len(loader):
+        raise DataError(
+            f"{where}: expected {len(loader)} batches, got {number}: the code that loads a sample has raised "
+            "StopIteration, as next() does at the end of an iterator"
+        )
 
 
-@contextmanager
-def in_users_code(where: str, randomness: Randomness) -> Iterator[None]:
-    """The block calls code of the user, with these random numbers. ``LoadingError`` if it fails."""
-    try:
-        with randomness.in_use():
-            yield
-    except (DataError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise LoadingError(f"{where}: the code that makes the data has failed: {what}") from error
+def _has_sure_length(loader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
+    """Whether the length of a loader is that of PyTorch's own samplers, which do not err."""
+    if type(loader) is not DataLoader:
+        return False
+    batches = loader.batch_sampler
+    if batches is None:  # the dataset gives whole batches
+        return type(loader.sampler) in _SAMPLERS
+    return isinstance(batches, list) or (type(batches) is BatchSampler and type(batches.sampler) in _SAMPLERS)
+
+
+class _Loaded:
+    """A batch on its way to the device. Samples that are on a GPU already stay there, and are not pinned.
+
+    Attributes:
+        batch: what was loaded.
+    """
+
+    def __init__(self, samples: list[Any]) -> None:
+        self.batch = default_collate(samples)
+
+    def pin_memory(self) -> _Loaded:
+        """Called by the loader, if there is a GPU."""
+        if isinstance(self.batch, list | tuple):
+            self.batch = [
+                part.pin_memory() if isinstance(part, Tensor) and part.device.type == "cpu" else part
+                for part in self.batch
+            ]
+        return self

@@ -19,9 +19,9 @@ from wsn_fast.train.samples.loading import (
     SamplesOfDataset,
     SamplesOfLoader,
     described,
-    in_users_code,
 )
 from wsn_fast.train.samples.randomness import Randomness
+from wsn_fast.train.samples.users_code import in_users_code, length
 from wsn_fast.train.streams.interface import Stream
 from wsn_fast.train.streams.kinds import generator
 from wsn_fast.train.task import Task
@@ -61,13 +61,14 @@ class OwnStream(Stream):
         name: str = "tasks",
         shows: Shows = shows_nothing,
     ) -> None:
-        if not isinstance(made, Sized) or not hasattr(made, "__getitem__") or not len(made):
+        count = length(made, name) if isinstance(made, Sized) and hasattr(made, "__getitem__") else 0
+        if not count:
             raise DataError(f"{name}: expected a sequence of at least one task, got {described(made)}")
-        if tasks is not None and tasks > len(made):
-            raise ValueError(f"tasks: expected at most the {len(made)} tasks of {name}, got {tasks}")
+        if tasks is not None and tasks > count:
+            raise ValueError(f"tasks: expected at most the {count} tasks of {name}, got {tasks}")
         self._made, self._name, self._workers = made, name, workers
         self._seed, self._val_fraction = seed, val_fraction
-        self.task_ids = list(range(len(made) if tasks is None else tasks))
+        self.task_ids = list(range(count if tasks is None else tasks))
         self.input_shape = ()  # not known before the first input is
         self.classes: dict[int, int] = {}
         digest = hashlib.blake2b(digest_size=16)
@@ -79,7 +80,7 @@ class OwnStream(Stream):
             parts = *self._training(number, task), self._samples(task.test, number, "test")
             digest.update(str((task.classes, [part.count for part in parts])).encode())
             for part in parts:
-                digest.update(part.first(1).numpy().tobytes())
+                digest.update(part.first(1).cpu().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
 
     def training(self, task: int) -> tuple[LoadedSamples, LoadedSamples]:
@@ -125,9 +126,10 @@ class OwnStream(Stream):
         if isinstance(data, IterableDataset):
             raise DataError(f"{kind.where}: expected an IterableDataset to be in a DataLoader, got {described(data)}")
         if hasattr(data, "__getitem__") and isinstance(data, Sized):
-            if not len(data):
+            count = length(data, kind.where)
+            if not count:
                 raise DataError(f"{kind.where}: no samples")
-            return SamplesOfDataset(data, torch.arange(len(data)), kind, self._workers)  # type: ignore[arg-type]
+            return SamplesOfDataset(data, torch.arange(count), kind, self._workers)  # type: ignore[arg-type]
         if isinstance(data, Iterable) and not isinstance(data, Iterator):
             return SamplesOfLoader(data, kind)
         raise DataError(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from wsn_fast.train.data.files import DataError
-from wsn_fast.train.samples.loading import in_users_code
 from wsn_fast.train.samples.randomness import Randomness
+from wsn_fast.train.samples.users_code import in_users_code
 from wsn_fast.train.streams.kinds import generator
 from wsn_fast.train.task import Task
 
@@ -40,8 +40,12 @@ def call(name: str, data_dir: str | None, seed: int) -> Sequence[Task]:
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"data: there is no file {path}")
+    if "." in path.stem:
+        raise DataError(f"data: a module cannot be called {path.stem!r}, with a dot: give {path} another name")
+    real = path.resolve()  # the modules beside the file of a link are found, as when Python runs the link
+    path = real if real.suffix == ".py" and "." not in real.stem else path.absolute()
     # A process that loads data imports the file by its name, so its folder is where modules are looked for.
-    folder = str(path.resolve().parent)
+    folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     module = _module(path.stem)
@@ -54,6 +58,6 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0] and error.name != name:  # it is there, and misses something itself
+        if not f"{name}.".startswith(f"{error.name}."):  # it is there, and misses something itself
             raise
         raise DataError(f"data: there is no module {name!r}") from error
