@@ -20,8 +20,8 @@ def _of_machine() -> Iterator[int]:
 
 
 def _limits(groups: Path, root: Path) -> Iterator[int]:
-    """The limits of the control groups that a process is in, by its file ``groups``. A group is a folder below ``root``,
-    and the limits of the folders above it hold as well."""
+    """The limits of the control groups that a process is in, by its file ``groups``. A group is a folder below
+    ``root``, and the limits of the folders above it hold as well."""
     with suppress(OSError):
         for line in groups.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
