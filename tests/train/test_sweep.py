@@ -27,9 +27,9 @@ SMALL = ["--tasks", "2", "--epochs", "1", "--batch-size", "128", "--device", "cp
 def alive(number: int) -> bool:
     try:
         os.kill(number, 0)
-    except ProcessLookupError:
+        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text() if Path("/proc").is_dir() else True
+    except (ProcessLookupError, FileNotFoundError):  # it may end between the two looks
         return False
-    return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text() if Path("/proc").is_dir() else True
 
 
 def wait_until(happened: object, seconds: float = 120.0) -> None:
