@@ -148,7 +148,9 @@ def test_long_loads_get_a_bar_on_a_terminal(
     assert loading.delay == 1  # seconds
     loading.delay = loading.mininterval = 0
     assert list(loading) == [0, 1, 2]
-    assert "reading images: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "reading images: " in said and "3/3" in said
+    assert said.endswith("\r"), "the bar goes when all is read"
 
 
 def test_elsewhere_there_are_only_lines(capsys: pytest.CaptureFixture[str]) -> None:
