@@ -75,8 +75,16 @@ def test_the_union_is_what_some_task_uses(
     archive: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, network = list[WSN](), paper_program.network
-    monkeypatch.setattr(paper_program, "network", lambda *arguments: made.append(network(*arguments)) or made[0])
-    paper_program.main(["folder", "--tasks", "2", "--density", str(DENSITY)])
+
+    def of_many_densities(*arguments: object) -> WSN:  # so that each layer counts
+        wsn = network(*arguments)  # type: ignore[arg-type]
+        for number, layer in enumerate(wsn.subnet_layers().values()):
+            layer.density = 0.9 - 0.2 * number
+        made.append(wsn)
+        return wsn
+
+    monkeypatch.setattr(paper_program, "network", of_many_densities)
+    paper_program.main(["folder", "--tasks", "2"])
     said = re.findall(r"^\| (\d) \| 4 \| [1-4] \| [\d.]+ \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
     gates = [gate for _, gate in made[0].gated()]
     expected = []
@@ -86,7 +94,7 @@ def test_the_union_is_what_some_task_uses(
         expected.append(f"{100 * unions.double().mean().item():.2f}")
     assert said == [("0", expected[0]), ("1", expected[1])]
     first, both = map(float, expected)
-    assert 19 < first < 21 and first < both < 2 * first, "the tasks use some weights together, and some not"
+    assert 10 < first < both < min(100, 2 * first), "the tasks use some weights together, and some not"
 
 
 # --- options
