@@ -192,6 +192,8 @@ def test_images_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypa
     image_tree(tmp_path)
     monkeypatch.setattr(machine, "memory", lambda: 6 * 4 * 3 * 3)
     assert len(load("folder", tmp_path).train_x) == 4
+    monkeypatch.setattr(machine, "memory", lambda: None)  # a system that does not tell
+    assert len(load("folder", tmp_path).train_x) == 4
     monkeypatch.setattr(machine, "memory", lambda: 6 * 4 * 3 * 3 - 1)
     message = error_of("folder", tmp_path)
     assert f"{tmp_path}: 6 images of (height, width) (4, 3) take 0.0 GiB, this machine has 0.0 GiB" in message
