@@ -157,11 +157,15 @@ def test_elsewhere_there_are_only_lines(capsys: pytest.CaptureFixture[str]) -> N
     show(report.Console())
     out, err = capsys.readouterr()
     assert (out.count("\n"), err) == (1, "")
+    items = range(3)
+    assert report.Console().loading(items, 3, "reading images") is items, "no bar, however long it takes"
 
 
 def test_quiet_is_quiet_on_a_terminal_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     console = report.Console(quiet=True)
     show(console)
+    items = range(3)
+    assert console.loading(items, 3, "reading images") is items
     console.say("something")
     assert capsys.readouterr() == ("", "")
