@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -51,6 +52,9 @@ def leave_a_sample(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        # torch.compile gives up a function that was compiled eight times, by whatever tests ran here before.
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ for. The real one needs a GPU (tests/test_gpu.py)."""
 from __future__ import annotations
 
 import re
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -186,6 +188,26 @@ def test_another_state_of_the_optimizer_leads_to_another_capture(
     for i in range(5):
         step(*batch(i))
     assert step.captured and len(graphs) == 2
+
+
+class State(defaultdict[Tensor, dict[str, Any]]):
+    """The state of an optimizer, with weak references."""
+
+
+def test_no_other_state_can_take_the_place_of_the_captured_one(
+    graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two loads between steps made a new state where the old one had been, now and then: with its ``id``."""
+    optimizer, step = begin(make_wsn(), 0, OPTIMIZERS["one pass"], graphs, monkeypatch)
+    optimizer.state = State(dict)
+    for i in range(5):
+        step(*batch(i))
+    captured = weakref.ref(optimizer.state)
+    for _ in range(2):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert captured() is not None
+    step(*batch(5))
+    assert captured() is None and not step.captured
 
 
 def test_an_eager_step_uses_the_gates_of_the_replay_before_it(

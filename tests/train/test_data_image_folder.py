@@ -12,9 +12,12 @@ from data_errors import error_of
 from seen_loading import Seen
 
 from wsn_fast.train import machine
-from wsn_fast.train.data import load
+from wsn_fast.train.command_line import main
+from wsn_fast.train.data import load, load_several
+from wsn_fast.train.report import Console
 
 RNG = np.random.default_rng(0)
+TREE = ("train", "val")
 
 
 def save_image(path: Path, pixels: np.ndarray) -> np.ndarray:
@@ -165,9 +168,31 @@ def test_images_are_shown_while_they_are_read(tmp_path: Path) -> None:
     assert seen.counts == {f"reading {tmp_path / 'train'}": (2, 2), f"reading {tmp_path / 'val'}": (3, 3)}
 
 
+def test_images_of_several_datasets_are_shown(tmp_path: Path) -> None:
+    seen = Seen()
+    for name in ("folder", "photos"):
+        image_tree(tmp_path / name)
+    load_several("folder,photos", tmp_path, seen)
+    assert [*seen.counts] == [f"reading {tmp_path / name / part}" for name in ("folder", "photos") for part in TREE]
+
+
+def test_a_command_shows_the_images_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it measures what is fastest, and when the run begins."""
+    seen: list[str] = []
+    monkeypatch.setattr(Console, "loading", lambda self, items, total, what: seen.append(what) or items)
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+    image_tree(tmp_path)
+    words = ["--data", "folder", "--data-dir", str(tmp_path), "--tasks", "1", "--epochs", "1", "--val-fraction", "0.25"]
+    words += ["--threads", "auto", "--device", "cpu", "--quiet", "--out", str(tmp_path / "run")]
+    assert main(["train", "permuted", *words]) == 0
+    assert seen == [f"reading {tmp_path / part}" for part in TREE] * 2
+
+
 def test_images_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_tree(tmp_path)
     monkeypatch.setattr(machine, "memory", lambda: 6 * 4 * 3 * 3)
+    assert len(load("folder", tmp_path).train_x) == 4
+    monkeypatch.setattr(machine, "memory", lambda: None)  # a system that does not tell
     assert len(load("folder", tmp_path).train_x) == 4
     monkeypatch.setattr(machine, "memory", lambda: 6 * 4 * 3 * 3 - 1)
     message = error_of("folder", tmp_path)

@@ -12,6 +12,7 @@ import own_tasks
 import pytest
 import torch
 from same_end import assert_same_end
+from seen_loading import Seen
 from stopping_console import Stop, StoppingConsole
 
 from wsn_fast import WSN
@@ -44,6 +45,13 @@ def test_a_run_learns_and_forgets_nothing(make: str, tmp_path: Path) -> None:
     assert begun == {"datasets": [190] * 3, "loaders": [190] * 3, "of_unknown_length": [None] * 2}[make]
     assert all(line["time"]["data"] > 0 for line in log if line["kind"] == "task")
     assert records.read(str(tmp_path / "run")).notes == []
+
+
+def test_the_opening_of_the_data_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Seen()
+    monkeypatch.setattr(Console, "loading", lambda self, *about: seen(*about))
+    Run.start(settings(tmp_path / "run", "datasets"), Console(quiet=True))
+    assert seen.counts == {"opening the data of tasks": (3, 3)}
 
 
 @pytest.mark.parametrize(

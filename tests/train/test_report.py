@@ -158,18 +158,24 @@ def test_long_loads_get_a_bar_on_a_terminal(
     assert loading.delay == 1  # seconds
     loading.delay = loading.mininterval = 0
     assert list(loading) == [0, 1, 2]
-    assert "reading images: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "reading images: " in said and "3/3" in said
+    assert said.endswith("\r"), "the bar goes when all is read"
 
 
 def test_elsewhere_there_are_only_lines(capsys: pytest.CaptureFixture[str]) -> None:
     show(report.Console())
     out, err = capsys.readouterr()
     assert (out.count("\n"), err) == (1, "")
+    items = range(3)
+    assert report.Console().loading(items, 3, "reading images") is items, "no bar, however long it takes"
 
 
 def test_quiet_is_quiet_on_a_terminal_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     console = report.Console(quiet=True)
     show(console)
+    items = range(3)
+    assert console.loading(items, 3, "reading images") is items
     console.say("something")
     assert capsys.readouterr() == ("", "")

@@ -8,8 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kill_after(arguments: Sequence[str], log: Path, lines: int, delay: float) -> None:
-    """Start a run and SIGKILL it ``delay`` seconds after its log has grown by so many lines."""
-    before = log.read_text().count("\n") if log.exists() else 0
-    process = subprocess.Popen(command(*arguments), env=environment())
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < before + lines):
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+# Dies so many seconds after the n-th line of its log was begun. They are seconds of its own CPU time, so that a busy
+# machine does not let it end before.
+KILLED_BY_THE_CLOCK = """
+import signal, sys
+from wsn_fast.train import folder
+from wsn_fast.train.command_line import main
+
+lines, seconds, arguments = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+open_to_append = folder.open_to_append
+
+def counted(path):
+    global lines
+    lines -= 1
+    if not lines:
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF: no code of Python runs, as with SIGKILL
+    return open_to_append(path)
+
+folder.open_to_append = counted
+main(arguments)
+"""
 
 
 def test_a_run_killed_at_any_moment_ends_the_same(undisturbed: Path, tmp_path: Path) -> None:
@@ -65,7 +75,9 @@ def test_a_run_killed_at_any_moment_ends_the_same(undisturbed: Path, tmp_path: P
     folder = tmp_path / "run"
     arguments = ["permuted", *OPTIONS, "--out", str(folder)]
     for _ in range(2):
-        kill_after(arguments, folder / "metrics.jsonl", moments.randint(2, 5), moments.uniform(0, 0.05))
+        when = [str(moments.randint(2, 5)), str(moments.uniform(0.001, 0.05))]
+        code = [sys.executable, "-c", KILLED_BY_THE_CLOCK, *when, "train", *arguments]
+        assert subprocess.run(code, env=environment(), check=False).returncode == -signal.SIGPROF
         arguments = ["--resume", str(folder), "--quiet"]
     assert not (folder / "results.json").exists()
     subprocess.run(command(*arguments), env=environment(), check=True)

@@ -27,9 +27,9 @@ SMALL = ["--tasks", "2", "--epochs", "1", "--batch-size", "128", "--device", "cp
 def alive(number: int) -> bool:
     try:
         os.kill(number, 0)
-    except ProcessLookupError:
+        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text() if Path("/proc").is_dir() else True
+    except (ProcessLookupError, FileNotFoundError):  # it may end between the two looks
         return False
-    return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text() if Path("/proc").is_dir() else True
 
 
 def wait_until(happened: object, seconds: float = 120.0) -> None:
@@ -308,10 +308,23 @@ def test_a_stopped_sweep_leaves_no_process_and_continues(number: signal.Signals,
     words = ["sweep", *SMALL, "--epochs", "30", "--seeds", "1,2", "--jobs", "2", "--out", str(out), "--quiet"]
     command = [sys.executable, "-m", "wsn_fast.train", *words]
     logs = [out / f"density0.3-seed{seed}" / "metrics.jsonl" for seed in (1, 2)]
+    held: dict[Path, int] = {}
+
+    def are_held() -> bool:
+        """Hold each run where its log has four lines: it would end while the other one still begins."""
+        for log in logs:
+            if log not in held and log.is_file() and log.read_text().count("\n") > 3:
+                [held[log]] = processes_of(log.parent)
+                os.kill(held[log], signal.SIGSTOP)
+        return len(held) == len(logs)
+
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
-        wait_until(lambda: all(log.is_file() and log.read_text().count("\n") > 3 for log in logs))
-        assert len(processes_of(out)) == 2
-        started.send_signal(number)
+        try:
+            wait_until(are_held)
+            started.send_signal(number)
+        finally:
+            for process in held.values():
+                os.kill(process, signal.SIGCONT)
         _, error = started.communicate(timeout=60)
     wait_until(lambda: not processes_of(out), 20)
     if number != signal.SIGKILL:

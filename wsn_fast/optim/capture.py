@@ -167,6 +167,7 @@ class CapturedStep:
     def _forget(self) -> None:
         self._graph: Graph | None = None
         self._signature: Signature | None = None
+        self._state: object = None  # of the optimizer when it was described, so that no other one gets its id
         self._warm_up_steps = self._odd_batches = 0
         self._inputs: list[Tensor] = []
         self._changed: list[Tensor] = []  # what a replay writes and autograd has to know of
@@ -191,7 +192,7 @@ class CapturedStep:
             return self._run_eagerly(batch, "this batch has another shape than the captured step")
         else:
             self._forget()
-            self._signature = signature
+            self._signature, self._state = signature, self._optimizer.state
         if self._warm_up_steps < WARM_UP:
             self._warm_up_steps += 1
             return self._run_warm_up(batch)
