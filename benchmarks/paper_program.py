@@ -5,10 +5,10 @@
 
 The second line does what the published program does with its data and masks: pixels are scaled to [0, 1] and not
 normalised (--unit); it reads the archive's rows, which have a channel after the other, as if each pixel had its three
-channels together (--scrambled); each head has 100 outputs (--outputs 100); and it stores the mask of the last step of a
-task, while weights and scores go back to those of the best epoch (--stale). All else is the recipe of ``wsn-fast train
-superclass``. It prints, for each task, the epochs, the test accuracy, and which share of all gated weights the tasks so
-far own.
+channels together (--scrambled); each head has 100 outputs (--outputs 100); and it stores the mask of a task's end,
+while weights and scores go back to those of the best epoch (--stale; that program's mask is of the batch before the
+last step, and ours of the scores after it). All else is the recipe of ``wsn-fast train superclass``. It prints, for
+each task, the epochs, the test accuracy, and which share of all gated weights the tasks so far own.
 """
 
 from __future__ import annotations
