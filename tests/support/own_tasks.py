@@ -77,7 +77,7 @@ class Shuffled(Sampler[int]):
         self.order = [*range(50)]
 
     def set_epoch(self, epoch: int) -> None:
-        self.order = (np.random.permutation(50) + epoch - epoch).tolist()
+        self.order = np.random.permutation(50).tolist()
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order)

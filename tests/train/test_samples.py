@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from own_tasks import CLASSES, Endless, Noisy, samples
+from fifty_samples import KIND, X, Y
+from own_tasks import Endless, Noisy, samples
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -25,13 +26,11 @@ from wsn_fast.train.data import DataError
 from wsn_fast.train.samples import Batch, Epoch, KeptSamples, Samples, SamplesInMemory, Share
 from wsn_fast.train.samples import kept as of_keeping
 from wsn_fast.train.samples import loading as of_loading
-from wsn_fast.train.samples.loading import Kind, SamplesOfDataset, SamplesOfLoader
+from wsn_fast.train.samples.loading import SamplesOfDataset, SamplesOfLoader
 from wsn_fast.train.samples.randomness import Randomness
 from wsn_fast.train.samples.users_code import LoadingError
 
-KIND = Kind("task 0, train", (1, 4, 6), CLASSES)
 EPOCH = Epoch(1, 2, 3)
-X, Y = samples(0, 50)
 
 
 def of_dataset(data: Any = None, rows: Tensor | None = None, workers: int = 0) -> SamplesOfDataset:

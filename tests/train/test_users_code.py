@@ -12,7 +12,8 @@ import numpy as np
 import own_tasks
 import pytest
 import torch
-from own_tasks import CLASSES, Shuffled, samples
+from fifty_samples import KIND, X, Y, loaded, of
+from own_tasks import CLASSES, Shuffled
 from torch import Tensor
 from torch.multiprocessing import active_children
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -21,21 +22,10 @@ from wsn_fast.train import Task, fastest
 from wsn_fast.train.command_line import main
 from wsn_fast.train.config import resolve
 from wsn_fast.train.samples import Epoch, Samples
-from wsn_fast.train.samples.loading import Kind, SamplesOfDataset, SamplesOfLoader
+from wsn_fast.train.samples.loading import Kind, SamplesOfLoader
 from wsn_fast.train.samples.randomness import Randomness
 from wsn_fast.train.samples.users_code import LoadingError, in_users_code
 from wsn_fast.train.streams import OwnStream
-
-KIND = Kind("task 0, train", (1, 4, 6), CLASSES)
-X, Y = samples(0, 50)
-
-
-def loaded(given: Samples, epoch: int = 3) -> Tensor:
-    return torch.cat([batch.take(batch.own)[0] for batch in given.epoch(16, Epoch(1, 2, epoch))])
-
-
-def of(data: Any) -> SamplesOfDataset:
-    return SamplesOfDataset(data, torch.arange(50), KIND)
 
 
 class Calling(TensorDataset):

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from own_tasks import CLASSES, Shuffled, samples
+from fifty_samples import KIND, X, Y, loaded, of
+from own_tasks import CLASSES, Shuffled
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
@@ -17,22 +18,11 @@ from wsn_fast.train import Task, commands
 from wsn_fast.train.command_line import main
 from wsn_fast.train.data import DataError
 from wsn_fast.train.processes import PeerLostError, is_lost
-from wsn_fast.train.samples import Epoch, Samples
-from wsn_fast.train.samples.loading import Kind, SamplesOfDataset, SamplesOfLoader
+from wsn_fast.train.samples import Samples
+from wsn_fast.train.samples.loading import SamplesOfLoader
 from wsn_fast.train.samples.randomness import Randomness
 from wsn_fast.train.samples.users_code import LoadingError, in_users_code
 from wsn_fast.train.streams import OwnStream, own_code
-
-KIND = Kind("task 0, train", (1, 4, 6), CLASSES)
-X, Y = samples(0, 50)
-
-
-def loaded(given: Samples, epoch: int = 3) -> Tensor:
-    return torch.cat([batch.take(batch.own)[0] for batch in given.epoch(16, Epoch(1, 2, epoch))])
-
-
-def of(data: Any) -> SamplesOfDataset:
-    return SamplesOfDataset(data, torch.arange(50), KIND)
 
 
 # --- how it fails -----------------------------------------------------------------------------------------
