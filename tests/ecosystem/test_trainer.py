@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from wsn_fast import WSN, ForgottenError, UnmaskedReadError, convert, to_dense
-from wsn_fast.integrations.transformers import WSNTrainer
+from wsn_fast.integrations.transformers import WSNCallback, WSNTrainer
 
 pytestmark = [pytest.mark.ecosystem, pytest.mark.filterwarnings("default", "error:::wsn_fast")]
 
@@ -316,6 +316,21 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
     one.args._n_gpu = 2
     with pytest.raises(ValueError, match=r"DataParallel on 2 GPUs.*torchrun"):
         WSNTrainer(one.wsn, one.args, task=1)
+
+
+@pytest.mark.parametrize("makes", ["trainer", "callback"])
+def test_processes_that_would_train_alone_are_refused(
+    makes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(bert(), 1, tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"3 processes were started.*use_cpu=True"):
+        WSNTrainer(one.wsn, one.args, task=1) if makes == "trainer" else _begin_with_callback(one)
+
+
+def _begin_with_callback(one: WSNTrainer) -> None:
+    WSNCallback(1).on_init_end(one.args, one.state, one.control, model=one.wsn)
 
 
 def test_model_init_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 SAYS = "logits of task 1: "
 
 
-def start(folder: Path, *launcher: str, slow: bool = False) -> subprocess.Popen[str]:
+def start(folder: Path, *launcher: str, slow: bool = False, **more: str) -> subprocess.Popen[str]:
     page = (ROOT / "docs" / "how-to" / "trainer.md").read_text("utf-8")
     script = page.split("```python\n")[1].split("```")[0]
     if slow:
@@ -31,7 +32,7 @@ def start(folder: Path, *launcher: str, slow: bool = False) -> subprocess.Popen[
     folder.mkdir(exist_ok=True)
     (folder / "train.py").write_text(script)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
     command = [sys.executable, "-W", "ignore", *launcher, "train.py"]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -71,5 +72,14 @@ def test_a_killed_script_ends_as_one_that_was_not_killed(tmp_path: Path) -> None
 
 @needs_gloo
 def test_two_processes_keep_the_first_task(tmp_path: Path) -> None:
-    first, second = said(start(tmp_path, *TORCHRUN))
+    first, second = said(start(tmp_path, *TORCHRUN, ACCELERATE_USE_CPU="true"))
     assert first == second
+    state = json.loads((tmp_path / "runs" / "task-2" / "checkpoint-32" / "trainer_state.json").read_text())
+    assert state["global_step"] == 32, "256 samples, twice, in batches of 8 by two processes"
+
+
+@needs_gloo
+def test_two_processes_that_would_train_alone_say_so(tmp_path: Path) -> None:
+    output, _ = start(tmp_path, *TORCHRUN).communicate(timeout=300)
+    assert "2 processes were started, and Trainer would train in each of them alone" in output
+    assert not (tmp_path / "runs" / "wsn.pt").exists()

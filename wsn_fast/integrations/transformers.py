@@ -304,6 +304,12 @@ def _check_settings(args: Any) -> None:
             f"Trainer would use DataParallel on {args.n_gpu} GPUs, whose copies do not know the tasks: start it with "
             "torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
         )
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > args.world_size == 1:
+        raise ValueError(
+            f"{started} processes were started, and Trainer would train in each of them alone, all with the same "
+            "output_dir: on CPUs give use_cpu=True, or set ACCELERATE_USE_CPU=true"
+        )
 
 
 def _forget_accelerate(wsn: WSN) -> None:
