@@ -65,7 +65,7 @@ def known_length(of: Any, where: str) -> int | None:
     try:
         return length(of, where)
     except LoadingError as error:
-        if isinstance(error.__cause__, TypeError | NotImplementedError):  # as PyTorch's classes say that they have none
+        if isinstance(error.__cause__, TypeError | NotImplementedError):  # PyTorch's classes raise these for no length
             return None
         raise
 
